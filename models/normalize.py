@@ -1,0 +1,32 @@
+"""The first step of every model: from pixels in [0, 1] to zero mean and unit scale."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class Normalize(nn.Module):
+    """(x - mean_c) / std_c.
+
+    The defaults are CIFAR-10's statistics with each mean rounded to an integer number of 1/255 and one standard
+    deviation for all channels, so that a packed network can take the 8-bit pixels as they are: 255·(x - mean) is an
+    integer, zero padding of the normalised image is padding of the pixels with 255·mean, and the rest goes into the
+    first layer's scale and bias without changing a code.
+    """
+
+    def __init__(self, mean: Sequence[float] = (125, 123, 114), std: Sequence[float] = (63, 63, 63)) -> None:
+        """`mean` and `std` per channel, in units of 1/255."""
+        super().__init__()
+        self.mean, self.std = tuple(mean), tuple(std)
+        # Not persistent: they are constructor arguments, and travel as such.
+        self.register_buffer("mean_C11", torch.tensor(self.mean).view(-1, 1, 1) / 255, persistent=False)
+        self.register_buffer("std_C11", torch.tensor(self.std).view(-1, 1, 1) / 255, persistent=False)
+
+    def forward(self, images_NCHW: Tensor) -> Tensor:
+        return (images_NCHW - self.mean_C11) / self.std_C11
+
+    def extra_repr(self) -> str:
+        return f"mean={self.mean}/255, std={self.std}/255"

@@ -1,0 +1,109 @@
+"""Vision Transformer through `transformers`: a pretrained checkpoint, or a compact one for 32×32 images from scratch.
+
+Reference: A. Dosovitskiy et al., "An Image is Worth 16x16 Words", arXiv 2010.11929.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .normalize import Normalize
+
+
+class ViT(nn.Module):
+    """Normalisation, resizing on the device, and a `transformers` ViT with a linear head on the class token."""
+
+    def __init__(self, network: nn.Module, mean: list[float], std: list[float]) -> None:
+        super().__init__()
+        self.normalize = Normalize([255 * m for m in mean], [255 * s for s in std])
+        self.network = network
+
+    def forward(self, images_NCHW: Tensor) -> Tensor:
+        side = self.network.config.image_size
+        if images_NCHW.shape[-1] != side:
+            images_NCHW = F.interpolate(images_NCHW, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
+        return self.network(self.normalize(images_NCHW)).logits
+
+
+def vit(
+    num_classes: int,
+    checkpoint: str | None = None,
+    width: int = 384,
+    depth: int = 12,
+    patch_size: int = 4,
+    config: dict[str, Any] | None = None,
+    mean: list[float] | None = None,
+    std: list[float] | None = None,
+) -> nn.Module:
+    """A Vision Transformer.
+
+    `checkpoint`: name on the Hub or local folder, loaded with its weights and a new head of `num_classes`; images are
+    resized to its size. Otherwise a compact ViT of `width` (64 a head), `depth` layers, for 32×32 images in
+    `patch_size` patches, from scratch. `config`, `mean`, `std`: a complete `ViTConfig` as a dictionary and the
+    normalisation, as a saved file records them; they rebuild the structure of any of the two without weights.
+
+    Raises:
+        FileNotFoundError: the checkpoint is neither a folder nor to be had from the Hub.
+        ValueError: a checkpoint of another kind of model, or a width that is not a multiple of 64.
+    """
+    # Imported here: it takes seconds, and the other models do not need it.
+    from transformers import ViTConfig, ViTForImageClassification
+
+    if checkpoint is not None:
+        network, mean, std = _from_checkpoint(checkpoint, num_classes)
+    elif config is not None:
+        network = ViTForImageClassification(ViTConfig(**config))
+    else:
+        if width % 64:
+            raise ValueError(f"the width of the compact ViT is a multiple of 64 (one attention head), not {width}")
+        network = ViTForImageClassification(
+            ViTConfig(
+                hidden_size=width, num_hidden_layers=depth, num_attention_heads=width // 64, intermediate_size=4 * width,
+                image_size=32, patch_size=patch_size, num_labels=num_classes,
+                hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+            )
+        )  # fmt: skip
+    mean, std = mean or [0.5] * 3, std or [0.5] * 3
+    model = ViT(network, mean, std)
+    model.constructor = {
+        "name": "vit",
+        "num_classes": num_classes,
+        "options": {"config": _essential(network.config), "mean": list(mean), "std": list(std)},
+    }
+    return model
+
+
+def _essential(config: Any) -> dict[str, Any]:
+    """The entries of a ViTConfig that decide structure and meaning; nothing about where it came from."""
+    keep = (
+        "hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act hidden_dropout_prob "
+        "attention_probs_dropout_prob layer_norm_eps image_size patch_size num_channels qkv_bias"
+    )
+    return {key: getattr(config, key) for key in keep.split()} | {"num_labels": config.num_labels}
+
+
+def _from_checkpoint(checkpoint: str, num_classes: int) -> tuple[nn.Module, list[float], list[float]]:
+    from transformers import AutoConfig, AutoImageProcessor, ViTForImageClassification
+
+    try:
+        config = AutoConfig.from_pretrained(checkpoint)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"the ViT checkpoint {checkpoint!r} is not a local folder and the Hub can't be reached for it: "
+            "name a local folder with --options checkpoint=FOLDER, or train the compact ViT with --options checkpoint=none"
+        ) from error
+    if config.model_type != "vit":
+        raise ValueError(f"{checkpoint!r} is a {config.model_type} checkpoint: name one of a ViT")
+    network = ViTForImageClassification.from_pretrained(
+        checkpoint, num_labels=num_classes, ignore_mismatched_sizes=True, dtype=torch.float32
+    )
+    try:
+        processor = AutoImageProcessor.from_pretrained(checkpoint)
+        mean, std = list(processor.image_mean), list(processor.image_std)
+    except (OSError, ValueError):  # a folder written by `save_pretrained` has no image processor
+        mean, std = [0.5] * 3, [0.5] * 3
+    return network, mean, std
