@@ -1,0 +1,36 @@
+"""Which layers a transformation touches: one meaning of `only` and `keep` for quantization and pruning."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Union
+
+from torch import nn
+
+Selection = Union[None, type, str, Sequence[Union[type, str]]]
+
+
+def select_layers(model: nn.Module, only: Selection = None, keep: Sequence[str] = ()) -> list[tuple[str, nn.Module]]:
+    """Return (name, module) of the linear and convolution layers chosen, in the order of `model.named_modules()`.
+
+    `only`: a module type, a name pattern (`"stages.*.conv1"`, as a shell matches names), several of them, or None for
+    all. `keep`: name patterns of layers to leave out.
+
+    Raises:
+        ValueError: a `keep` pattern that matches no layer (a typing mistake would silently change the result).
+    """
+    wanted = (only,) if only is None or isinstance(only, (type, str)) else tuple(only)
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    for pattern in keep:
+        if not any(fnmatchcase(name, pattern) for name, _ in layers):
+            raise ValueError(f"keep={pattern!r} matches no layer: choose from {', '.join(n for n, _ in layers)}")
+
+    def chosen(name: str, module: nn.Module) -> bool:
+        if any(fnmatchcase(name, pattern) for pattern in keep):
+            return False
+        return any(
+            w is None or (isinstance(module, w) if isinstance(w, type) else fnmatchcase(name, w)) for w in wanted
+        )
+
+    return [(name, module) for name, module in layers if chosen(name, module)]

@@ -1,0 +1,13 @@
+"""Ternary (1.58-bit) weights: quantize, calibrate, pack, save, load.
+
+    quantize_(model); ...train...; pack_(model); save_model(model, "model.safetensors")
+    model, metadata = load_model("model.safetensors")
+"""
+
+from .quantizers import absmean, absmean_fitted, absmean_per_tensor, absmedian, int8_absmax, mse_optimal, twn
+from .transform import calibrate_, pack_, quantize_
+
+__all__ = [
+    "absmean", "absmean_fitted", "absmean_per_tensor", "absmedian", "calibrate_", "int8_absmax", "mse_optimal",
+    "pack_", "quantize_", "twn",
+]  # fmt: skip

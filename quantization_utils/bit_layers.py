@@ -1,0 +1,249 @@
+"""The two states of a quantized layer: trainable (`BitLinear`, `BitConv2d`) and packed (`PackedLinear`, `PackedConv2d`).
+
+Trainable layers keep a float weight and quantize it in every forward pass; the gradient passes straight through (Y. Bengio,
+N. Léonard, A. Courville, "Estimating or Propagating Gradients Through Stochastic Neurons", arXiv 1308.3432). In evaluation
+they equal a dense layer with the ternary values exactly. Packed layers hold the codes alone.
+
+Activations are quantized by a layer's own `DynamicQuantizer` (signed, scale from the data: per token for linear layers as in
+BitNet b1.58, per image for convolutions), or, in a calibrated chain network, by a `StaticQuantizer` where a node ends.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .kernels import reference
+from .quantizers import Quantizer, dequantize, int8_absmax
+
+
+class DynamicQuantizer(nn.Module):
+    """Signed activations with a scale from the data: q = clip(round(x · Q / a)), a = max |x|, Q = 2^(bits-1) - 1.
+
+    The maximum is over the last dimension (`per="token"`) or over all but the first (`per="image"`). Straight-through.
+
+    Reference: S. Ma et al., arXiv 2402.17764 (per token absmax, 8 bits).
+    """
+
+    def __init__(self, bits: int, per: str) -> None:
+        super().__init__()
+        self.bits, self.per = bits, per
+
+    def forward(self, x: Tensor) -> Tensor:
+        codes, scale = reference.quantize_dynamic(x.detach().float(), self.bits, self.per)
+        return x + ((codes * scale).to(x.dtype) - x.detach())
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}, per={self.per}"
+
+
+class _LearnedStep(torch.autograd.Function):
+    """step · clip(round(x / step), 0, Q); gradients of LSQ (S. Esser et al., arXiv 1902.08153, eq. 1-3)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, step: Tensor, code_max: int) -> Tensor:
+        out = (x.float() / step).round_().clamp_(0, code_max).mul_(step)
+        ctx.save_for_backward(x, step)
+        ctx.code_max = code_max
+        return out.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, step = ctx.saved_tensors
+        ratio = x.float() / step
+        inside = (ratio >= 0) & (ratio <= ctx.code_max)
+        # d out / d step is round(r) - r inside, 0 below and Q above; LSQ scales it by 1 / sqrt(number · Q).
+        slope = (ratio.clamp(0, ctx.code_max).round_() - ratio * inside).mul_(grad)
+        return grad * inside, slope.sum() / (x.numel() * ctx.code_max) ** 0.5, None
+
+
+class StaticQuantizer(nn.Module):
+    """Unsigned activations (after a ReLU) with one learned step: codes 0 … 2^bits - 1."""
+
+    def __init__(self, bits: int, step: float) -> None:
+        super().__init__()
+        self.bits = bits
+        self.step = nn.Parameter(torch.tensor(float(step)))
+
+    @property
+    def code_max(self) -> int:
+        return 2**self.bits - 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _LearnedStep.apply(x, self.step.clamp_min(1e-8), self.code_max)
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}"
+
+
+class Quantized(nn.Module):
+    """A module (ReLU, average pool) whose output ends a node and is quantized there: quantizer(module(x))."""
+
+    fx_leaf = True  # the graph sees one step
+
+    def __init__(self, module: nn.Module, quantizer: StaticQuantizer) -> None:
+        super().__init__()
+        self.module, self.quantizer = module, quantizer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.quantizer(self.module(x))
+
+
+class _BitLayer(nn.Module):
+    """What BitLinear and BitConv2d share."""
+
+    weight: nn.Parameter
+    quantizer: Quantizer
+    input_quantizer: nn.Module | None
+    fx_leaf = True  # the graph sees one step
+    quantized_part = 1.0  # ramp: 0 = the float weight, 1 = the quantized one; a recipe may raise it during training
+
+    def _adopt(self, layer: nn.Module, quantizer: Quantizer, input_quantizer: nn.Module | None) -> None:
+        parametrizations = getattr(layer, "parametrizations", {})
+        for name in ("weight", "bias"):
+            tensor = parametrizations[name].original if name in parametrizations else getattr(layer, name)
+            setattr(self, name, tensor)
+        self.quantizer, self.input_quantizer = quantizer, input_quantizer
+        self.train(layer.training)
+
+    @property
+    def weight_bits(self) -> int | str:
+        return 8 if self.quantizer is int8_absmax else "ternary"
+
+    def quantized_weight(self) -> tuple[Tensor, Tensor]:
+        """codes int8 (shape of weight), scale float32 (N,)."""
+        return self.quantizer(self.weight.detach())
+
+    def effective_weight(self) -> Tensor:
+        """The dequantized weight, with the gradient of the float weight (straight-through)."""
+        weight = self.weight
+        with torch.autocast(weight.device.type, enabled=False):
+            quantized = dequantize(*self.quantized_weight()).to(weight.dtype)
+        if self.quantized_part == 1.0:
+            # Not weight + (quantized - weight): that rounds, and evaluation must equal the dense ternary layer exactly.
+            return _StraightThrough.apply(weight, quantized)
+        return weight + self.quantized_part * (quantized - weight).detach()
+
+    def quantized_input(self, x: Tensor) -> Tensor:
+        return x if self.input_quantizer is None else self.input_quantizer(x)
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, quantized: Tensor) -> Tensor:
+        return quantized.view_as(quantized)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad, None
+
+
+class BitLinear(_BitLayer, nn.Linear):
+    """A linear layer with quantized weight and, unless `input_quantizer` is None, quantized input; (…, K) → (…, N)."""
+
+    @classmethod
+    def from_float(cls, layer: nn.Linear, quantizer: Quantizer, act_bits: int | None) -> BitLinear:
+        new = cls(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        new._adopt(layer, quantizer, None if act_bits is None else DynamicQuantizer(act_bits, "token"))
+        return new
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.quantized_input(x), self.effective_weight(), self.bias)
+
+
+class BitConv2d(_BitLayer, nn.Conv2d):
+    """A convolution with quantized weight and, unless `input_quantizer` is None, quantized input; (B, C, H, W)."""
+
+    @classmethod
+    def from_float(cls, layer: nn.Conv2d, quantizer: Quantizer, act_bits: int | None) -> BitConv2d:
+        new = cls(
+            layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding,
+            layer.dilation, layer.groups, layer.bias is not None, layer.padding_mode, device="meta",
+        )  # fmt: skip
+        new._adopt(layer, quantizer, None if act_bits is None else DynamicQuantizer(act_bits, "image"))
+        return new
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(self.quantized_input(x), self.effective_weight(), self.bias)
+
+
+class _PackedLayer(nn.Module):
+    """Codes, scale, bias; no float weight. `act_bits` None: weight only, float arithmetic; else integer arithmetic."""
+
+    def __init__(
+        self, codes: Tensor, scale_N: Tensor, bias_N: Tensor | None, weight_bits: int | str, act_bits: int | None
+    ) -> None:
+        super().__init__()
+        self.weight_bits, self.act_bits = weight_bits, act_bits
+        self.register_buffer("codes", codes)
+        self.register_buffer("scale", scale_N)
+        self.register_buffer("bias", bias_N)
+        self.backend = "auto"
+        self._runner: Any = None
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense float32 weight, for code that asks a layer for it (transformers reads the patch embedding's dtype)."""
+        return dequantize(self.codes, self.scale)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
+        self._runner = None  # built from the tensors, so it goes when they move
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_runner": None}
+
+
+class PackedLinear(_PackedLayer):
+    """The packed form of BitLinear: x float (…, K) → float (…, N)."""
+
+    @classmethod
+    def from_bit_layer(cls, layer: BitLinear, act_bits: int | None) -> PackedLinear:
+        bias = None if layer.bias is None else layer.bias.detach().clone()
+        return cls(*layer.quantized_weight(), bias, layer.weight_bits, act_bits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._runner is None:
+            from . import kernels
+
+            if self.act_bits is None:
+                dense_NK = self.weight
+                self._runner = lambda x: F.linear(x, dense_NK, self.bias)
+            else:
+                self._runner = kernels.make_linear(self.codes, self.scale, self.bias, self.act_bits, self.backend)
+        return self._runner(x)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.codes.shape)}, weight_bits={self.weight_bits}, act_bits={self.act_bits}"
+
+
+class PackedConv2d(_PackedLayer):
+    """The packed form of BitConv2d: x float (B, C, H, W) → float (B, N, H', W')."""
+
+    def __init__(self, *args: Any, geometry: dict[str, Any]) -> None:
+        """`geometry`: stride, padding, dilation, groups of the convolution (zero padding)."""
+        super().__init__(*args)
+        self.geometry = geometry
+
+    @classmethod
+    def from_bit_layer(cls, layer: BitConv2d, act_bits: int | None) -> PackedConv2d:
+        if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+            raise ValueError("only convolutions with zero padding, given as numbers, can be packed")
+        bias = None if layer.bias is None else layer.bias.detach().clone()
+        geometry = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation, "groups": layer.groups}
+        return cls(*layer.quantized_weight(), bias, layer.weight_bits, act_bits, geometry=geometry)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._runner is None:
+            if self.act_bits is None:
+                dense = self.weight
+                self._runner = lambda x: F.conv2d(x, dense, self.bias, **self.geometry)
+            else:
+                self._runner = reference.Conv2d(self.codes, self.scale, self.bias, self.act_bits, self.geometry)
+        return self._runner(x)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.codes.shape)}, weight_bits={self.weight_bits}, act_bits={self.act_bits}, {self.geometry}"

@@ -1,0 +1,225 @@
+"""A packed convolution network: a short list of nodes, made from a calibrated chain network by torch.fx.
+
+A node is a convolution or linear layer with all that follows it up to the next quantizer: batch norm, residual addition,
+ReLU, requantization to 8, 6 or 4 bits. Batch norm and every scale fold into one gain and one bias per output channel, in
+units of the output's step; the ternary codes do not change. `kernels/reference.py` says exactly what a node computes.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
+
+from models.graph import is_chain, module_of, trace
+from models.normalize import Normalize
+
+from .bit_layers import BitConv2d, BitLinear, Quantized
+
+IMAGE = -1  # the index that stands for the input image in `Node.input`
+
+
+@dataclass
+class Node:
+    """One step of a packed network; see the head of this file. N output and C input channels."""
+
+    op: str  # "conv", "linear", "max_pool", "avg_pool" (over the whole image)
+    input: int  # index of the producing node, or IMAGE
+    residual: int | None = None  # index of the node that is added before the ReLU
+    codes: Tensor | None = None  # int8 (N, C, kh, kw) or (N, K), K flattened as (C, H, W)
+    weight_bits: int | str = "ternary"  # or 8
+    gain: Tensor | None = None  # float32 (N,); average pool: (1,)
+    bias: Tensor | None = None  # float32 (N,)
+    residual_gain: float = 0.0
+    relu: bool = False
+    out_max: int | None = None  # largest output code (uint8); None: float32 output
+    kernel: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    pad_values: Tensor | None = None  # uint8 (C,): what surrounds the image; None: zeros
+
+
+class PackedNetwork(nn.Module):
+    """The integer inference form of a chain network: images float32 in [0, 1] (B, 3, H, W) → logits float32 (B, classes)."""
+
+    def __init__(self, nodes: list[Node], constructor: dict[str, Any] | None = None, backend: str = "auto") -> None:
+        super().__init__()
+        self.nodes, self.constructor, self.backend = nodes, constructor, backend
+        self._executor: Any = None
+        self.eval()
+
+    @property
+    def executor(self) -> Any:
+        """What runs the nodes: built at first use for the device where they are; its `backend` says which kernels."""
+        if self._executor is None:
+            from . import kernels
+
+            self._executor = kernels.make_executor(self.nodes, self.backend)
+        return self._executor
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        return self.executor(images_BCHW)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PackedNetwork:
+        for node in self.nodes:
+            for field in fields(node):
+                value = getattr(node, field.name)
+                if isinstance(value, Tensor):
+                    # A network is moved, never cast: its integers and its float32 scales are its meaning.
+                    setattr(node, field.name, fn(value).to(value.dtype))
+        self._executor = None
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_executor": None}
+
+    def extra_repr(self) -> str:
+        return f"{len(self.nodes)} nodes"
+
+
+@dataclass
+class _Value:
+    """What an fx node stands for: finished (`index`, codes · `step`), or a node still open to batch norm, addition, ReLU."""
+
+    index: int | None = None
+    step: float = 1.0
+    open: Node | None = None  # gain and bias in float64, in real units
+
+
+class NotANetwork(Exception):
+    """The model cannot be a list of nodes (a layer is float, or its activations are dynamic); it is packed layer by layer."""
+
+
+def to_nodes(model: nn.Module, image_size: int = 32) -> list[Node]:
+    """Return the nodes of a calibrated chain network in evaluation mode.
+
+    Raises:
+        NotANetwork: some layer is not quantized, or its input has no static scale.
+    """
+    if not is_chain(model):
+        raise NotANetwork("not a chain of convolutions, batch norms and ReLUs")
+    graph = trace(model)
+    device = next(model.parameters()).device
+    ShapeProp(fx.GraphModule(model, graph)).propagate(torch.zeros(1, 3, image_size, image_size, device=device))
+    return _Builder(model).build(graph)
+
+
+class _Builder:
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.nodes = model, list[Node]()
+        self.values: dict[fx.Node, _Value] = {}
+        self.normalize: Normalize | None = None
+
+    def build(self, graph: fx.Graph) -> list[Node]:
+        for fx_node in graph.nodes:
+            if fx_node.op == "placeholder":
+                self.values[fx_node] = _Value(IMAGE, 1 / 255)
+            elif fx_node.op == "output":
+                self.close(self.values[fx_node.args[0]])
+            else:
+                self.values[fx_node] = self.step(fx_node)
+        return [replace(n, gain=_float32(n.gain), bias=_float32(n.bias)) for n in self.nodes]
+
+    def step(self, fx_node: fx.Node) -> _Value:
+        if fx_node.target in (operator.add, operator.iadd, torch.add):
+            return self.add(*(self.values[a] for a in fx_node.args))  # type: ignore[index]
+        module, source = module_of(self.model, fx_node), fx_node.args[0]
+        value = self.values[source]  # type: ignore[index]
+        if isinstance(module, Normalize):
+            self.normalize = module
+            return value
+        if isinstance(module, (BitConv2d, BitLinear)):
+            return self.layer(module, value)
+        if isinstance(module, (nn.BatchNorm2d, nn.BatchNorm1d)):
+            return self.batch_norm(module, value)
+        if isinstance(module, (nn.Dropout, nn.Identity, nn.Flatten)):
+            return value
+        if isinstance(module, nn.MaxPool2d) and value.index is not None:
+            node = Node("max_pool", value.index, kernel=_pair(module.kernel_size), stride=_pair(module.stride),
+                        padding=_pair(module.padding))  # fmt: skip
+            return self.emit(node, value.step)
+        if isinstance(module, Quantized):
+            return self.requantize(module, value, source.meta["tensor_meta"].shape)  # type: ignore[union-attr]
+        raise NotANetwork(f"{fx_node.target} has a float output inside the network")
+
+    def layer(self, module: BitConv2d | BitLinear, value: _Value) -> _Value:
+        if value.index is None or module.input_quantizer is not None:
+            raise NotANetwork("a layer whose input has no static scale")
+        codes, scale_N = module.quantized_weight()
+        gain_N = scale_N.double() * value.step
+        bias_N = torch.zeros_like(gain_N) if module.bias is None else module.bias.detach().double()
+        node = Node("linear", value.index, codes=codes, weight_bits=module.weight_bits)
+        if isinstance(module, BitConv2d):
+            if module.groups != 1 or _pair(module.dilation) != (1, 1) or module.padding_mode != "zeros":
+                raise NotANetwork("a grouped or dilated convolution")
+            node = replace(node, op="conv", kernel=_pair(module.kernel_size), stride=_pair(module.stride),
+                           padding=_pair(module.padding))  # fmt: skip
+            if value.index == IMAGE:
+                gain_N, bias_N, node.pad_values = self.fold_normalization(codes, scale_N, bias_N)
+        return _Value(open=replace(node, gain=gain_N, bias=bias_N))
+
+    def fold_normalization(self, codes: Tensor, scale_N: Tensor, bias_N: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Gain and bias of the first convolution for raw pixels p = 0 … 255, where its input was (p - mean_c) / std."""
+        if self.normalize is None:
+            return scale_N.double() / 255, bias_N, None
+        if len(set(self.normalize.std)) > 1 or any(m != int(m) for m in self.normalize.mean):
+            raise NotANetwork("a normalisation that is not in whole pixels with one standard deviation")
+        gain_N = scale_N.double() / self.normalize.std[0]
+        mean_C = torch.tensor(self.normalize.mean, dtype=torch.float64, device=codes.device)
+        offset_N = (codes.double().sum((2, 3)) * mean_C).sum(1)
+        return gain_N, bias_N - gain_N * offset_N, mean_C.to(torch.uint8)
+
+    def batch_norm(self, module: nn.BatchNorm1d | nn.BatchNorm2d, value: _Value) -> _Value:
+        if value.open is None:
+            raise NotANetwork("a batch norm that does not follow a layer")
+        assert module.running_mean is not None and module.running_var is not None
+        # Weight and bias may be parametrized (a pruned filter's are masked): attribute access sees the masked values.
+        factor_N = module.weight.detach().double() / (module.running_var.double() + module.eps).sqrt()
+        bias_N = (value.open.bias - module.running_mean.double()) * factor_N + module.bias.detach().double()
+        return _Value(open=replace(value.open, gain=value.open.gain * factor_N, bias=bias_N))
+
+    def add(self, left: _Value, right: _Value) -> _Value:
+        # The main path is the operand still open; if both are (a projection shortcut), the right one becomes a node of
+        # its own with float32 output.
+        main, shortcut = (left, right) if left.open is not None else (right, left)
+        if main.open is None or main.open.residual is not None:
+            raise NotANetwork("an addition that does not end a layer")
+        if shortcut.open is not None:
+            shortcut = self.close(shortcut)
+        return _Value(open=replace(main.open, residual=shortcut.index, residual_gain=shortcut.step))
+
+    def requantize(self, module: Quantized, value: _Value, shape: torch.Size) -> _Value:
+        step = float(module.quantizer.step.detach().clamp_min(1e-8))
+        if isinstance(module.module, nn.ReLU) and value.open is not None:
+            node = replace(value.open, relu=True)
+        elif isinstance(module.module, nn.AdaptiveAvgPool2d) and value.index is not None:
+            gain = torch.tensor([value.step / (shape[-1] * shape[-2])], dtype=torch.float64)
+            node = Node("avg_pool", value.index, gain=gain)
+        else:
+            raise NotANetwork(f"a quantized {type(module.module).__name__}")
+        node.gain = node.gain / step
+        node.bias = None if node.bias is None else node.bias / step
+        node.residual_gain, node.out_max = node.residual_gain / step, module.quantizer.code_max
+        return self.emit(node, step)
+
+    def close(self, value: _Value) -> _Value:
+        """End an open node with float32 output (logits, projection shortcut)."""
+        if value.open is None:
+            raise NotANetwork("the network does not end in a layer")
+        return self.emit(value.open, 1.0)
+
+    def emit(self, node: Node, step: float) -> _Value:
+        self.nodes.append(node)
+        return _Value(len(self.nodes) - 1, step)
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else tuple(value)
+
+
+def _float32(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.float()

@@ -1,0 +1,123 @@
+"""From a float weight to ternary codes and a scale: pure functions.
+
+A quantizer maps `weight` (N, ...) to `codes` int8 of the same shape, in {-1, 0, +1}, and `scale` float32 (N,), one per
+output channel, so that `weight ≈ codes · scale`. An entry that is exactly 0 is a pruned weight: its code is 0 and it does
+not enter the scale. Scales are positive and finite, also for a channel without a single weight left (scale 1).
+
+Legend: N output channels, K weights of a channel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Quantizer = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+TINY = 1e-12  # smallest scale
+
+
+def absmean(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Absmean per output channel: codes = clip(round(w / s), -1, 1) with s = mean |w| of the channel.
+
+    Reference: S. Ma et al., "The Era of 1-bit LLMs", arXiv 2402.17764, eq. 1-3; there with one s for the whole tensor.
+    """
+    weight_NK = weight.flatten(1)
+    scale_N = _mean_magnitude(weight_NK, weight_NK != 0)
+    return _round_to_ternary(weight_NK, scale_N).view_as(weight), scale_N
+
+
+def absmean_per_tensor(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Absmean with one scale for the whole tensor, as in BitNet b1.58: arXiv 2402.17764, eq. 1-3."""
+    weight_1K = weight.reshape(1, -1)
+    scale_1 = _mean_magnitude(weight_1K, weight_1K != 0)
+    return _round_to_ternary(weight_1K, scale_1).view_as(weight), scale_1.expand(len(weight)).contiguous()
+
+
+def absmean_fitted(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The codes of `absmean`, with the scale that fits them best: s = <w, codes> / <codes, codes>, per output channel.
+
+    Departs from arXiv 2402.17764 in the scale only, which there is the threshold's. Least squares, so never worse.
+    """
+    codes, _ = absmean(weight)
+    return codes, _fitted_scale(weight, codes)
+
+
+def absmedian(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """As `absmean_fitted`, with the median of |w| for the threshold: half of the weights lie above twice the threshold."""
+    weight_NK = weight.flatten(1)
+    magnitude_NK = weight_NK.abs().float()
+    scale_N = magnitude_NK.where(weight_NK != 0, torch.nan).nanmedian(1).values.nan_to_num(1.0).clamp_min(TINY)
+    codes = _round_to_ternary(weight_NK, scale_N).view_as(weight)
+    return codes, _fitted_scale(weight, codes)
+
+
+def twn(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Ternary weight networks: threshold 0.7 · mean |w|, scale = mean |w| above it, per output channel.
+
+    Reference: F. Li, B. Liu et al., "Ternary Weight Networks", arXiv 1605.04711, eq. 6; there per layer.
+    """
+    weight_NK = weight.flatten(1)
+    threshold_N = 0.7 * _mean_magnitude(weight_NK, weight_NK != 0)
+    codes_NK = (weight_NK.sign() * (weight_NK.abs() > threshold_N[:, None])).to(torch.int8)
+    return codes_NK.view_as(weight), _fitted_scale(weight, codes_NK.view_as(weight))
+
+
+def mse_optimal(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The codes and scale of least squared error, per output channel, exactly.
+
+    The best codes keep the k largest magnitudes, with scale S_k / k where S_k is their sum; the error is then
+    |w|² - S_k² / k, so the best k maximises S_k² / k. All k are tried.
+    """
+    weight_NK = weight.flatten(1).float()
+    magnitude_NK, order_NK = weight_NK.abs().sort(dim=1, descending=True, stable=True)
+    count_K = torch.arange(1, weight_NK.shape[1] + 1, device=weight.device, dtype=torch.float64)
+    gain_NK = magnitude_NK.double().cumsum(1).square() / count_K
+    best_N1 = gain_NK.argmax(1, keepdim=True)
+    rank_NK = torch.empty_like(order_NK).scatter_(1, order_NK, torch.arange(len(count_K), device=weight.device).expand_as(order_NK))
+    codes_NK = (weight_NK.sign() * (rank_NK <= best_N1)).to(torch.int8)
+    return codes_NK.view_as(weight), _fitted_scale(weight, codes_NK.view_as(weight))
+
+
+def as_is(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The codes of a weight that is ternary already (0 or ± one value per channel), as post-training methods leave it."""
+    weight_NK = weight.flatten(1).float()
+    scale_N = weight_NK.abs().amax(1)
+    return weight_NK.sign().to(torch.int8).view_as(weight), scale_N.where(scale_N > 0, 1.0)
+
+
+def int8_absmax(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """8-bit symmetric codes in [-127, 127], scale = max |w| / 127 per output channel: for layers kept at 8 bits."""
+    weight_NK = weight.flatten(1).float()
+    scale_N = weight_NK.abs().amax(1) / 127
+    scale_N = scale_N.where(scale_N > TINY, 1.0)
+    return (weight_NK / scale_N[:, None]).round().clamp(-127, 127).to(torch.int8).view_as(weight), scale_N
+
+
+TERNARY = (absmean, absmean_per_tensor, absmean_fitted, absmedian, twn, mse_optimal)
+
+
+def dequantize(codes: Tensor, scale_N: Tensor) -> Tensor:
+    """codes · scale, float32, with the scale of each output channel (dimension 0)."""
+    return codes.float() * scale_N.view(-1, *[1] * (codes.dim() - 1))
+
+
+def _mean_magnitude(weight_NK: Tensor, kept_NK: Tensor) -> Tensor:
+    """Mean |w| over the kept entries of each row, 1 where none is kept."""
+    count_N = kept_NK.sum(1)
+    mean_N = weight_NK.abs().float().sum(1) / count_N.clamp_min(1)
+    return mean_N.clamp_min(TINY).where(count_N > 0, 1.0)
+
+
+def _round_to_ternary(weight_NK: Tensor, scale_N: Tensor) -> Tensor:
+    return (weight_NK.float() / scale_N[:, None]).round().clamp(-1, 1).to(torch.int8)
+
+
+def _fitted_scale(weight: Tensor, codes: Tensor) -> Tensor:
+    """The least-squares scale of given ternary codes: mean of w · code over the non-zero codes, per output channel."""
+    codes_NK = codes.flatten(1).float()
+    count_N = codes_NK.abs().sum(1)
+    fitted_N = (weight.flatten(1).float() * codes_NK).sum(1) / count_N.clamp_min(1)
+    return fitted_N.where(fitted_N > TINY, 1.0)

@@ -1,0 +1,178 @@
+"""The three verbs: `quantize_` makes layers trainable ternary, `calibrate_` fixes activation scales, `pack_` ends training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from models.graph import is_chain, module_of, replace_module, trace
+from models.normalize import Normalize
+from models.select import Selection, select_layers
+
+from .bit_layers import BitConv2d, BitLinear, PackedConv2d, PackedLinear, Quantized, StaticQuantizer
+from .network import NotANetwork, PackedNetwork, to_nodes
+from .quantizers import Quantizer, absmean
+
+FLOAT_TO_BIT: dict[type[nn.Module], Any] = {nn.Linear: BitLinear, nn.Conv2d: BitConv2d}
+# What may stand before a layer whose input has a static scale; pixels, behind the normalisation, are 8-bit already.
+NODE_ENDS = (nn.ReLU, nn.AdaptiveAvgPool2d, Quantized, Normalize)
+BIT_TO_PACKED: dict[type[nn.Module], Any] = {BitLinear: PackedLinear, BitConv2d: PackedConv2d}
+
+
+def quantize_(
+    model: nn.Module,
+    quantizer: Quantizer = absmean,
+    act_bits: int | None = 8,
+    only: Selection = None,
+    keep: Sequence[str] = (),
+) -> nn.Module:
+    """Replace linear and convolution layers by trainable quantized ones, in place; return the model.
+
+    The new layers take over the float weights, biases and pruning masks. `act_bits`: bits of each layer's input, scaled
+    dynamically (see `calibrate_` for static scales); None leaves activations alone. `only`, `keep`: which layers
+    (`models.select.select_layers`); layers that are quantized already stay as they are, so that a second call with another
+    quantizer takes the rest.
+
+    Raises:
+        ValueError: `act_bits` outside 2 … 8, or nothing to quantize.
+    """
+    if act_bits is not None and not 2 <= act_bits <= 8:
+        raise ValueError(f"activations can have 2 to 8 bits or None (float), not {act_bits}")
+    layers = select_layers(model, only, keep)
+    if not layers:
+        raise ValueError(f"no linear or convolution layer matches only={only!r}, keep={keep!r}: nothing to quantize")
+    for name, layer in layers:
+        if not isinstance(layer, (BitLinear, BitConv2d)):
+            bit_class = BitLinear if isinstance(layer, nn.Linear) else BitConv2d
+            replace_module(model, name, bit_class.from_float(layer, quantizer, act_bits))  # type: ignore[arg-type]
+    return model
+
+
+@torch.no_grad()
+def calibrate_(model: nn.Module, images: Tensor, batch_size: int = 128) -> nn.Module:
+    """Give a quantized chain network static activation scales from unlabelled images (B, 3, H, W) in [0, 1], in place.
+
+    The quantizer of a layer's input moves to where the node before it ends (after its ReLU or average pool), so that all
+    readers of that tensor share it; the step is the one of least squared error on these images (60 clipping points are
+    tried). Inputs that come straight from the normalised image need none: pixels are 8-bit already. Models without ReLU
+    (transformers) keep their dynamic scales per token. Steps that exist stay and are only set anew.
+
+    Raises:
+        ValueError: no images.
+    """
+    if len(images) == 0:
+        raise ValueError("calibration needs at least one image")
+    if not is_chain(model):
+        return model
+    producers = _insert_static_quantizers(model)
+    if not producers:
+        return model
+    samples = _observe(model, producers, images, batch_size)
+    for name, quantized in producers.items():
+        quantized.quantizer.step.fill_(_best_step(samples[name], quantized.quantizer.code_max))
+    return model
+
+
+def pack_(model: nn.Module) -> nn.Module:
+    """Turn a quantized model into its integer inference form, in place; return the model.
+
+    A calibrated chain network whose layers are all quantized becomes a `PackedNetwork` (the object itself changes class);
+    any other model keeps its modules and has its quantized layers replaced by packed ones. Packing twice changes nothing.
+    """
+    model.eval()
+    if isinstance(model, PackedNetwork):
+        return model
+    try:
+        nodes = to_nodes(model)
+    except NotANetwork:
+        _pack_layers(model)
+        return model.requires_grad_(False)
+    packed = PackedNetwork(nodes, getattr(model, "constructor", None))
+    model.__dict__.clear()
+    model.__dict__.update(packed.__dict__)
+    model.__class__ = PackedNetwork
+    return model
+
+
+def _pack_layers(model: nn.Module) -> None:
+    for name, module in list(model.named_modules()):
+        for bit_class, packed_class in BIT_TO_PACKED.items():
+            if isinstance(module, bit_class):
+                act_bits = getattr(module.input_quantizer, "bits", None)
+                parent, _, child = name.rpartition(".")
+                setattr(model.get_submodule(parent), child, packed_class.from_bit_layer(module, act_bits))
+
+
+def _insert_static_quantizers(model: nn.Module) -> dict[str, Quantized]:
+    """Put a `Quantized` at the end of every node that a quantized layer reads; return them by name."""
+    found: dict[str, Quantized] = {}
+    for fx_node in trace(model).nodes:
+        layer = module_of(model, fx_node)
+        if not isinstance(layer, (BitLinear, BitConv2d)) or layer.input_quantizer is None:
+            if isinstance(layer, Quantized):
+                found[str(fx_node.target)] = layer
+            continue
+        bits = layer.input_quantizer.bits
+        producer = _producer(model, fx_node.args[0])
+        ends = [producer]
+        if isinstance(module_of(model, producer), nn.AdaptiveAvgPool2d):
+            ends.append(_producer(model, producer.args[0]))  # a pool of integers, so what it reads is quantized too
+        if not all(isinstance(module_of(model, e), NODE_ENDS) for e in ends):
+            continue  # an input that no node ends (a model of another kind): it keeps its dynamic scale
+        for name, module in ((str(e.target), module_of(model, e)) for e in ends):
+            if isinstance(module, (nn.ReLU, nn.AdaptiveAvgPool2d)):
+                found[name] = Quantized(module, StaticQuantizer(bits, 1.0).to(layer.weight.device))
+                replace_module(model, name, found[name].train(module.training))
+        layer.input_quantizer = None
+    return found
+
+
+def _producer(model: nn.Module, fx_node: Any) -> fx.Node:
+    """The node whose values `fx_node` passes on: back through pools, flattening, dropout."""
+    while isinstance(module_of(model, fx_node), (nn.MaxPool2d, nn.Flatten, nn.Dropout, nn.Identity)):
+        fx_node = fx_node.args[0]
+    return fx_node
+
+
+def _observe(model: nn.Module, producers: dict[str, Quantized], images: Tensor, batch_size: int) -> dict[str, Tensor]:
+    """A sample of what each producer puts out, with the weights quantized and the activations not."""
+    samples: dict[str, list[Tensor]] = {name: [] for name in producers}
+    per_batch = max(1, 200_000 * batch_size // max(len(images), batch_size))
+
+    def keep(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            values = output.flatten().float()
+            stride = max(1, values.numel() // per_batch) | 1  # odd, so that it does not fall in step with a dimension
+            samples[name].append(values[::stride])
+
+        return hook
+
+    handles = [q.module.register_forward_hook(keep(name)) for name, q in producers.items()]
+    quantizers = {name: q.quantizer for name, q in producers.items()}
+    was_training = model.training
+    model.eval()
+    try:
+        for q in producers.values():
+            q.quantizer = nn.Identity()  # type: ignore[assignment]
+        for batch in images.split(batch_size):
+            model(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for name, q in producers.items():
+            q.quantizer = quantizers[name]
+        model.train(was_training)
+    return {name: torch.cat(parts) for name, parts in samples.items()}
+
+
+def _best_step(values: Tensor, code_max: int) -> float:
+    """The step of least squared error for unsigned codes 0 … code_max, out of 60 fractions of the largest value."""
+    top = float(values.max())
+    if top <= 0:
+        return 1.0 / code_max  # a dead output: any step represents it
+    steps = [top * fraction / 60 / code_max for fraction in range(1, 61)]
+    errors = [float((values - (values / s).round().clamp(0, code_max) * s).square().sum()) for s in steps]
+    return steps[min(range(60), key=errors.__getitem__)]
