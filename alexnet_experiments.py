@@ -1,0 +1,50 @@
+"""AlexNet on CIFAR-10 and CIFAR-100: 1.58-bit weights and pruning.
+
+    python3 alexnet_experiments.py                                # both data sets, every row
+    python3 alexnet_experiments.py --quick                        # handwritten digits, minutes on a CPU, nothing to download
+    python3 alexnet_experiments.py --options batch_norm=false     # the earlier study's network
+"""
+
+from dataclasses import replace
+
+from torch import nn
+
+from pruning_utils import l1, l1_global, l2_filters, random
+from quantization_utils import absmean_fitted, absmean_per_tensor, int8_absmax, mse_optimal, twn
+from train_test_utils.experiment import main
+from train_test_utils.recipe import Recipe, sgd
+from train_test_utils.rows import Prune, Row, Ternary
+
+SCRATCH = Recipe(epochs=100, lr=0.05, optimizer=sgd, weight_decay=5e-4, clip_norm=5.0)
+FINETUNE = replace(SCRATCH, epochs=30, lr=0.01, weight_decay=1e-4)
+SHORT = replace(FINETUNE, epochs=15)
+
+LINEAR = Ternary(mse_optimal, only=nn.Linear)
+QAT = Ternary(absmean_fitted, act_bits=8)
+
+ROWS = [
+    #   name                    starts from  then transformed by                            then trained with
+    Row("float",                None,        [],                                            SCRATCH),
+    # After training, weights only
+    Row("ptq_linear",           "float",     [LINEAR],                                      None),
+    Row("ptq_all_per_tensor",   "float",     [Ternary(absmean_per_tensor)],                 None),
+    Row("ptq_all_twn",          "float",     [Ternary(twn)],                                None),
+    Row("ptq_all",              "float",     [Ternary(mse_optimal)],                        None),
+    Row("ptq_all_8bit_acts",    "float",     [Ternary(mse_optimal, act_bits=8)],            None),
+    # As the earlier study: convolutions pruned after the linear layers became ternary
+    *[Row(f"ptq_linear_{score.__name__}_{p}", "float", [LINEAR, Prune(score, p / 100, only=nn.Conv2d)], None)
+      for score in (random, l1, l2_filters, l1_global) for p in (30, 50, 70, 90)],
+    # During training, weights and activations: integer arithmetic from the first layer to the last
+    Row("qat_linear",           "float",     [Ternary(absmean_fitted, act_bits=8, only=nn.Linear)], SHORT),
+    Row("qat_all",              "float",     [QAT],                                         FINETUNE),
+    Row("qat_all_6bit_acts",    "float",     [replace(QAT, act_bits=6)],                    FINETUNE),
+    Row("qat_all_weight_only",  "float",     [replace(QAT, act_bits=None)],                 FINETUNE),
+    Row("qat_all_8bit_ends",    "float",     [replace(QAT, ends=int8_absmax)],              FINETUNE),
+    *[Row(f"qat_all_{score.__name__}_{p}", "float", [Prune(score, p / 100), QAT],           SHORT)
+      for score in (random, l1, l2_filters, l1_global) for p in (30, 50, 70, 90)],
+]  # fmt: skip
+
+QUICK = ("float", "ptq_linear", "ptq_all", "qat_all", "qat_all_l1_50", "qat_all_l2_filters_50")
+
+if __name__ == "__main__":
+    main("alexnet", ROWS, QUICK)

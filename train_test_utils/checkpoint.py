@@ -1,0 +1,68 @@
+"""Files of a run: trained weights as safetensors, the state of an unfinished training as last.pt; both written atomically."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place when the block ends well: the old file or the new one, never half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_weights(model: nn.Module, path: Path) -> None:
+    """Write the model's state as safetensors."""
+    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
+    with replacing(path) as temporary:
+        save_file(state, temporary)
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load what `save_weights` wrote into a model of the same structure.
+
+    Raises:
+        ValueError: a file that cannot be read, or one of another model.
+    """
+    try:
+        state = load_file(path)
+        model.load_state_dict(state)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # safetensors and torch raise types of their own for damage and mismatch
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} is not a checkpoint of this model ({reason}): delete it to train the row again") from error
+
+
+def save_state(state: dict[str, Any], path: Path) -> None:
+    """Write the state of an unfinished training."""
+    with replacing(path) as temporary:
+        torch.save(state, temporary)
+
+
+def load_state(path: Path, map_location: torch.device) -> dict[str, Any] | None:
+    """The state of an unfinished training, or None if there is none."""
+    if not path.exists():
+        return None
+    try:
+        return torch.load(path, map_location=map_location, weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read ({str(error).splitlines()[0]}): delete it to start the row anew") from error
+
+

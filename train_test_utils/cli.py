@@ -1,0 +1,113 @@
+"""The command line that the three scripts share."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What the user asked for."""
+
+    dataset: tuple[str, ...]
+    data_dir: Path
+    only: tuple[str, ...]
+    list: bool
+    seeds: tuple[int, ...]
+    quick: bool
+    budget: float
+    device: torch.device
+    precision: torch.dtype
+    compile: bool
+    out: Path
+    wandb: str
+    options: dict[str, Any]
+
+
+def parse_arguments(model_name: str, words: list[str]) -> Arguments:
+    """Parse the command line; argparse exits with code 2 and one sentence on a mistake."""
+    parser = argparse.ArgumentParser(description=f"1.58-bit weights and pruning of {model_name}: every row of its table.")
+    add = parser.add_argument
+    add("--dataset", nargs="+", metavar="NAME", help="cifar10, cifar100, digits, or a folder of class folders (default: cifar10 cifar100)")
+    add("--data-dir", type=Path, default=Path("data"), help="where data sets lie or are downloaded to")
+    add("--only", nargs="+", default=[], metavar="PATTERN", help="rows to run, e.g. 'qat*' (their parents too)")
+    add("--list", action="store_true", help="print the table of rows and stop")
+    add("--seeds", nargs="+", type=int, default=[0])
+    add("--quick", action="store_true", help="handwritten digits and a few rows: minutes on a CPU, nothing to download")
+    add("--budget", type=float, metavar="FRACTION", help="scale every recipe's optimizer steps; recorded in the rows (default: 1, with --quick 0.1)")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--precision", default="auto", choices=["auto", "fp32", "fp16", "bf16"])
+    add("--out", type=Path, default=Path("runs"))
+    add("--wandb", default="online", choices=["online", "offline", "disabled"])
+    add("--options", nargs="+", default=[], metavar="KEY=VALUE", help="options of the model's constructor, e.g. stem=maxpool")
+    given = parser.parse_args(words)
+    try:
+        budget = given.budget if given.budget is not None else (0.1 if given.quick else 1.0)
+        if not 0 < budget <= 100:
+            raise ValueError(f"--budget is a fraction above 0, 1 for the full recipes, not {budget:g}")
+        device = pick_device(given.device)
+        return Arguments(
+            dataset=tuple(given.dataset or (["digits"] if given.quick else ["cifar10", "cifar100"])),
+            data_dir=given.data_dir, only=tuple(given.only), list=given.list, seeds=tuple(given.seeds),
+            quick=given.quick, budget=budget, device=device, precision=pick_precision(given.precision, device),
+            compile=device.type == "cuda", out=given.out, wandb=given.wandb, options=parse_options(given.options),
+        )  # fmt: skip
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called `name`; "auto": CUDA where there is one.
+
+    Raises:
+        ValueError: no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda") or (number and not number.isdigit()):
+        raise ValueError(f"unknown device {name!r}: choose auto, cpu, cuda or cuda:N")
+    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+        raise ValueError(f"this machine has no device {name}: choose --device cpu or auto")
+    return torch.device(name)
+
+
+def pick_precision(name: str, device: torch.device) -> torch.dtype:
+    """The autocast type; "auto": bf16 where the hardware has it, else fp16 on a GPU (with loss scaling) and fp32 on a CPU."""
+    if name != "auto":
+        return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[name]
+    if device.type == "cuda":
+        # Not is_bf16_supported(): it counts emulation, and a T4 (sm_75) emulates.
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    return torch.bfloat16 if _cpu_has_bf16() else torch.float32
+
+
+def _cpu_has_bf16() -> bool:
+    try:
+        return "avx512_bf16" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
+def parse_options(words: list[str]) -> dict[str, Any]:
+    """{"stem": "maxpool", "width": 192} from KEY=VALUE words; a value that reads as JSON is JSON, "none" is None.
+
+    Raises:
+        ValueError: a word without "=".
+    """
+    options: dict[str, Any] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not (key and equals and value):
+            raise ValueError(f"--options takes KEY=VALUE words, not {word!r}")
+        try:
+            options[key] = None if value.lower() == "none" else json.loads(value)
+        except json.JSONDecodeError:
+            options[key] = value
+    return options

@@ -1,0 +1,45 @@
+"""Several processes, one model: `torchrun --nproc_per_node=4 SCRIPT`. Alone, everything here does nothing."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def start(device: torch.device) -> torch.device:
+    """Join the process group that torchrun describes, if any; return this process's device."""
+    if world_size() == 1:
+        return device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def stop() -> None:
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait for the other processes."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def wrapped(model: nn.Module) -> nn.Module:
+    """The model as training calls it: gradients averaged over the processes."""
+    return DistributedDataParallel(model) if world_size() > 1 else model

@@ -1,0 +1,263 @@
+"""The plain loop over the rows of a table: build, transform, train, pack, save, reload, measure, log."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from models import build
+from quantization_utils import pack_
+from quantization_utils.storage import load_model, save_model
+
+from . import distributed
+from .checkpoint import load_weights, save_weights
+from .cli import Arguments, parse_arguments
+from .data import ImageDataset, load_dataset
+from .evaluate import accuracy_pct, predict
+from .logbook import Logbook
+from .measure import code_zero_fraction, count_macs, ideal_bytes, latency_beside, weight_bits
+from .report import print_table, write_report
+from .rows import Row, calibration_images, choose, config_hash, describe, format_rows, pruned_text
+from .train import NonFiniteLoss, Setup, train
+
+
+def main(
+    model_name: str,
+    rows: Sequence[Row] | Callable[[dict[str, Any]], Sequence[Row]],
+    quick: Sequence[str],
+    quick_options: dict[str, Any] | None = None,
+    **default_options: Any,
+) -> None:
+    """Run the table of a script from the command line.
+
+    `rows`: the table, or a function that makes it from the model's options. `quick`, `quick_options`: the rows and the
+    model options of `--quick`. `default_options`: the model's options unless `--options` says otherwise.
+    Exits with code 2 and one sentence on a user's mistake.
+    """
+    arguments = parse_arguments(model_name, sys.argv[1:])
+    options = default_options | ((quick_options or {}) if arguments.quick else {}) | arguments.options
+    try:
+        table = rows(options) if callable(rows) else rows
+        chosen = choose(table, arguments.only or (quick if arguments.quick else None))
+        if arguments.list:
+            print(format_rows(model_name, chosen))
+            return
+        device = distributed.start(arguments.device)
+        for name in arguments.dataset:
+            run_table(model_name, options, chosen, load_dataset(name, arguments.data_dir), replace(arguments, device=device))
+    except (ValueError, OSError) as error:
+        if os.environ.get("TERNARY_TRACEBACK"):
+            raise
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    finally:
+        distributed.stop()
+
+
+def run_table(
+    model_name: str, options: dict[str, Any], rows: Sequence[Row], dataset: ImageDataset, arguments: Arguments
+) -> None:
+    """Every row for every seed on one data set; then the table, the report and the pictures."""
+    folder = arguments.out / f"{model_name}-{dataset.name}"
+    folder.mkdir(parents=True, exist_ok=True)
+    logbook = Logbook(folder / "rows.jsonl", wandb_mode=arguments.wandb, group=folder.name)
+    data = dataset.to(arguments.device)
+    table: list[dict[str, Any]] = []
+    failures: list[str] = []
+    try:
+        for seed in arguments.seeds:
+            runs: dict[str, Run] = {}
+            for row in rows:
+                parent = runs.get(row.parent) if row.parent else None
+                if row.parent and parent is None:
+                    continue  # its parent diverged; that has been said
+                run = Run(model_name, options, row, parent, seed, data, arguments, folder)
+                try:
+                    table.append(run.finished_in(logbook) or run.execute(logbook))
+                    runs[row.name] = run
+                except NonFiniteLoss as error:
+                    failures.append(f"{row.name}, seed {seed}: {error}")
+                    print(f"{row.name}, seed {seed}: {error}", file=sys.stderr)
+        if distributed.rank() == 0 and table:
+            print_table(table)
+            paths = write_report(logbook.rows(), folder)
+            logbook.close(table, paths)
+            print(f"report and pictures: {folder / 'report.html'}")
+    finally:
+        logbook.finish()
+    if failures:
+        raise ValueError("training diverged in " + "; ".join(failures))
+
+
+class Run:
+    """One row with one seed."""
+
+    def __init__(
+        self, model_name: str, options: dict[str, Any], row: Row, parent: Run | None, seed: int,
+        data: ImageDataset, arguments: Arguments, folder: Path,
+    ) -> None:  # fmt: skip
+        self.model_name, self.options, self.row, self.parent = model_name, options, row, parent
+        self.seed, self.data, self.arguments = seed, data, arguments
+        self.config = {
+            "model": model_name, "options": options, "dataset": data.name, "data_fingerprint": data.fingerprint,
+            "row": describe(row), "seed": seed, "budget": arguments.budget, "precision": str(arguments.precision),
+            "parent": parent.hash if parent else None,
+        }  # fmt: skip
+        self.hash = config_hash(self.config)
+        self.folder = folder / f"{row.name}-seed{seed}"
+
+    def finished_in(self, logbook: Logbook) -> dict[str, Any] | None:
+        """The row's line if it has been done with this very configuration and its files are still there."""
+        line = logbook.done(self.hash)
+        if line is not None and (self.folder / "checkpoint.safetensors").exists() and self._folder_is_mine():
+            print(f"{self.row.name}, seed {self.seed}: done before ({line['test_accuracy_pct']:.2f}%)")
+            return line
+        return None
+
+    def execute(self, logbook: Logbook) -> dict[str, Any]:
+        """Do the row and append its line to the logbook."""
+        self._claim_folder()
+        began = time.monotonic()
+        logbook.start_row(f"{self.row.name}-seed{self.seed}", self.config)
+        model = self.transformed(self.start())
+        setup = Setup(self.arguments.device, self.arguments.precision, self.arguments.compile)
+        trained_seconds = 0.0
+        if self.row.recipe is not None:
+            train_began = time.monotonic()
+            teacher = self.parent.trained().to(setup.device) if self.parent and self.row.recipe.distill else None
+            train(
+                model, self.data, self.row.recipe, setup, seed=self.seed, budget=self.arguments.budget,
+                teacher=teacher, state_path=self.folder / "last.pt", on_epoch=logbook.epoch,
+            )  # fmt: skip
+            trained_seconds = time.monotonic() - train_began
+        if distributed.rank() == 0:
+            save_weights(model, self.folder / "checkpoint.safetensors")
+            line = self.measured(model) | {
+                "train_seconds": round(trained_seconds, 1), "row_seconds": round(time.monotonic() - began, 1),
+            }  # fmt: skip
+            logbook.row(line)
+            (self.folder / "last.pt").unlink(missing_ok=True)
+        distributed.barrier()
+        return logbook.done(self.hash) or {}
+
+    def start(self) -> nn.Module:
+        """The parent's trained model, or a fresh one."""
+        if self.parent is not None:
+            return self.parent.trained()
+        torch.manual_seed(self.seed)
+        return build(self.model_name, len(self.data.class_names), **self.options)
+
+    def transformed(self, model: nn.Module) -> nn.Module:
+        images = calibration_images(self.data.train.images, self.seed)
+        model = model.to(images.device).eval()
+        for transform in self.row.transforms:
+            model = transform(model, images, self.seed)
+        return model
+
+    def trained(self) -> nn.Module:
+        """This row's model as it was trained (its structure rebuilt, its weights from the checkpoint)."""
+        model = self.transformed(self.start())
+        load_weights(model, self.folder / "checkpoint.safetensors")
+        return model.eval()
+
+    def measured(self, model: nn.Module) -> dict[str, Any]:
+        """The row's line: everything in it is taken from the file that was saved and loaded again."""
+        args, test = self.arguments, self.data.test
+        trainable_logits = predict(model.to(args.device), test.images)
+        path = self.folder / "model.safetensors"
+        metadata = {"class_names": list(self.data.class_names), "trained": self.config, "commit": commit()}
+        packed = pack_(copy.deepcopy(model).cpu())
+        save_model(packed, path, metadata | {"accuracy_of_trainable_pct": accuracy_pct(trainable_logits, test.labels)})
+        packed, _ = load_model(path, device=str(args.device))
+        logits = predict(packed, test.images)
+        agreement = 100 * (logits.argmax(1) == trainable_logits.argmax(1)).double().mean().item()
+        floating, float_path = self.float_beside()
+        return {
+            "model": self.model_name, "dataset": self.data.name, "row": self.row.name, "seed": self.seed,
+            "options": self.options, "parent": self.row.parent,
+            "epochs": self.row.recipe.epochs if self.row.recipe else 0, "pruned": pruned_text(self.row),
+            "transforms": [str(t) for t in self.row.transforms],
+            "test_accuracy_pct": round(accuracy_pct(logits, test.labels), 3), "test_images": len(test),
+            "reload_agreement_pct": round(agreement, 3),
+            "file_bytes": os.path.getsize(path), "float_file_bytes": os.path.getsize(float_path),
+            "ideal_bytes": ideal_bytes(packed), "zero_fraction": round(code_zero_fraction(packed), 5),
+            "weight_bits": weight_bits(packed), "macs": count_macs(packed),
+            **latency_beside(floating, packed, args.device),
+            "device": device_name(args.device), "threads": torch.get_num_threads(),
+            "backend": backend_of(packed), "budget": args.budget, "precision": str(args.precision).removeprefix("torch."),
+            "config_hash": self.hash, "command": "python3 " + shlex.join(sys.argv), "commit": commit(),
+            "versions": versions(), "started_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        }  # fmt: skip
+
+    def float_beside(self) -> tuple[nn.Module, Path]:
+        """The float model this row descends from, through the same path: saved as a file, loaded again."""
+        origin = self
+        while origin.parent is not None:
+            origin = origin.parent
+        path = origin.folder / "model.safetensors"
+        return load_model(path, device=str(self.arguments.device))[0], path
+
+    def _folder_is_mine(self) -> bool:
+        mark = self.folder / "config_hash"
+        return mark.exists() and mark.read_text().strip() == self.hash
+
+    def _claim_folder(self) -> None:
+        """Make the row's folder; results of another configuration in it are moved aside, not lost."""
+        mark = self.folder / "config_hash"
+        if distributed.rank() == 0:
+            if mark.exists() and not self._folder_is_mine():
+                self.folder.rename(self.folder.with_name(f"{self.folder.name}.{mark.read_text().strip()}"))
+            self.folder.mkdir(parents=True, exist_ok=True)
+            mark.write_text(self.hash + "\n")
+        distributed.barrier()
+
+
+def commit() -> str:
+    """The commit of this working copy, with "+changes" if tracked files differ from it; empty outside a checkout."""
+    root = Path(__file__).parent.parent
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
+    except FileNotFoundError:  # no git on this machine
+        return ""
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the figures depend on."""
+    from importlib.metadata import version
+
+    return {"python": sys.version.split()[0]} | {n: version(n) for n in ("torch", "transformers", "numpy")}
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return "cpu"
+
+
+def backend_of(model: nn.Module) -> str:
+    """Which kernels run a loaded model: those of its packed network, or of its packed layers; "torch" if it has none."""
+    if hasattr(model, "executor"):
+        return model.executor.backend
+    runners = {m._runner.backend for m in model.modules() if hasattr(getattr(m, "_runner", None), "backend")}
+    return "+".join(sorted(runners)) or "torch"

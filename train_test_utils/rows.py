@@ -1,0 +1,136 @@
+"""What a table is made of: rows, and the transformations that a row applies to its parent."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.select import Selection, select_layers
+from pruning_utils import prune_
+from quantization_utils import absmean_fitted, calibrate_, quantize_
+from quantization_utils.quantizers import Quantizer
+
+from .recipe import Recipe
+
+Transform = Callable[[nn.Module, Tensor, int], nn.Module]  # (model, unlabelled images float (B, 3, H, W), seed)
+
+
+@dataclass(frozen=True)
+class Ternary:
+    """Make layers ternary; see `quantize_`. `ends`: another quantizer for the first and the last layer."""
+
+    quantizer: Quantizer = absmean_fitted
+    act_bits: int | None = None
+    only: Selection = None
+    keep: Sequence[str] = ()
+    ends: Quantizer | None = None
+
+    def __call__(self, model: nn.Module, images: Tensor, seed: int) -> nn.Module:
+        if self.ends is not None:
+            layers = select_layers(model)
+            quantize_(model, self.ends, self.act_bits, only=(layers[0][0], layers[-1][0]))
+        quantize_(model, self.quantizer, self.act_bits, self.only, self.keep)
+        return model if self.act_bits is None else calibrate_(model, images)
+
+    def __str__(self) -> str:
+        which = "all layers" if self.only is None else _selection(self.only)
+        acts = "float activations" if self.act_bits is None else f"{self.act_bits}-bit activations"
+        return f"ternary {self.quantizer.__name__} ({which}, {acts}" + (", 8-bit ends)" if self.ends else ")")
+
+
+@dataclass(frozen=True)
+class Prune:
+    """Prune layers; see `prune_`. The score says whether single weights or filters go."""
+
+    score: Any
+    amount: float
+    only: Selection = None
+
+    def __call__(self, model: nn.Module, images: Tensor, seed: int) -> nn.Module:
+        return prune_(model, self.score, self.amount, only=self.only, seed=seed)
+
+    def __str__(self) -> str:
+        what = "filters" if getattr(self.score, "granularity", "weight") == "filter" else "single weights"
+        where = "all layers" if self.only is None else _selection(self.only)
+        return f"{self.amount:.0%} of {what} of {where} by {self.score.__name__}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table: where it starts, what is done to it, how it is trained then (None: not at all)."""
+
+    name: str
+    parent: str | None
+    transforms: Sequence[Transform]
+    recipe: Recipe | None
+
+
+def choose(rows: Sequence[Row], patterns: Sequence[str] | None) -> list[Row]:
+    """The rows whose names match any of the patterns (as a shell matches names), with the parents they need, in order.
+
+    Raises:
+        ValueError: a pattern that matches no row.
+    """
+    if not patterns:
+        return list(rows)
+    for pattern in patterns:
+        if not any(fnmatchcase(row.name, pattern) for row in rows):
+            raise ValueError(f"no row matches {pattern!r}: --list shows the rows")
+    wanted = {row.name for row in rows if any(fnmatchcase(row.name, p) for p in patterns)}
+    for row in reversed(rows):  # parents stand before their children
+        if row.name in wanted and row.parent is not None:
+            wanted.add(row.parent)
+    return [row for row in rows if row.name in wanted]
+
+
+def describe(value: Any) -> Any:
+    """A JSON value that says what a row, recipe or transformation is: functions and classes by name, dataclasses by field."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {"kind": type(value).__name__} | {f.name: describe(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, (list, tuple)):
+        return [describe(v) for v in value]
+    if isinstance(value, dict):
+        return {k: describe(v) for k, v in value.items()}
+    if callable(value):
+        return value.__name__
+    return value
+
+
+def config_hash(config: dict[str, Any]) -> str:
+    """16 hexadecimal digits that change when anything in a row's configuration does."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def pruned_text(row: Row) -> str:
+    """What a row prunes, in words; empty if nothing."""
+    return "; ".join(str(t) for t in row.transforms if isinstance(t, Prune))
+
+
+def format_rows(model_name: str, rows: Sequence[Row]) -> str:
+    """The table of rows for `--list`."""
+    lines = [f"{model_name}: {len(rows)} rows", f"{'row':<34} {'starts from':<14} {'trained':<12} transformed by"]
+    for row in rows:
+        trained = "-" if row.recipe is None else f"{row.recipe.epochs:g} epochs"
+        transforms = " → ".join(str(t) for t in row.transforms) or "-"
+        lines.append(f"{row.name:<34} {row.parent or '-':<14} {trained:<12} {transforms}")
+    return "\n".join(lines)
+
+
+def _selection(only: Selection) -> str:
+    chosen = (only,) if isinstance(only, (type, str)) or only is None else tuple(only)
+    words = {nn.Linear: "linear layers", nn.Conv2d: "convolutions"}
+    return " and ".join(words.get(c, getattr(c, "__name__", str(c))) for c in chosen)  # type: ignore[call-overload]
+
+
+def calibration_images(images_u8: Tensor, seed: int, count: int = 1024) -> Tensor:
+    """`count` unlabelled images of the training split, float32 in [0, 1], the same for a given seed."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(len(images_u8), generator=generator)[:count]
+    return images_u8[chosen.to(images_u8.device)].float() / 255

@@ -1,0 +1,171 @@
+"""One training run, from the first step to the last."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+from quantization_utils.bit_layers import BitConv2d, BitLinear
+
+from . import distributed
+from .checkpoint import load_state, save_state
+from .data import ImageDataset, augment, epoch_order, to_float
+from .recipe import Recipe
+
+CHECKPOINT_SECONDS = 60.0
+LOOK_EVERY = 20  # steps between two looks at the loss: each makes a GPU wait
+
+
+class NonFiniteLoss(ValueError):
+    """Training diverged; the message names the step, and the last good checkpoint stays."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Where and how a run computes; nothing here is meant to change its result."""
+
+    device: torch.device
+    precision: torch.dtype = torch.float32  # of the autocast regions
+    compile: bool = False
+
+
+def train(
+    model: nn.Module,
+    dataset: ImageDataset,
+    recipe: Recipe,
+    setup: Setup,
+    *,
+    seed: int = 0,
+    budget: float = 1.0,
+    teacher: nn.Module | None = None,
+    state_path: Path | None = None,
+    on_epoch: Callable[[dict[str, Any]], None] = lambda record: None,
+) -> nn.Module:
+    """Train `model` in place by `recipe` and return it, in evaluation mode.
+
+    Every random number depends on (seed, step) or (seed, epoch) alone, so a run that is interrupted and continues from
+    `state_path` ends in the same weights, bit for bit, on a CPU with the same number of threads.
+
+    Raises:
+        NonFiniteLoss: the loss was infinite or not a number; the last good state stays at `state_path`.
+    """
+    device, rank, world = setup.device, distributed.rank(), distributed.world_size()
+    train_split = dataset.train
+    steps_per_epoch = recipe.steps_per_epoch(len(train_split))
+    steps = recipe.steps(len(train_split), budget)
+    model.to(device, memory_format=torch.channels_last).train()
+    optimizer = recipe.build_optimizer(model)
+    scaler = torch.amp.GradScaler(device.type, enabled=setup.precision == torch.float16)
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True) if recipe.ema else None
+    parts = {"model": model, "optimizer": optimizer, "scaler": scaler} | ({"averaged": averaged} if averaged else {})
+    start, sums = _resume(parts, state_path, device)
+    bit_layers = [m for m in model.modules() if isinstance(m, (BitLinear, BitConv2d))]
+    runner = distributed.wrapped(model)
+    if setup.compile:
+        runner = torch.compile(runner)
+    autocast = (
+        torch.autocast(device.type, setup.precision) if setup.precision != torch.float32 else nullcontext()
+    )
+    order, order_epoch, saved_at, epoch_began = None, -1, time.monotonic(), time.monotonic()
+    progress = tqdm(total=steps, initial=start, unit="step", leave=False, disable=rank > 0, mininterval=1.0)
+
+    for step in range(start, steps):
+        epoch, position = divmod(step, steps_per_epoch)
+        if epoch != order_epoch:
+            order, order_epoch = epoch_order(len(train_split), seed, epoch, device), epoch
+        batch = order[position * recipe.batch_size : (position + 1) * recipe.batch_size][rank::world]
+        torch.manual_seed(hash((seed, step, rank)) & 0x7FFFFFFF)  # augmentation and dropout
+        lr = recipe.lr_at(step, steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["lr_factor"]
+        for layer in bit_layers:
+            layer.quantized_part = recipe.quantized_part_at(step, steps)
+
+        images = to_float(
+            augment(train_split.images[batch], crop_padding=recipe.crop_padding, flip=dataset.flip, cutout=recipe.cutout)
+        ).contiguous(memory_format=torch.channels_last)
+        labels = train_split.labels[batch]
+        with autocast:
+            logits = runner(images)
+            teacher_logits = _soft_targets(teacher, images)
+        loss = _loss(logits.float(), labels, teacher_logits, recipe)
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale(loss).backward()
+        if recipe.clip_norm is not None:
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
+        scaler.step(optimizer)
+        scaler.update()
+        if averaged is not None:
+            averaged.update_parameters(model)
+
+        # (loss, correct, images) of this epoch so far and the first step whose loss was not finite, all on the device.
+        sums[:3] += torch.stack([loss.detach(), (logits.argmax(1) == labels).sum(), torch.ones_like(loss) * len(labels)])
+        sums[3] = torch.where(torch.isfinite(loss.detach()) | (sums[3] >= 0), sums[3], step)
+        last_of_epoch = position == steps_per_epoch - 1 or step == steps - 1
+        due = state_path is not None and time.monotonic() - saved_at > CHECKPOINT_SECONDS
+        if step % LOOK_EVERY == 0 or last_of_epoch or due:
+            record = _look(sums, position + 1, epoch + 1, lr, state_path)
+            progress.set_postfix(loss=f"{record['train_loss']:.3f}", acc=f"{record['train_accuracy_pct']:.1f}%", lr=f"{lr:.2g}")
+        progress.update()
+        if last_of_epoch:
+            now = time.monotonic()
+            on_epoch(record | {"step": step + 1, "seconds": round(now - epoch_began, 1)})
+            sums.fill_(0)
+            sums[3], epoch_began = -1, now
+        if due and rank == 0:
+            save_state({"step": step + 1, "sums": sums} | {k: v.state_dict() for k, v in parts.items()}, state_path)
+            saved_at = time.monotonic()
+
+    progress.close()
+    if averaged is not None:
+        model.load_state_dict(averaged.module.state_dict())
+    return model.eval()
+
+
+def _resume(parts: dict[str, Any], path: Path | None, device: torch.device) -> tuple[int, Tensor]:
+    """Load the state of an interrupted run into `parts`; return the first step still to do and the epoch's sums."""
+    state = load_state(path, device) if path is not None else None
+    if state is None:
+        return 0, torch.tensor([0.0, 0.0, 0.0, -1.0], device=device)
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    return state["step"], state["sums"]
+
+
+def _soft_targets(teacher: nn.Module | None, images: Tensor) -> Tensor | None:
+    if teacher is None:
+        return None
+    with torch.no_grad():
+        return teacher(images).float()
+
+
+def _loss(logits: Tensor, labels: Tensor, teacher_logits: Tensor | None, recipe: Recipe) -> Tensor:
+    """Cross-entropy, mixed with the divergence from the teacher's softened classes (G. Hinton et al., arXiv 1503.02531)."""
+    loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
+    if teacher_logits is None or not recipe.distill:
+        return loss
+    t = recipe.temperature
+    divergence = F.kl_div(
+        F.log_softmax(logits / t, 1), F.log_softmax(teacher_logits / t, 1), reduction="batchmean", log_target=True
+    )
+    return (1 - recipe.distill) * loss + recipe.distill * t * t * divergence
+
+
+def _look(sums: Tensor, batches: int, epoch: int, lr: float, state_path: Path | None) -> dict[str, Any]:
+    loss, correct, images, bad_step = sums.tolist()
+    if bad_step >= 0 or not math.isfinite(loss):
+        kept = f"the last good state is {state_path}" if state_path is not None and state_path.exists() else "nothing was saved yet"
+        raise NonFiniteLoss(f"the loss was not finite at step {int(bad_step)}; {kept}. Lower the recipe's learning rate.")
+    return {"epoch": epoch, "train_loss": loss / batches, "train_accuracy_pct": 100 * correct / images, "lr": lr}

@@ -1,0 +1,59 @@
+"""Vision Transformer on CIFAR-10 and CIFAR-100: 1.58-bit weights and pruning.
+
+    python3 vit_experiments.py                                      # google/vit-base-patch16-224-in21k, every row
+    python3 vit_experiments.py --options checkpoint=FOLDER          # any ViT checkpoint: a folder, or a name on the Hub
+    python3 vit_experiments.py --options checkpoint=none            # the compact ViT for 32×32 images, from scratch
+    python3 vit_experiments.py --quick                              # handwritten digits, minutes on a CPU, nothing to download
+"""
+
+from dataclasses import replace
+
+from torch import nn
+
+from pruning_utils import l1, l1_global, l2_filters, random
+from quantization_utils import absmean_fitted, absmean_per_tensor, int8_absmax, mse_optimal, twn
+from train_test_utils.experiment import main
+from train_test_utils.recipe import Recipe, adamw
+from train_test_utils.rows import Prune, Row, Ternary
+
+FROM_SCRATCH = Recipe(epochs=200, lr=1e-3, optimizer=adamw, weight_decay=0.05, label_smoothing=0.1, clip_norm=1.0)
+PRETRAINED = Recipe(epochs=7, lr=5e-5, optimizer=adamw, weight_decay=0.01, batch_size=32, clip_norm=1.0)
+
+LINEAR = Ternary(mse_optimal, only=nn.Linear)
+QAT = Ternary(absmean_fitted, act_bits=8)
+QAT_LINEAR = replace(QAT, only=nn.Linear)
+
+
+def rows(options: dict) -> list[Row]:
+    """The table; a pretrained checkpoint is fine-tuned, the compact model is trained from scratch."""
+    first = PRETRAINED if options.get("checkpoint") else FROM_SCRATCH
+    finetune = replace(first, lr=first.lr / 2, epochs=first.epochs if options.get("checkpoint") else 60)
+    short = replace(finetune, epochs=finetune.epochs / 2)
+    return [
+        #   name                    starts from  then transformed by                            then trained with
+        Row("float",                None,        [],                                            first),
+        # After training, weights only
+        Row("ptq_linear",           "float",     [LINEAR],                                      None),
+        Row("ptq_all_per_tensor",   "float",     [Ternary(absmean_per_tensor)],                 None),
+        Row("ptq_all_twn",          "float",     [Ternary(twn)],                                None),
+        Row("ptq_all",              "float",     [Ternary(mse_optimal)],                        None),
+        Row("ptq_all_8bit_acts",    "float",     [Ternary(mse_optimal, act_bits=8)],            None),
+        # During training, weights and activations (8 bits per token)
+        Row("qat_linear",           "float",     [QAT_LINEAR],                                  finetune),
+        Row("qat_all",              "float",     [QAT],                                         finetune),
+        Row("qat_all_per_tensor",   "float",     [replace(QAT, quantizer=absmean_per_tensor)],  finetune),
+        Row("qat_all_weight_only",  "float",     [replace(QAT, act_bits=None)],                 finetune),
+        Row("qat_all_8bit_ends",    "float",     [replace(QAT, ends=int8_absmax)],              finetune),
+        # As the earlier study: pruned, then quantization-aware
+        *[Row(f"qat_linear_{score.__name__}_{p}", "float", [Prune(score, p / 100, only=nn.Linear), QAT_LINEAR], short)
+          for score in (random, l1, l2_filters, l1_global) for p in (30, 50, 70, 90)],
+    ]  # fmt: skip
+
+
+QUICK = ("float", "ptq_linear", "ptq_all", "qat_all", "qat_linear_l1_50", "qat_linear_l2_filters_50")
+
+if __name__ == "__main__":
+    main(
+        "vit", rows, QUICK, quick_options={"checkpoint": None, "width": 128, "depth": 4},
+        checkpoint="google/vit-base-patch16-224-in21k",
+    )  # fmt: skip
