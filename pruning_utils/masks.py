@@ -1,0 +1,113 @@
+"""Masks: what holds a pruned weight at exactly zero, and what decides which entries it holds."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from models.select import Selection, select_layers
+
+
+class Mask(nn.Module):
+    """A parametrization (`torch.nn.utils.parametrize`) that keeps the entries where `mask` is true; the rest is 0.0.
+
+    The optimizer steps the parameter behind the mask, which no gradient reaches at a pruned entry; momentum and weight
+    decay do as they like with it, the tensor that the layer sees stays zero. The mask is a buffer: it is saved with
+    the model, moves with it, and is copied by `deepcopy`.
+    """
+
+    mask: Tensor
+
+    def __init__(self, mask: Tensor) -> None:
+        """`mask`: bool, the shape of the tensor it is put on."""
+        super().__init__()
+        self.register_buffer("mask", mask)
+
+    def forward(self, tensor: Tensor) -> Tensor:
+        # Not a product: that leaves -0.0, and NaN where a diverged value is pruned.
+        return torch.where(self.mask, tensor, 0.0)
+
+    def right_inverse(self, tensor: Tensor) -> Tensor:
+        """What the parameter becomes when the tensor is assigned: pruned entries are zero behind the mask as well."""
+        return self.forward(tensor)
+
+    def extra_repr(self) -> str:
+        return f"{int((~self.mask).sum())} of {self.mask.numel()} pruned"
+
+
+def choose_kept(keys: tuple[Tensor, ...], removed: int) -> Tensor:
+    """Return a bool mask, shape of the keys, with exactly `removed` entries false: the smallest.
+
+    Entries are ordered by the first key; equal ones by the second, and so on; those equal in all keys by position, first
+    goes first. So the choice is exact and the same everywhere, however many ties there are (ternary weights have only
+    two magnitudes). Selection, not sorting: linear in the number of entries.
+    """
+    flat_keys = [key.flatten() for key in keys]
+    gone = torch.zeros_like(flat_keys[0], dtype=torch.bool)
+    tied = torch.ones_like(gone)
+    left = removed
+    for key in flat_keys:
+        if left == 0:
+            break
+        threshold = key[tied].kthvalue(left).values
+        below = tied & (key < threshold)
+        gone |= below
+        left -= int(below.sum())
+        tied &= key == threshold
+    gone[tied.nonzero().flatten()[:left]] = True
+    return ~gone.view_as(keys[0])
+
+
+def apply_mask_(module: nn.Module, tensor_name: str, mask: Tensor) -> None:
+    """Hold the entries of a module's tensor where `mask` is false at zero, beside those that are held already, in place."""
+    existing = mask_of(module, tensor_name)
+    if existing is None:
+        parametrize.register_parametrization(module, tensor_name, Mask(mask.clone()))
+        return
+    existing.mask &= mask
+    with torch.no_grad():
+        setattr(module, tensor_name, getattr(module, tensor_name))  # zero behind the mask too
+
+
+def mask_of(module: nn.Module, tensor_name: str = "weight") -> Mask | None:
+    """The mask on a module's tensor, or None."""
+    if not parametrize.is_parametrized(module, tensor_name):
+        return None
+    parametrizations = module.parametrizations[tensor_name]  # type: ignore[index, union-attr]
+    return next((p for p in parametrizations if isinstance(p, Mask)), None)
+
+
+def strip_masks_(model: nn.Module) -> nn.Module:
+    """Take all masks off, in place; return the model. Pruned entries stay zero, until something trains them.
+
+    Tensors with parametrizations of other kinds besides keep theirs, masks included.
+    """
+    for module in list(model.modules()):
+        if parametrize.is_parametrized(module):
+            for name, parametrizations in list(module.parametrizations.items()):  # type: ignore[union-attr, operator]
+                if all(isinstance(p, Mask) for p in parametrizations):
+                    parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+    return model
+
+
+def effective_weight(layer: nn.Module) -> Tensor:
+    """The weight a layer computes with, detached: of a ternary layer codes · scale, of any other its weight."""
+    if hasattr(layer, "quantized_weight"):
+        codes, scale_N = layer.quantized_weight()  # type: ignore[operator]
+        return codes.float() * scale_N.view(-1, *[1] * (codes.dim() - 1))
+    return layer.weight.detach()  # type: ignore[operator, return-value]
+
+
+def zero_fraction(model: nn.Module, only: Selection = None) -> float:
+    """The fraction of exact zeros among the weights of linear and convolution layers, zero codes of ternary ones included.
+
+    `only`: which layers (`models.select.select_layers`).
+
+    Raises:
+        ValueError: no layer is chosen.
+    """
+    weights = [effective_weight(layer) for _, layer in select_layers(model, only)]
+    if not weights:
+        raise ValueError(f"no linear or convolution layer matches only={only!r}")
+    return sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)

@@ -1,0 +1,66 @@
+"""What belongs to a filter: the tensors that must be zero with it for its channel to be zero.
+
+A filter is one output channel of a convolution or linear layer. When its weights, its bias, and the weight and bias of the
+batch norm behind it are all zero, the channel is exactly 0 whatever the image, in training and in evaluation; nothing that
+reads it changes when it is physically removed. `quantization_utils.dead_channels` does that to a packed network.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, fx, nn
+
+from models.graph import is_chain, module_of, trace
+from models.select import select_layers
+
+from .masks import apply_mask_
+
+PASSES_CHANNELS = (nn.Identity, nn.Dropout, nn.Dropout2d)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+
+
+def mask_filters_(layer: nn.Module, kept_N: Tensor, batch_norms: list[nn.Module]) -> None:
+    """Hold the filters where `kept_N` is false at zero, in place: weight, bias, and the batch norms behind the layer."""
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    apply_mask_(layer, "weight", kept_N.view(-1, *[1] * (weight.dim() - 1)).expand_as(weight))
+    if layer.bias is not None:
+        apply_mask_(layer, "bias", kept_N)
+    for batch_norm in batch_norms:
+        apply_mask_(batch_norm, "weight", kept_N)
+        apply_mask_(batch_norm, "bias", kept_N)
+
+
+def batch_norms_behind(model: nn.Module) -> dict[str, list[nn.Module]]:
+    """The affine batch norms that read each layer's output directly, by the layer's name.
+
+    Found by tracing the data flow (torch.fx). A model that cannot be traced (a transformer) has none: filter pruning
+    then zeroes weight and bias alone, which is all there is where no batch norm follows.
+    """
+    if not is_chain(model):
+        return {}
+    try:
+        graph = trace(model)
+    except Exception:  # tracing runs the model's own Python on proxies, which may fail in any way
+        return {}
+    found: dict[str, list[nn.Module]] = {}
+    for node in graph.nodes:
+        if isinstance(module_of(model, node), (nn.Linear, nn.Conv2d)):
+            readers = found.setdefault(str(node.target), [])
+            readers += [m for m in _readers(model, node) if isinstance(m, BATCH_NORMS) and m.affine and m not in readers]
+    return found
+
+
+def _readers(model: nn.Module, node: fx.Node) -> list[nn.Module]:
+    modules: list[nn.Module] = []
+    for user in node.users:
+        module = module_of(model, user)
+        if isinstance(module, PASSES_CHANNELS):
+            modules += _readers(model, user)
+        elif module is not None:
+            modules.append(module)
+    return modules
+
+
+def without_classifier(model: nn.Module, layers: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
+    """The layers whose filters may go: all but the model's last one, whose outputs are the classes."""
+    every = select_layers(model)
+    return [(name, layer) for name, layer in layers if layer is not every[-1][1]]
