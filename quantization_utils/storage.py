@@ -1,0 +1,339 @@
+"""Models <-> files: `save_model` and `load_model`. The file is specified in `packing.py`.
+
+A file is read in this order: sizes against its real length, version, hashes, what it says of its model (a list of nodes, or
+a constructor built without memory) against its tensors, and only then codes are unpacked and values looked at.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import models
+from models.normalize import Normalize
+
+from .bit_layers import BitConv2d, BitLinear, PackedConv2d, PackedLinear, Quantized, StaticQuantizer
+from .file_format import VERSION, ModelFileError, Stored, dump_json, parse_json, read_file, sha256_all, write_file
+from .network import PackedNetwork
+from .packing import Bits, pack_codes, unpack_codes
+from .scale_rounding import with_float16_scales
+from .storage_checks import (
+    DTYPE_OF, NODE_DEFAULTS, NODE_TENSORS, Record, bounded_construction, check_constructor, check_network, check_record,
+    require, whole,
+)  # fmt: skip
+
+SAFETENSORS_DTYPE = {getattr(torch, name): code for code, name in DTYPE_OF.items()}
+IMAGE_SHAPE = (3, 32, 32)  # what a PackedNetwork's nodes are made for
+OWN_METADATA = ("format_version", "kind", "constructor", "normalization")  # written from the model, whatever the caller says
+
+
+def save_model(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    metadata: Mapping[str, Any] | None = None,
+    calibration_images: Tensor | None = None,
+) -> int:
+    """Write a packed or float model to one file, atomically; return its length in bytes. The model is not changed.
+
+    `metadata`: JSON values that travel along: training provenance, measured accuracy; "classes", if there, is a list of
+    their names. What `load_model` returns can be given back. `calibration_images` (B, 3, H, W): scales, gains and biases
+    are stored as float16 where that leaves the class of every image as it is; without images they stay float32.
+    Saving a loaded file gives the same bytes.
+
+    Raises:
+        ValueError: the model is not packed yet, or cannot be rebuilt from `model.constructor`; metadata is not JSON.
+        OSError: the file cannot be written; the one that was there is unchanged.
+    """
+    model = model if calibration_images is None else with_float16_scales(model, calibration_images)
+    tensors, own = _describe_network(model) if isinstance(model, PackedNetwork) else _describe_modules(model)
+    user = {k: v for k, v in (metadata or {}).items() if k not in OWN_METADATA}
+    try:
+        own = {key: dump_json(value) for key, value in {**own, "metadata": user}.items()}
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"metadata and constructor options must be JSON values ({error})") from error
+    records = _to_records(tensors)
+    digests = sha256_all([r.stored.data for r in records.values()])
+    entries = {name: _entry(r, digest) for (name, r), digest in zip(records.items(), digests, strict=True)}
+    own |= {"kind": "network" if isinstance(model, PackedNetwork) else "modules", "tensors": dump_json(entries)}
+    try:
+        _check(own, records)  # what a reader would refuse is never written
+    except ModelFileError as error:
+        raise ValueError(f"this model cannot be saved: {error}") from error
+    return write_file(path, {name: r.stored for name, r in records.items()}, own)
+
+
+def load_model(
+    path: str | os.PathLike[str], device: str | torch.device = "cpu", backend: str = "auto"
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Return (model in evaluation mode, metadata) of a file that `save_model` wrote.
+
+    `backend`: the kernels of packed layers (`kernels.available_backends()`). metadata: what was given to `save_model`, and
+    "format_version", "kind", "constructor", "normalization".
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ModelFileError: the file is damaged, forged, cut off, of a newer version, or something else; the one exception for it.
+        ValueError: a backend that cannot run here.
+    """
+    try:
+        own, stored = read_file(path)
+        records = read_records(own, stored)
+        model, values = _check(own, records)
+        tensors = _decode(records)
+        _check_values(records, tensors)
+    except ModelFileError as error:
+        raise ModelFileError(f"{os.fspath(path)}: {error}") from error
+    if isinstance(model, PackedNetwork):
+        for name, tensor in tensors.items():
+            _, index, field = name.split(".")
+            setattr(model.nodes[int(index)], field, tensor)
+    else:
+        model.load_state_dict(tensors, strict=True, assign=True)
+    _set_backend(model, backend)
+    user = values.pop("metadata")
+    own_values = {k: values.get(k) for k in OWN_METADATA} | {"format_version": VERSION, "kind": own["kind"]}
+    return model.eval().to(device), {**user, **own_values}
+
+
+def read_records(own: Mapping[str, str], stored: Mapping[str, Stored]) -> dict[str, Record]:
+    """The tensors of a file as `file_format.read_file` returns them, each held against its description."""
+    entries = parse_json(own["tensors"], "the list of tensors")
+    return {name: check_record(name, tensor, entries[name]) for name, tensor in stored.items()}
+
+
+def _describe_network(model: PackedNetwork) -> tuple[dict[str, tuple[Tensor, Bits | None]], dict[str, Any]]:
+    """(tensors by name with the bits of codes, JSON values) of a list of nodes."""
+    tensors: dict[str, tuple[Tensor, Bits | None]] = {}
+    nodes = []
+    for index, node in enumerate(model.nodes):
+        for field in NODE_TENSORS:
+            if getattr(node, field) is not None:
+                tensors[f"nodes.{index}.{field}"] = (getattr(node, field), node.weight_bits if field == "codes" else None)
+        members = {f: getattr(node, f) for f, default in NODE_DEFAULTS.items() if f not in NODE_TENSORS and getattr(node, f) != default}
+        nodes.append({"op": node.op, "input": node.input, **members})
+    network = {"image": list(IMAGE_SHAPE), "nodes": nodes}
+    return tensors, {"constructor": model.constructor, "normalization": None, "network": network}
+
+
+def _describe_modules(model: nn.Module) -> tuple[dict[str, tuple[Tensor, Bits | None]], dict[str, Any]]:
+    """The same of a module tree: its state dict, with parametrizations (pruning masks) applied."""
+    constructor = getattr(model, "constructor", None)
+    if constructor is None:
+        raise ValueError("only models made by models.build(...) can be saved: a file has to say how to rebuild its model")
+    tensors: dict[str, tuple[Tensor, Bits | None]] = {name: (t, None) for name, t in model.state_dict().items()}
+    packed, quantized = {}, {}
+    normalization = None
+    for name, module in model.named_modules():
+        prefix = f"{name}." if name else ""
+        if isinstance(module, (BitLinear, BitConv2d)):
+            raise ValueError(f"layer {name!r} is still trainable: call pack_(model) before saving")
+        if isinstance(module, (PackedLinear, PackedConv2d)):
+            packed[name] = {"act_bits": module.act_bits}
+            tensors[prefix + "codes"] = (module.codes, module.weight_bits)
+        elif isinstance(module, Quantized):
+            quantized[name] = {"bits": module.quantizer.bits}
+        elif isinstance(module, Normalize):
+            normalization = {"mean": list(module.mean), "std": list(module.std)}
+        if hasattr(module, "parametrizations"):
+            for tensor_name in module.parametrizations:
+                tensors[prefix + tensor_name] = (getattr(module, tensor_name), None)
+            hidden = prefix + "parametrizations."
+            tensors = {k: v for k, v in tensors.items() if not k.startswith(hidden)}
+    described = {"packed": packed, "quantized": quantized}
+    return tensors, {"constructor": constructor, "normalization": normalization, "modules": described}
+
+
+def _to_records(tensors: Mapping[str, tuple[Tensor, Bits | None]]) -> dict[str, Record]:
+    with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:  # numpy and zstd release the interpreter lock
+        return dict(zip(tensors, pool.map(_to_record, tensors, tensors.values()), strict=True))
+
+
+def _to_record(name: str, item: tuple[Tensor, Bits | None]) -> Record:
+    tensor, bits = item
+    if bits is not None:
+        encoding, payload = pack_codes(tensor, bits)
+        return Record(Stored("U8", (len(payload),), payload), tuple(tensor.shape), "int8", bits, encoding)
+    tensor = tensor.detach().cpu().contiguous()
+    if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        raise ValueError(f"tensor {name!r} has values that are not finite: there is nothing worth saving")
+    if tensor.dtype not in SAFETENSORS_DTYPE:
+        raise ValueError(f"tensor {name!r} is {tensor.dtype}, which a file cannot hold")
+    dtype = DTYPE_OF[SAFETENSORS_DTYPE[tensor.dtype]]
+    stored = tensor.half() if _is_float16(tensor) else tensor
+    data = stored.view(-1).view(torch.uint8).numpy() if stored.numel() else b""
+    return Record(Stored(SAFETENSORS_DTYPE[stored.dtype], tuple(stored.shape), data), tuple(tensor.shape), dtype)
+
+
+def _is_float16(tensor: Tensor) -> bool:
+    """Whether a float32 tensor survives float16 bit for bit; a few values usually tell."""
+
+    def survives(part: Tensor) -> bool:
+        return torch.equal(part.half().float().view(torch.int32), part.view(torch.int32))
+
+    return tensor.dtype == torch.float32 and survives(tensor.view(-1)[:64]) and survives(tensor.view(-1))
+
+
+def _entry(record: Record, digest: str) -> dict[str, Any]:
+    if record.bits is not None:
+        return {"sha256": digest, "bits": record.bits, "encoding": record.encoding, "shape": list(record.shape)}
+    return {"sha256": digest} | ({"dtype": record.dtype} if record.dtype != DTYPE_OF[record.stored.dtype] else {})
+
+
+def _check(own: Mapping[str, str], records: dict[str, Record]) -> tuple[nn.Module, dict[str, Any]]:
+    """Return (model without values, the file's JSON values) once everything that is said fits together.
+
+    Raises:
+        ModelFileError: it does not.
+    """
+    kind = own.get("kind")
+    require(kind in ("network", "modules"), "its metadata names no kind of model")
+    mine = ("constructor", "normalization", "metadata", "network" if kind == "network" else "modules")
+    known = {"format", "format_version", "file_sha256", "kind", "tensors", *mine}
+    require(set(mine) <= set(own) <= known, "its metadata has members missing or left over")
+    values = {key: parse_json(own[key], key) for key in mine}
+    constructor, user = values["constructor"], values["metadata"]
+    if constructor is not None:
+        check_constructor(constructor)
+    classes = None if constructor is None else constructor["num_classes"]
+    require(isinstance(user, dict), "its metadata is no JSON object")
+    if "classes" in user:
+        names = user["classes"]
+        fits = isinstance(names, list) and all(isinstance(n, str) for n in names) and len(names) == (classes or len(names))
+        require(fits, "its classes are not as many names as it has logits")
+    if kind == "network":
+        return PackedNetwork(check_network(values["network"], records, classes), constructor), values
+    require(constructor is not None, "it has no constructor")
+    model = _build(constructor, len(records))
+    _swap_layers(model, values["modules"], records)
+    _check_state(model, records)
+    _restore_normalization(model)
+    return model, values
+
+
+def _build(constructor: dict[str, Any], tensors: int) -> nn.Module:
+    """The model on the meta device: structure without memory."""
+    try:
+        with torch.device("meta"), bounded_construction(tensors):
+            return models.build(constructor["name"], constructor["num_classes"], **constructor["options"])
+    except ModelFileError:
+        raise
+    except Exception as error:  # options of a forged file can make a constructor fail in any way
+        raise ModelFileError(f"its constructor does not build a model ({type(error).__name__}: {str(error)[:200]})") from error
+
+
+def _swap_layers(model: nn.Module, described: Any, records: Mapping[str, Record]) -> None:
+    """Put packed layers and quantized outputs where the file says they are."""
+    require(isinstance(described, dict) and set(described) == {"packed", "quantized"}, "its list of packed layers is none")
+    packed, quantized = described["packed"], described["quantized"]
+    require(isinstance(packed, dict) and isinstance(quantized, dict), "its list of packed layers is none")
+    built = dict(model.named_modules())
+    for name, options in packed.items():
+        layer, codes = built.get(name), records.get(f"{name}.codes")
+        require(isinstance(layer, (nn.Linear, nn.Conv2d)) and codes is not None and codes.bits is not None, f"there is no layer {name!r} to pack")
+        assert isinstance(layer, (nn.Linear, nn.Conv2d)) and codes is not None and codes.bits is not None
+        fits = isinstance(options, dict) and set(options) == {"act_bits"}
+        require(fits and (options["act_bits"] is None or whole(options["act_bits"], 2, 8)), f"layer {name!r} has no such bits")
+        require(codes.shape == tuple(layer.weight.shape), f"the codes of layer {name!r} have the wrong shape")
+        _replace(model, name, _empty_packed(layer, codes.bits, options["act_bits"]))
+    for name, options in quantized.items():
+        require(name in built and name not in packed and name != "", f"there is no module {name!r} to quantize")
+        fits = isinstance(options, dict) and set(options) == {"bits"} and whole(options["bits"], 2, 8)
+        require(fits, f"module {name!r} has no such bits")
+        with torch.device("meta"):
+            _replace(model, name, Quantized(built[name], StaticQuantizer(options["bits"], 1.0)))
+
+
+def _empty_packed(layer: nn.Linear | nn.Conv2d, bits: Bits, act_bits: int | None) -> nn.Module:
+    codes = torch.empty(layer.weight.shape, dtype=torch.int8, device="meta")
+    scale_N = torch.empty(len(codes), device="meta")
+    bias_N = None if layer.bias is None else torch.empty(len(codes), device="meta")
+    if isinstance(layer, nn.Linear):
+        return PackedLinear(codes, scale_N, bias_N, bits, act_bits)
+    geometry = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation, "groups": layer.groups}
+    return PackedConv2d(codes, scale_N, bias_N, bits, act_bits, geometry=geometry)
+
+
+def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, new)
+
+
+def _check_state(model: nn.Module, records: Mapping[str, Record]) -> None:
+    expected = model.state_dict()
+    for name in expected.keys() ^ records.keys():
+        require(name in expected, f"its model has no place for tensor {name!r}")
+        require(False, f"tensor {name!r} is missing")
+    for name, tensor in expected.items():
+        record, dtype = records[name], str(tensor.dtype).removeprefix("torch.")
+        require(record.shape == tuple(tensor.shape), f"tensor {name!r} has shape {record.shape}, its model {tuple(tensor.shape)}")
+        require(record.dtype == dtype, f"tensor {name!r} is {record.dtype}, its model {dtype}")
+        require((record.bits is not None) == (dtype == "int8"), f"tensor {name!r} is stored in the wrong way")
+
+
+def _restore_normalization(model: nn.Module) -> None:
+    """The constants that are constructor arguments and no part of the state dict."""
+    for module in model.modules():
+        if isinstance(module, Normalize):
+            fresh = Normalize(module.mean, module.std)
+            require(all(bool(b.isfinite().all()) for b in fresh.buffers()), "its normalisation is not finite")
+            module._buffers.update(fresh._buffers)
+    kept = set(model.state_dict())
+    lost = [name for name, buffer in model.named_buffers() if buffer.is_meta and name not in kept]
+    assert not lost, f"buffers that are neither saved nor restored: {lost}"
+
+
+def _decode(records: Mapping[str, Record]) -> dict[str, Tensor]:
+    with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:
+        return dict(zip(records, pool.map(decode_record, records, records.values()), strict=True))
+
+
+def decode_record(name: str, record: Record) -> Tensor:
+    """The tensor itself.
+
+    Raises:
+        ModelFileError: its codes are out of range or not canonically stored.
+    """
+    if record.bits is not None:
+        try:
+            return unpack_codes(memoryview(record.stored.data), record.encoding, record.shape, record.bits)
+        except ValueError as error:
+            raise ModelFileError(f"the codes {name!r} are not right: {error}") from error
+    stored_dtype = getattr(torch, DTYPE_OF[record.stored.dtype])
+    if math.prod(record.shape) == 0:
+        return torch.empty(record.shape, dtype=getattr(torch, record.dtype))
+    if stored_dtype == torch.bool:
+        require(record.stored.data.max() <= 1, f"tensor {name!r} has truth values that are none")
+    return torch.from_numpy(record.stored.data).view(stored_dtype).view(record.shape).to(getattr(torch, record.dtype))
+
+
+def _check_values(records: Mapping[str, Record], tensors: Mapping[str, Tensor]) -> None:
+    """Finite floats; positive scales."""
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            continue
+        # The sum of finite float32 values in float64 is finite, and says so without a mask as large as the tensor.
+        require(bool(torch.isfinite(tensor.sum(dtype=torch.float64))), f"tensor {name!r} has values that are not finite")
+        layer, _, last = name.rpartition(".")
+        if last == "scale" and f"{layer}.codes" in records:
+            require(bool((tensor > 0).all()), f"scales {name!r} are not all positive")
+
+
+def _set_backend(model: nn.Module, backend: str) -> None:
+    if backend != "auto":
+        from . import kernels
+
+        available = kernels.available_backends()
+        if backend not in available:
+            raise ValueError(f"backend {backend!r} cannot run here: choose one of auto, {', '.join(available)}")
+    for module in model.modules():
+        if isinstance(module, (PackedNetwork, PackedLinear)):
+            module.backend = backend
+    if any(isinstance(m, (PackedLinear, PackedConv2d)) for m in model.modules()):
+        model.requires_grad_(False)  # as pack_ leaves it
