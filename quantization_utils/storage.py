@@ -63,7 +63,7 @@ def save_model(
     entries = {name: _entry(r, digest) for (name, r), digest in zip(records.items(), digests, strict=True)}
     own |= {"kind": "network" if isinstance(model, PackedNetwork) else "modules", "tensors": dump_json(entries)}
     try:
-        _check(own, records)  # what a reader would refuse is never written
+        check_description(own, records)  # what a reader would refuse is never written
     except ModelFileError as error:
         raise ValueError(f"this model cannot be saved: {error}") from error
     return write_file(path, {name: r.stored for name, r in records.items()}, own)
@@ -85,7 +85,7 @@ def load_model(
     try:
         own, stored = read_file(path)
         records = read_records(own, stored)
-        model, values = _check(own, records)
+        model, values = check_description(own, records)
         tensors = _decode(records)
         _check_values(records, tensors)
     except ModelFileError as error:
@@ -186,7 +186,7 @@ def _entry(record: Record, digest: str) -> dict[str, Any]:
     return {"sha256": digest} | ({"dtype": record.dtype} if record.dtype != DTYPE_OF[record.stored.dtype] else {})
 
 
-def _check(own: Mapping[str, str], records: dict[str, Record]) -> tuple[nn.Module, dict[str, Any]]:
+def check_description(own: Mapping[str, str], records: dict[str, Record]) -> tuple[nn.Module, dict[str, Any]]:
     """Return (model without values, the file's JSON values) once everything that is said fits together.
 
     Raises:

@@ -1,0 +1,136 @@
+"""What a model file holds: bytes, codes and their entropy, layer by layer, beside what other formats would take."""
+
+from __future__ import annotations
+
+import math
+import os
+import zlib
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .file_format import ModelFileError, read_file
+from .packing import Bits, entropy_bits
+from .quantizers import dequantize
+from .storage import check_description, decode_record, read_records
+from .storage_checks import Record
+
+
+@dataclass
+class Layer:
+    """The codes of one layer, or (`bits` 32, 16 …) one tensor that is stored as it is."""
+
+    name: str
+    shape: tuple[int, ...]
+    bits: Bits
+    encoding: str
+    weights: int
+    file_bytes: int
+    zeros: int
+    ideal_bits: float  # Shannon's bound of the codes; of a tensor stored as it is, its bits
+
+    @property
+    def is_codes(self) -> bool:
+        return self.encoding != "as it is"
+
+
+@dataclass
+class FileReport:
+    """Sizes of a model file, in bytes. Other formats are reckoned for the same tensors, without headers."""
+
+    path: str
+    kind: str
+    file_bytes: int
+    layers: list[Layer]  # of codes
+    others: list[Layer]  # stored as they are
+
+    @property
+    def weights(self) -> int:
+        return sum(layer.weights for layer in self.layers)
+
+    @property
+    def zero_fraction(self) -> float:
+        """Of the codes; 0 where there are none."""
+        return sum(layer.zeros for layer in self.layers) / max(self.weights, 1)
+
+    @property
+    def other_bytes(self) -> int:
+        return sum(layer.file_bytes for layer in self.others)
+
+    @property
+    def ideal_bytes(self) -> float:
+        """Shannon's bound of each layer's codes, and the other tensors' bytes."""
+        return sum(layer.ideal_bits for layer in self.layers) / 8 + self.other_bytes
+
+    @property
+    def log2_3_bytes(self) -> float:
+        """log2(3) bits for a ternary code, 8 for an 8-bit one, and the other tensors' bytes."""
+        bits = sum(layer.weights * (math.log2(3) if layer.bits == "ternary" else 8) for layer in self.layers)
+        return bits / 8 + self.other_bytes
+
+    def bytes_at(self, weight_bytes: int, other_bytes: int) -> int:
+        """With so many bytes for a weight and for every other number (float32: 4, 4; int8: 1, 4)."""
+        return self.weights * weight_bytes + sum(layer.weights for layer in self.others) * other_bytes
+
+    @property
+    def float_bytes(self) -> int:
+        return self.bytes_at(4, 4)
+
+
+def inspect_file(path: str | os.PathLike[str]) -> FileReport:
+    """Read a model file, with every check of `load_model`, and report on it.
+
+    Raises:
+        FileNotFoundError, ModelFileError: as `load_model`.
+    """
+    own, records = _records(path)
+    with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:
+        layers = list(pool.map(_layer, records, records.values()))
+    codes = [layer for layer in layers if layer.is_codes]
+    others = [layer for layer in layers if not layer.is_codes]
+    return FileReport(os.fspath(path), own["kind"], os.path.getsize(path), codes, others)
+
+
+def gzip_float_bytes(path: str | os.PathLike[str]) -> int:
+    """The size of the file's tensors, weights multiplied out to float32, after gzip (level 6)."""
+    _, records = _records(path)
+
+    def squeezed(item: tuple[str, Record]) -> int:
+        name, record = item
+        tensor = decode_record(name, record)
+        if record.bits is not None:
+            tensor = dequantize(tensor, _scale_of(name, records))
+        return len(zlib.compress(memoryview(tensor.float().flatten().numpy()).cast("B"), 6))
+
+    with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:
+        return sum(pool.map(squeezed, records.items()))
+
+
+def _scale_of(name: str, records: Mapping[str, Record]) -> Tensor:
+    layer = name.rpartition(".")[0]
+    scale = next(n for n in (f"{layer}.scale", f"{layer}.gain") if n in records)
+    return decode_record(scale, records[scale]).float()
+
+
+def _records(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, Record]]:
+    try:
+        own, stored = read_file(path)
+        records = read_records(own, stored)
+        check_description(own, records)
+    except ModelFileError as error:
+        raise ModelFileError(f"{os.fspath(path)}: {error}") from error
+    return own, records
+
+
+def _layer(name: str, record: Record) -> Layer:
+    weights = math.prod(record.shape)
+    if record.bits is None:
+        stored_bits = 8 * record.stored.nbytes
+        return Layer(name, record.shape, stored_bits // max(weights, 1), "as it is", weights, record.stored.nbytes, 0, stored_bits)
+    codes = decode_record(name, record)
+    layer = name.removesuffix(".codes")
+    zeros = weights - int(torch.count_nonzero(codes))
+    return Layer(layer, record.shape, record.bits, record.encoding, weights, record.stored.nbytes, zeros, entropy_bits(codes))
