@@ -129,7 +129,6 @@ def _describe_modules(model: nn.Module) -> tuple[dict[str, tuple[Tensor, Bits | 
         raise ValueError("only models made by models.build(...) can be saved: a file has to say how to rebuild its model")
     tensors: dict[str, tuple[Tensor, Bits | None]] = {name: (t, None) for name, t in model.state_dict().items()}
     packed, quantized = {}, {}
-    normalization = None
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
         if isinstance(module, (BitLinear, BitConv2d)):
@@ -139,15 +138,21 @@ def _describe_modules(model: nn.Module) -> tuple[dict[str, tuple[Tensor, Bits | 
             tensors[prefix + "codes"] = (module.codes, module.weight_bits)
         elif isinstance(module, Quantized):
             quantized[name] = {"bits": module.quantizer.bits}
-        elif isinstance(module, Normalize):
-            normalization = {"mean": list(module.mean), "std": list(module.std)}
         if hasattr(module, "parametrizations"):
             for tensor_name in module.parametrizations:
                 tensors[prefix + tensor_name] = (getattr(module, tensor_name), None)
             hidden = prefix + "parametrizations."
             tensors = {k: v for k, v in tensors.items() if not k.startswith(hidden)}
     described = {"packed": packed, "quantized": quantized}
-    return tensors, {"constructor": constructor, "normalization": normalization, "modules": described}
+    return tensors, {"constructor": constructor, "normalization": _normalization_of(model), "modules": described}
+
+
+def _normalization_of(model: nn.Module) -> dict[str, Any] | None:
+    """Of the model's first (and only) Normalize, in units of 1/255."""
+    for module in model.modules():
+        if isinstance(module, Normalize):
+            return {"mean": list(module.mean), "std": list(module.std)}
+    return None
 
 
 def _to_records(tensors: Mapping[str, tuple[Tensor, Bits | None]]) -> dict[str, Record]:
@@ -208,12 +213,14 @@ def check_description(own: Mapping[str, str], records: dict[str, Record]) -> tup
         fits = isinstance(names, list) and all(isinstance(n, str) for n in names) and len(names) == (classes or len(names))
         require(fits, "its classes are not as many names as it has logits")
     if kind == "network":
+        require(values["normalization"] is None, "a network has its normalisation folded in, and this one names another")
         return PackedNetwork(check_network(values["network"], records, classes), constructor), values
     require(constructor is not None, "it has no constructor")
     model = _build(constructor, len(records))
     _swap_layers(model, values["modules"], records)
     _check_state(model, records)
     _restore_normalization(model)
+    require(values["normalization"] == _normalization_of(model), "its normalisation is not what its model does")
     return model, values
 
 
