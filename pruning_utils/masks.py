@@ -39,28 +39,30 @@ class Mask(nn.Module):
 def choose_kept(keys: tuple[Tensor, ...], removed: int) -> Tensor:
     """Return a bool mask, shape of the keys, with exactly `removed` entries false: the smallest.
 
-    Entries are ordered by the first key; equal ones by the second, and so on; those equal in all keys by position, first
-    goes first. So the choice is exact and the same everywhere, however many ties there are (ternary weights have only
-    two magnitudes). Selection, not sorting: linear in the number of entries.
+    Entries are ordered by the first key; equal ones by the second, and so on; those equal in all keys by position, the
+    first goes first. So the choice is exact and the same everywhere, however many ties there are (ternary weights have
+    only two magnitudes). Selection, not sorting: linear in the number of entries.
     """
     flat_keys = [key.flatten() for key in keys]
     gone = torch.zeros_like(flat_keys[0], dtype=torch.bool)
     tied = torch.ones_like(gone)
     left = removed
+    candidates = len(gone)
     for key in flat_keys:
-        if left == 0:
+        if left == 0 or left == candidates:
             break
-        threshold = key[tied].kthvalue(left).values
+        values = key if candidates == len(gone) else key[tied]
+        threshold = values.kthvalue(left).values
         below = tied & (key < threshold)
         gone |= below
-        left -= int(below.sum())
         tied &= key == threshold
+        left, candidates = left - int(below.count_nonzero()), int(tied.count_nonzero())
     gone[tied.nonzero().flatten()[:left]] = True
     return ~gone.view_as(keys[0])
 
 
 def apply_mask_(module: nn.Module, tensor_name: str, mask: Tensor) -> None:
-    """Hold the entries of a module's tensor where `mask` is false at zero, beside those that are held already, in place."""
+    """Hold a module's tensor at zero where `mask` is false, and where it is held already, in place."""
     existing = mask_of(module, tensor_name)
     if existing is None:
         parametrize.register_parametrization(module, tensor_name, Mask(mask.clone()))
@@ -100,7 +102,7 @@ def effective_weight(layer: nn.Module) -> Tensor:
 
 
 def zero_fraction(model: nn.Module, only: Selection = None) -> float:
-    """The fraction of exact zeros among the weights of linear and convolution layers, zero codes of ternary ones included.
+    """The fraction of exact zeros among the weights of linear and convolution layers; a zero code is one.
 
     `only`: which layers (`models.select.select_layers`).
 

@@ -1,8 +1,9 @@
 """How much a weight or a filter matters: one function per method, pure; what has the least importance is pruned first.
 
-A score maps `weight` (N, ...) to importances: of the same shape, for single weights, or (N,), one for each filter (output
-channel). Any function of a weight can be a score; `@scoring` says what it scores if that is not "single weights, compared
-within their layer". The importances of single weights can rank filters too: `prune_` adds them up over a filter.
+A score maps `weight` (N, ...) to importances: of the same shape, for single weights, or (N,), one for each filter
+(output channel). Any function of a weight can be a score; `@scoring` says what it scores if that is not "single
+weights, compared within their layer". The importances of single weights can rank filters too: `prune_` adds them up
+over a filter.
 
 Ranks alone count, within what is compared: a layer, or with scope "global" all layers that are pruned together.
 """
@@ -73,6 +74,7 @@ def l2(weight: Tensor) -> Tensor:
 def l2_filters(weight: Tensor) -> Tensor:
     """The L2 norm of each filter, (N, ...) → (N,).
 
-    Reference: Y. He et al., "Soft Filter Pruning for Accelerating Deep Convolutional Neural Networks", arXiv 1808.06866.
+    Reference: Y. He et al., "Soft Filter Pruning for Accelerating Deep Convolutional Neural Networks",
+    arXiv 1808.06866, section 3.2 (p = 2).
     """
     return weight.flatten(1).float().norm(dim=1)

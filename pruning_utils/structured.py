@@ -1,8 +1,9 @@
 """What belongs to a filter: the tensors that must be zero with it for its channel to be zero.
 
-A filter is one output channel of a convolution or linear layer. When its weights, its bias, and the weight and bias of the
-batch norm behind it are all zero, the channel is exactly 0 whatever the image, in training and in evaluation; nothing that
-reads it changes when it is physically removed. `quantization_utils.dead_channels` does that to a packed network.
+A filter is one output channel of a convolution or linear layer. When its weights, its bias, and the weight and bias of
+the batch norm behind it are all zero, the channel is exactly 0 whatever the image, in training and in evaluation;
+nothing that reads it changes when it is physically removed. `quantization_utils.dead_channels` does that to a packed
+network.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
 
 def mask_filters_(layer: nn.Module, kept_N: Tensor, batch_norms: list[nn.Module]) -> None:
-    """Hold the filters where `kept_N` is false at zero, in place: weight, bias, and the batch norms behind the layer."""
+    """Hold the filters where `kept_N` is false at zero, in place: weight, bias, and the batch norms behind them."""
     weight: Tensor = layer.weight  # type: ignore[assignment]
     apply_mask_(layer, "weight", kept_N.view(-1, *[1] * (weight.dim() - 1)).expand_as(weight))
     if layer.bias is not None:
@@ -44,8 +45,8 @@ def batch_norms_behind(model: nn.Module) -> dict[str, list[nn.Module]]:
     found: dict[str, list[nn.Module]] = {}
     for node in graph.nodes:
         if isinstance(module_of(model, node), (nn.Linear, nn.Conv2d)):
-            readers = found.setdefault(str(node.target), [])
-            readers += [m for m in _readers(model, node) if isinstance(m, BATCH_NORMS) and m.affine and m not in readers]
+            behind = (m for m in _readers(model, node) if isinstance(m, BATCH_NORMS) and m.affine)
+            found.setdefault(str(node.target), []).extend(behind)
     return found
 
 

@@ -27,20 +27,19 @@ def prune_(
 ) -> nn.Module:
     """Hold the `amount` least important weights or filters at zero, in place; return the model.
 
-    After it, round(amount · n) of the n weights (filters) of each layer are zero, exactly, whatever ties there are; with
-    `scope="global"`, of all layers together. Weights that are exactly zero before count, and go first: pruning 30% and
-    then 50% leaves 50%; pruning less than is pruned already changes nothing. Ties go by |w|, then by position.
+    After it, round(amount · n) of the n weights (filters) of each layer are zero, exactly, whatever ties there are;
+    with `scope="global"`, of all layers together. Weights that are exactly zero before count, and go first: 30% and
+    then 50% makes 50%; pruning less than is pruned already changes nothing. Ties go by |w|, then by position.
 
     Filters: the bias and the batch norm behind the layer are masked too, so that the channel is zero and can be removed
     (see `structured.py`). The last layer's filters, which are the classes, and at least one of every layer stay.
 
     Quantized layers (`BitLinear`, `BitConv2d`) are scored by the weights they compute with, codes · scale. A zero code
     is the least of all magnitudes, so `l1` takes those first, in the order of the float weights behind them; `random`
-    takes any. `amount` counts the weights that the mask holds at zero; zero codes among the others come on top. The layer goes
-    on quantizing: its quantizer sees the weights that are left, and fits scale and codes to them, as in training
-    (where a pruned weight does not count either). With `mse_optimal`, `l1` changes no code and no scale as long as it
-    finds zero codes to take; the absmean family has a threshold that rises with the mean of the weights left, and may
-    set further codes to zero.
+    takes any. `amount` counts the weights that the mask holds at zero; zero codes among the others come on top. The
+    layer goes on quantizing: its quantizer sees the weights that are left and fits scale and codes to them, as in
+    training. With `mse_optimal`, `l1` changes no code and no scale as long as it finds zero codes to take; the absmean
+    family has a threshold that rises with the mean of the weights left, and may set further codes to zero.
 
     `score`: a function of `scores.py` or your own. `amount`: a fraction in [0, 1). `granularity`: "weight" or "filter",
     `scope`: "layer" or "global"; by default as the score says (`l2_filters`: filters; `l1_global`: global), else single
@@ -120,6 +119,6 @@ def _keys(
 def _count(amount: float, keys: list[tuple[Tensor, Tensor]]) -> int:
     """How many entries go: round(amount · n), at least those that are gone already, at most those that may go."""
     total = sum(importance.numel() for importance, _ in keys)
-    gone = sum(int((importance == -torch.inf).sum()) for importance, _ in keys)
-    protected = sum(int((importance == torch.inf).sum()) for importance, _ in keys)
+    gone = sum(int((importance == -torch.inf).count_nonzero()) for importance, _ in keys)
+    protected = sum(int((importance == torch.inf).count_nonzero()) for importance, _ in keys)
     return min(max(round(amount * total), gone), total - protected)

@@ -1,11 +1,11 @@
-"""Physical removal of channels that carry nothing from a packed network: smaller and faster, the output bit for bit the same.
+"""Physical removal of channels that carry nothing from a packed network: smaller, faster, and the same bit for bit.
 
 A channel goes if it is 0 for every image (a pruned filter), or if nothing that reaches the logits reads it. Its codes,
-gain and bias go from the node that makes it, and the matching input columns from every node that reads it. Neither changes
-an accumulator, which is an integer sum of what is left, nor any float operation of another channel.
+gain and bias go from the node that makes it, and the matching input columns from every node that reads it. Neither
+changes an accumulator, which is an integer sum of what is left, nor any float operation of another channel.
 
-Channels of nodes that are joined by a residual addition or a pool have the same index and can only go together. The image's
-channels and the logits stay, and so does one channel of every node.
+Channels of nodes that are joined by a residual addition or a pool have the same index and can only go together. The
+image's channels and the logits stay, and so does one channel of every node.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from .network import IMAGE, Node
+
+IMAGE_CHANNELS = 3
 
 
 def remove_dead_channels(nodes: Sequence[Node]) -> list[Node]:
@@ -55,17 +57,13 @@ def _always_zero(nodes: list[Node]) -> list[Tensor]:
     zero: list[Tensor] = []
     for node in nodes:
         if node.op in ("max_pool", "avg_pool"):
-            # The image's three channels are never taken for zero.
-            zero.append(torch.zeros(_image_channels(nodes), dtype=torch.bool) if node.input == IMAGE else zero[node.input])
+            zero.append(torch.zeros(IMAGE_CHANNELS, dtype=torch.bool) if node.input == IMAGE else zero[node.input])
             continue
         assert node.codes is not None and node.gain is not None and node.bias is not None
-        codes_NCB = node.codes.cpu().reshape(len(node.codes), _input_channels(nodes, node, zero), -1)
-        if node.input != IMAGE:
-            codes_NCB = codes_NCB[:, ~zero[node.input]]  # what is multiplied by 0 does not matter
-        value_N = node.bias.cpu()  # the accumulator is 0: y = 0 · gain + bias
+        value_N = node.bias.cpu()  # where all codes are 0, y = 0 · gain + bias
         value_N = value_N.clamp_min(0) if node.relu else value_N
         value_N = value_N if node.out_max is None else value_N.round().clamp(0, node.out_max)
-        zero_N = (codes_NCB == 0).flatten(1).all(1) & (value_N == 0) & node.gain.cpu().isfinite()
+        zero_N = ~node.codes.flatten(1).any(1).cpu() & (value_N == 0) & node.gain.cpu().isfinite()
         if node.residual is not None:
             zero_N &= zero[node.residual] if node.residual != IMAGE else False
         zero.append(zero_N)
@@ -73,20 +71,20 @@ def _always_zero(nodes: list[Node]) -> list[Tensor]:
 
 
 def _used(nodes: list[Node], zero: list[Tensor]) -> list[Tensor]:
-    """For each node, a bool mask (N,) of the output channels that something used and not always 0 depends on."""
+    """For each node, a bool mask (N,) of the output channels that some other node, or the user, reads."""
     used = [torch.zeros_like(zero_N) for zero_N in zero]
     used[-1].fill_(True)
     for i in reversed(range(len(nodes))):
-        node, alive_N = nodes[i], used[i] & ~zero[i]
+        node = nodes[i]
         if node.residual is not None and node.residual != IMAGE:
-            used[node.residual] |= alive_N
+            used[node.residual] |= used[i]
         if node.input == IMAGE:
             continue
         if node.codes is None:
-            used[node.input] |= alive_N
+            used[node.input] |= used[i]
         else:
-            codes_NCB = node.codes.cpu().reshape(len(node.codes), len(zero[node.input]), -1)
-            used[node.input] |= (codes_NCB[alive_N] != 0).any(2).any(0)
+            channels = len(zero[node.input])
+            used[node.input] |= node.codes.any(0).reshape(channels, -1).any(1).cpu()
     return used
 
 
@@ -100,15 +98,6 @@ def _joined(nodes: list[Node]) -> list[int]:
             old = {group[i], IMAGE if partner == IMAGE else group[partner]}
             group = [min(old) if g in old else g for g in group]
     return group
-
-
-def _input_channels(nodes: list[Node], node: Node, known: list[Tensor]) -> int:
-    return _image_channels(nodes) if node.input == IMAGE else len(known[node.input])
-
-
-def _image_channels(nodes: list[Node]) -> int:
-    """Channels of the image, from a convolution that reads it (a linear layer of raw pixels is taken as one channel)."""
-    return next((n.codes.shape[1] for n in nodes if n.input == IMAGE and n.op == "conv" and n.codes is not None), 1)
 
 
 def _slice(node: Node, kept_N: Tensor, kept_C: Tensor | None) -> Node:

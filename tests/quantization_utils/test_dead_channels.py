@@ -163,14 +163,20 @@ def test_a_channel_nobody_reads_goes_and_takes_its_sources_along():
     assert [len(n.codes) for n in slim] == [2, 3, 2]
 
 
-@pytest.mark.parametrize("name, options", [("resnet_18", {"stem": "maxpool"}), ("alexnet", {})])
-def test_pruned_filters_of_a_model_are_gone_after_packing(name, options):
+@pytest.mark.parametrize(
+    "name, options, prune_first",
+    [("resnet_18", {"stem": "maxpool"}, True), ("resnet_18", {"stem": "maxpool"}, False), ("alexnet", {}, True)],
+)
+def test_pruned_filters_of_a_model_are_gone_after_packing(name, options, prune_first):
     torch.manual_seed(0)
     model = build(name, 10, **options)
     model.train()(torch.rand(8, 3, 32, 32))  # running statistics that differ from channel to channel
-    prune_(model, l2_filters, 0.5)
     images = torch.rand(8, 3, 32, 32)
+    if prune_first:
+        prune_(model, l2_filters, 0.5)
     calibrate_(quantize_(model, absmean_fitted), images)
+    if not prune_first:
+        prune_(model, l2_filters, 0.5)
     nodes = pack_(model).nodes
     slim = remove_dead_channels(nodes)
     assert torch.equal(run(slim, images), run(nodes, images))
