@@ -117,6 +117,8 @@ def _describe_network(model: PackedNetwork) -> tuple[dict[str, tuple[Tensor, Bit
             if getattr(node, field) is not None:
                 tensors[f"nodes.{index}.{field}"] = (getattr(node, field), node.weight_bits if field == "codes" else None)
         members = {f: getattr(node, f) for f, default in NODE_DEFAULTS.items() if f not in NODE_TENSORS and getattr(node, f) != default}
+        if "residual_gain" in members:
+            members["residual_gain"] = float(node.residual_gain)
         nodes.append({"op": node.op, "input": node.input, **members})
     network = {"image": list(IMAGE_SHAPE), "nodes": nodes}
     return tensors, {"constructor": model.constructor, "normalization": None, "network": network}

@@ -173,6 +173,7 @@ def _node_of(members: Any, index: int, where: str) -> Node:
             f"{where} has more padding than kernel")  # fmt: skip
     gain = values["residual_gain"]
     require(type(gain) in (int, float) and abs(gain) < 3e38, f"{where} has a residual gain that is not finite")
+    values["residual_gain"] = float(gain)
     require(isinstance(values["relu"], bool), f"{where} has a relu that is none")
     out_max = values["out_max"]
     require(out_max is None or whole(out_max, 3, 255) and out_max & (out_max + 1) == 0, f"{where} has no such out_max")
