@@ -1,0 +1,125 @@
+"""Multiply-adds, zeros, bits and the shape of timings; no test depends on how fast anything is."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from models import build
+from quantization_utils import calibrate_, int8_absmax, pack_, quantize_
+from quantization_utils.inspection import inspect_file
+from quantization_utils.storage import load_model, save_model
+from train_test_utils import measure
+
+TINY_VIT = {"width": 64, "depth": 2}
+
+
+def small_network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10),
+    ).eval()  # fmt: skip
+
+
+SMALL_MACS = 16 * 16 * 8 * 27 + 16 * 16 * 16 * 72 + 160
+
+
+def packed_resnet() -> nn.Module:
+    torch.manual_seed(0)
+    model = quantize_(build("resnet_18", 10, stem="maxpool").eval())
+    return pack_(calibrate_(model, torch.rand(2, 3, 32, 32)))
+
+
+def test_macs_by_hand():
+    assert measure.count_macs(small_network()) == SMALL_MACS
+
+
+def test_macs_of_resnet_18_are_the_published_ones():
+    model = build("resnet_18", 10)  # with the CIFAR stem: 0.56 G
+    assert round(measure.count_macs(model) / 1e9, 2) == 0.56
+
+
+@pytest.mark.parametrize("name, options", [("resnet_18", {}), ("resnet_18", {"stem": "maxpool"}), ("vit", TINY_VIT)])
+def test_macs_do_not_change_when_a_model_is_packed(name, options):
+    model = build(name, 10, **options).eval()
+    macs = measure.count_macs(model)
+    quantize_(model)
+    assert measure.count_macs(model) == macs
+    packed = pack_(calibrate_(model, torch.rand(1, 3, 32, 32)))
+    assert measure.count_macs(packed) == macs
+
+
+def test_counting_leaves_no_hooks_behind():
+    model = small_network()
+    measure.count_macs(model)
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_zero_fraction_of_float_trainable_and_packed():
+    model = small_network()
+    with torch.no_grad():
+        model[3].weight[:8] = 0
+    weights = [m.weight for m in model if hasattr(m, "weight") and m.weight.dim() > 1]
+    total = sum(w.numel() for w in weights)
+    assert measure.code_zero_fraction(model) == model[3].weight[:8].numel() / total
+    trainable = measure.code_zero_fraction(quantize_(model))
+    codes = [m.quantized_weight()[0] for m in model if hasattr(m, "quantized_weight")]
+    assert trainable == sum(int((c == 0).sum()) for c in codes) / total > 0.25
+    assert measure.code_zero_fraction(pack_(calibrate_(model, torch.rand(2, 3, 32, 32)))) == trainable
+
+
+def test_weight_bits():
+    model = small_network()
+    assert measure.weight_bits(model) == 32
+    assert measure.weight_bits(quantize_(small_network())) == round(math.log2(3), 4)
+    quantize_(model, only=nn.Linear)
+    mixed = (160 * math.log2(3) + (216 + 1152) * 32) / (160 + 216 + 1152)
+    assert measure.weight_bits(model) == round(mixed, 4) == measure.weight_bits(pack_(model))
+    assert measure.weight_bits(quantize_(small_network(), int8_absmax)) == 8
+
+
+@pytest.mark.parametrize(
+    "make",
+    [packed_resnet, lambda: build("vit", 10, **TINY_VIT), lambda: pack_(quantize_(build("vit", 10, **TINY_VIT)))],
+)
+def test_ideal_bytes_are_those_of_the_file(tmp_path, make):
+    path = tmp_path / "model.safetensors"
+    save_model(make().eval(), path)
+    loaded, _ = load_model(path)
+    assert measure.ideal_bytes(loaded) == math.ceil(inspect_file(path).ideal_bytes)
+
+
+def test_latency_beside_names_and_order():
+    class Counting(nn.Module):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            assert not torch.is_grad_enabled() and not self.training and x.min() >= 0 and x.max() <= 1
+            return x.mean((2, 3))
+
+    models = Counting(), Counting()
+    fields = measure.latency_beside(*models, seconds=0.05, batch=16)
+    for name in ("latency_ms_p50_batch1", "latency_ms_p90_batch1", "throughput_images_per_s"):
+        assert fields[name] > 0 and fields[f"float_{name}"] > 0
+    assert fields["latency_ms_p90_batch1"] >= fields["latency_ms_p50_batch1"]
+    assert abs(models[0].calls - models[1].calls) <= 40  # they take turns: no more than some blocks apart
+
+
+def test_few_calls_are_enough_and_threads_are_put_back():
+    before = torch.get_num_threads()
+    seen = []
+
+    class Model(nn.Module):
+        def forward(self, x):
+            seen.append((len(x), torch.get_num_threads()))
+            return x
+
+    result = measure.latency(Model(), batch=2, seconds=0.0, threads=1)
+    assert set(result) == {"p50_ms", "p90_ms"}
+    assert set(seen) == {(2, 1)} and len(seen) >= 3
+    assert torch.get_num_threads() == before
+    assert measure.throughput(Model(), batch=4, seconds=0.0) > 0
