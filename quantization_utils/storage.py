@@ -25,8 +25,8 @@ from .network import PackedNetwork
 from .packing import Bits, pack_codes, unpack_codes
 from .scale_rounding import with_float16_scales
 from .storage_checks import (
-    DTYPE_OF, NODE_DEFAULTS, NODE_TENSORS, Record, bounded_construction, check_constructor, check_network, check_record,
-    require, whole,
+    DTYPE_OF, NODE_DEFAULTS, NODE_TENSORS, Record, bounded_construction, check_constructor, check_network, check_normalization,
+    check_record, require, whole,
 )  # fmt: skip
 
 SAFETENSORS_DTYPE = {getattr(torch, name): code for code, name in DTYPE_OF.items()}
@@ -290,9 +290,8 @@ def _restore_normalization(model: nn.Module) -> None:
     """The constants that are constructor arguments and no part of the state dict."""
     for module in model.modules():
         if isinstance(module, Normalize):
-            fresh = Normalize(module.mean, module.std)
-            require(all(bool(b.isfinite().all()) for b in fresh.buffers()), "its normalisation is not finite")
-            module._buffers.update(fresh._buffers)
+            check_normalization(module.mean, module.std)
+            module._buffers.update(Normalize(module.mean, module.std)._buffers)
     kept = set(model.state_dict())
     lost = [name for name, buffer in model.named_buffers() if buffer.is_meta and name not in kept]
     assert not lost, f"buffers that are neither saved nor restored: {lost}"

@@ -21,6 +21,7 @@ DTYPE_OF = {"F64": "float64", "I64": "int64", "F32": "float32", "I32": "int32", 
             "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"}  # fmt: skip
 MAX_SIDE = 1 << 12
 MAX_NODES = 1 << 12
+MAX_OPTION = 1 << 16  # the largest number in a constructor: classes, widths, image sizes
 # Letters, digits and underscores: a file never names a path, an address or a repository for a constructor to fetch.
 PLAIN_WORD = re.compile(r"[A-Za-z0-9_]{0,64}")
 
@@ -72,7 +73,7 @@ def check_record(name: str, stored: Stored, entry: Any) -> Record:
 def check_constructor(constructor: Any) -> None:
     """A model's name, number of classes and options, that say nothing but structure."""
     require(isinstance(constructor, dict) and set(constructor) == {"name", "num_classes", "options"}, "its constructor is none")
-    require(isinstance(constructor["name"], str) and whole(constructor["num_classes"], 2, 1 << 20), "its constructor is none")
+    require(isinstance(constructor["name"], str) and whole(constructor["num_classes"], 2, MAX_OPTION), "its constructor is none")
     require(isinstance(constructor["options"], dict), "its constructor has no options")
     require(constructor["options"].get("checkpoint") is None, "its constructor names a checkpoint to fetch")
     _check_plain(constructor["options"])
@@ -86,8 +87,19 @@ def _check_plain(value: Any) -> None:
     elif isinstance(value, list):
         for item in value:
             _check_plain(item)
+    elif isinstance(value, (int, float)):
+        # A constructor may make a list of this length (transformers: a name for each of num_labels classes).
+        require(abs(value) <= MAX_OPTION, f"its constructor has an option beyond {MAX_OPTION}")
     elif isinstance(value, str):
         require(PLAIN_WORD.fullmatch(value) is not None, "its constructor has an option that could be a path or an address")
+
+
+def check_normalization(mean: Any, std: Any) -> None:
+    """Finite numbers for three channels (or one for all), and a standard deviation that is positive."""
+    for values in (mean, std):
+        fits = isinstance(values, (list, tuple)) and len(values) in (1, 3)
+        require(fits and all(type(v) in (int, float) and abs(v) < 1e9 for v in values), "its normalisation is none")
+    require(all(v > 1e-9 for v in std), "its normalisation divides by nothing")
 
 
 @contextmanager
