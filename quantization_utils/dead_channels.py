@@ -71,18 +71,13 @@ def _always_zero(nodes: list[Node]) -> list[Tensor]:
 
 
 def _used(nodes: list[Node], zero: list[Tensor]) -> list[Tensor]:
-    """For each node, a bool mask (N,) of the output channels that some other node, or the user, reads."""
+    """For each node, a bool mask (N,) of the output channels that a convolution or linear layer reads.
+
+    Pools and additions read too, but share their fate with what they read (`_joined`).
+    """
     used = [torch.zeros_like(zero_N) for zero_N in zero]
-    used[-1].fill_(True)
-    for i in reversed(range(len(nodes))):
-        node = nodes[i]
-        if node.residual is not None and node.residual != IMAGE:
-            used[node.residual] |= used[i]
-        if node.input == IMAGE:
-            continue
-        if node.codes is None:
-            used[node.input] |= used[i]
-        else:
+    for node in nodes:
+        if node.input != IMAGE and node.codes is not None:
             channels = len(zero[node.input])
             used[node.input] |= node.codes.any(0).reshape(channels, -1).any(1).cpu()
     return used

@@ -188,6 +188,16 @@ def test_pruning_zero_codes_changes_nothing_with_mse_optimal(amount):
         assert torch.equal(codes, layer.quantized_weight()[0]) and torch.equal(scale, layer.quantized_weight()[1])
 
 
+def test_zero_codes_go_in_the_order_of_the_float_weights_behind_them():
+    torch.manual_seed(0)
+    layer = quantize_(nn.Sequential(nn.Linear(200, 50)), mse_optimal, act_bits=None)[0]
+    zero_codes = layer.weight.detach().abs()[layer.quantized_weight()[0] == 0]
+    pruned_largest = zero_codes.sort().values[999]
+    expected = (layer.weight.abs() <= pruned_largest) & (layer.quantized_weight()[0] == 0)
+    prune_(layer, l1, 1000 / layer.weight.numel())
+    assert torch.equal(layer.weight == 0, expected)
+
+
 def test_random_pruning_of_ternary_layers_takes_any_code():
     model = quantize_(nn.Sequential(nn.Linear(100, 100)), mse_optimal, act_bits=None)
     codes = model[0].quantized_weight()[0]
