@@ -1,0 +1,123 @@
+"""Rows survive kills, full disks and broken lines; curves survive interruptions."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from train_test_utils import logbook
+from train_test_utils.logbook import Logbook, append_line, read_curves, read_rows
+
+
+def book(folder, **options):
+    return Logbook(folder / "rows.jsonl", wandb_mode="disabled", **options)
+
+
+def test_a_row_is_found_again_by_its_configuration(tmp_path):
+    book(tmp_path).row({"row": "float", "config_hash": "a", "test_accuracy_pct": 90.0})
+    book(tmp_path).row({"row": "qat_all", "config_hash": "b"})
+    book(tmp_path).row({"row": "float", "config_hash": "a", "test_accuracy_pct": 91.0})
+    again = book(tmp_path)
+    assert [r["row"] for r in again.rows()] == ["float", "qat_all", "float"]
+    assert again.done("a")["test_accuracy_pct"] == 91.0
+    assert again.done("c") is None
+
+
+@pytest.mark.parametrize("tail", [b'{"row": "qa', b'{"row": "\xc3', b"\x00\x00\x00", b"[1, 2]"])
+def test_a_torn_last_line_is_set_aside_and_nothing_else_is_lost(tmp_path, capsys, tail):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"row": "float", "config_hash": "a"}\n' + tail)
+    again = book(tmp_path)
+    assert "cut short" in capsys.readouterr().err
+    assert (tmp_path / "rows.jsonl.torn").read_bytes() == tail + b"\n"
+    again.row({"row": "next"})
+    assert path.read_bytes() == b'{"row": "float", "config_hash": "a"}\n{"row": "next"}\n'
+
+
+def test_a_complete_last_line_without_its_newline_is_kept(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"row": "float"}')
+    again = book(tmp_path)
+    again.row({"row": "next"})
+    assert [r["row"] for r in again.rows()] == ["float", "next"]
+    assert not (tmp_path / "rows.jsonl.torn").exists()
+
+
+def test_a_broken_line_in_the_middle_is_named_and_left_out(tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"row": "a"}\nnot json\n\n{"row": "b"}\n')
+    assert [r["row"] for r in read_rows(path)] == ["a", "b"]
+    assert "line 2" in capsys.readouterr().err
+
+
+def test_killed_while_writing(tmp_path):
+    """Whatever moment SIGKILL comes at: every line that was reported as written is there, whole."""
+    script = (
+        "import sys; from train_test_utils.logbook import Logbook\n"
+        "book = Logbook(sys.argv[1], wandb_mode='disabled'); k = len(book.rows())\n"
+        "while True:\n"
+        "    book.row({'row': k, 'fill': 'x' * 5000}); print(k, flush=True); k += 1\n"
+    )
+    path = tmp_path / "rows.jsonl"
+    said = -1
+    for delay in (0.0, 0.05):
+        process = subprocess.Popen([sys.executable, "-c", script, str(path)], stdout=subprocess.PIPE, text=True)
+        process.stdout.readline()
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        said = max([said, *(int(line) for line in process.communicate()[0].split())])
+    rows = book(tmp_path).rows()
+    assert [r["row"] for r in rows] == list(range(len(rows)))
+    assert len(rows) > said >= 0
+
+
+def test_a_full_disk_leaves_the_file_as_it_was(tmp_path, monkeypatch):
+    path = tmp_path / "rows.jsonl"
+    append_line(path, {"row": "float"})
+    real = os.write
+    monkeypatch.setattr(logbook.os, "write", lambda fd, data: real(fd, data[:7]))  # as a disk with 7 bytes left
+    with pytest.raises(OSError, match="no space left"):
+        append_line(path, {"row": "qat_all"})
+    assert path.read_text() == '{"row": "float"}\n'
+
+
+def test_what_is_not_json_is_refused(tmp_path):
+    with pytest.raises(ValueError):
+        append_line(tmp_path / "rows.jsonl", {"loss": float("nan")})
+    assert not (tmp_path / "rows.jsonl").exists()
+
+
+def test_curves_of_an_interrupted_row_continue_without_repetition(tmp_path):
+    first = book(tmp_path)
+    first.start_row("qat_all-seed0", {})
+    for epoch in (1, 2, 3):
+        first.epoch({"epoch": epoch, "train_loss": 1.0})
+    with open(tmp_path / "qat_all-seed0" / "curves.jsonl", "a") as file:
+        file.write('{"epoch": 4, "tra')
+    second = book(tmp_path)  # its last saved state was after epoch 2
+    second.start_row("qat_all-seed0", {})
+    second.epoch({"epoch": 3, "train_loss": 0.5})
+    second.epoch({"epoch": 4, "train_loss": 0.4})
+    curves = read_curves(tmp_path / "qat_all-seed0")
+    assert [(c["epoch"], c["train_loss"]) for c in curves] == [(1, 1.0), (2, 1.0), (3, 0.5), (4, 0.4)]
+    second.start_row("qat_all-seed0", {})  # from the beginning
+    second.epoch({"epoch": 1, "train_loss": 2.0})
+    assert [c["epoch"] for c in read_curves(tmp_path / "qat_all-seed0")] == [1]
+
+
+def test_only_the_first_process_writes(tmp_path, monkeypatch):
+    book(tmp_path).row({"row": "float", "config_hash": "a"})
+    monkeypatch.setenv("RANK", "1")
+    other = book(tmp_path)
+    other.start_row("x-seed0", {})
+    other.epoch({"epoch": 1})
+    other.row({"row": "x"})
+    other.close([], [])
+    other.finish()
+    assert other.done("a") == {"row": "float", "config_hash": "a"}
+    assert len(read_rows(tmp_path / "rows.jsonl")) == 1
+    assert json.dumps(sorted(os.listdir(tmp_path))) == '["rows.jsonl"]'

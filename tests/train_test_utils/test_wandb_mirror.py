@@ -1,0 +1,150 @@
+"""The mirror: what reaches W&B, and that nothing W&B does stops a run. Offline; the only network is a closed local port."""
+
+import json
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from train_test_utils import wandb_mirror
+from train_test_utils.logbook import Logbook, read_rows
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from train_test_utils.logbook import Logbook
+folder, mode = Path(sys.argv[1]), sys.argv[2]
+book = Logbook(folder / "rows.jsonl", wandb_mode=mode, group="resnet_18-digits")
+for name, recipe in (("float", {"epochs": 2}), ("ptq_all", None)):
+    book.start_row(f"{name}-seed0", {"model": "resnet_18", "row": {"recipe": recipe}})
+    for epoch in (1, 2) if recipe else ():
+        book.epoch({"epoch": epoch, "train_loss": 1 / epoch})
+    book.row({"row": name, "seed": 0, "test_accuracy_pct": 90.5, "config_hash": name, "weight_bits": 1.585})
+    (folder / f"{name}-seed0").mkdir(exist_ok=True)
+    (folder / f"{name}-seed0" / "model.safetensors").write_bytes(b"model of " + name.encode())
+book.close(book.rows(), [])
+book.finish()
+print("wandb imported:", "wandb" in sys.modules)
+"""
+
+
+def run_script(folder, mode, **environment):
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("WANDB") and k != "NETRC"}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(folder), mode],
+        check=False, capture_output=True, text=True, stdin=subprocess.DEVNULL,
+        env=clean | {"HOME": str(folder), "WANDB_ERROR_REPORTING": "false"} | environment, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert [r["row"] for r in read_rows(folder / "rows.jsonl")] == ["float", "ptq_all"]
+    return done.stdout, done.stderr
+
+
+def inspect(run_dir, *options):
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", *options, str(run_dir)]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+
+
+def test_without_a_key_everything_is_kept_offline(tmp_path):
+    pytest.importorskip("wandb", minversion="0.25")
+    out, err = run_script(tmp_path, "online")
+    assert err.count("\n") == 1 and "no key" in err
+    assert f"wandb leet {tmp_path}/wandb" in out and "wandb sync" in out
+    runs = {}
+    for run_dir in tmp_path.glob("wandb/offline-run-*"):
+        summary = json.loads(inspect(run_dir, "--summary"))
+        runs[summary["name"]] = (summary, run_dir)
+    assert set(runs) == {"float-seed0", "ptq_all-seed0", "table"}
+    trained, folder = runs["float-seed0"]
+    assert trained["summary"]["test_accuracy_pct"] == 90.5 and trained["summary"]["train_loss"] == 0.5
+    assert trained["config"]["row"] == {"recipe": {"epochs": 2}}
+    records = [json.loads(line) for line in inspect(folder).splitlines()]
+    text = json.dumps(records)
+    assert '"resnet_18-digits"' in text and '"train"' in text
+    assert sum(record.get("type") == "history" for record in records) == 2
+    table = inspect(runs["table"][1])
+    assert "model.safetensors" in table or "artifact" in table
+
+
+def test_a_key_without_a_network_goes_offline(tmp_path):
+    pytest.importorskip("wandb")
+    out, err = run_script(tmp_path, "online", WANDB_API_KEY="a" * 40, WANDB_BASE_URL="http://127.0.0.1:9")
+    assert "no connection" in err
+    assert "wandb sync" in out and len(list(tmp_path.glob("wandb/offline-run-*"))) == 3
+
+
+def test_disabled_never_imports_wandb(tmp_path):
+    out, err = run_script(tmp_path, "disabled")
+    assert "wandb imported: False" in out and err == ""
+    assert not (tmp_path / "wandb").exists()
+
+
+def fill(folder):
+    book = Logbook(folder / "rows.jsonl", wandb_mode="offline")
+    book.start_row("float-seed0", {"row": {"recipe": None}})
+    book.epoch({"epoch": 1})
+    book.row({"row": "float"})
+    book.close(book.rows(), [])
+    book.finish()
+    assert [r["row"] for r in read_rows(folder / "rows.jsonl")] == ["float"]
+
+
+def test_wandb_not_installed_or_only_a_folder_of_that_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # import raises
+    fill(tmp_path / "a")
+    assert capsys.readouterr().err.count("no mirror") == 1
+    monkeypatch.setitem(sys.modules, "wandb", types.ModuleType("wandb"))  # an empty namespace
+    fill(tmp_path / "b")
+    assert capsys.readouterr().err.count("not installed") == 1
+
+
+class Broken(types.ModuleType):
+    """A wandb whose runs raise at everything."""
+
+    Settings = type("Settings", (), {"model_fields": {}})
+
+    def init(self, **settings):
+        class Run:
+            def __getattr__(self, name):
+                raise RuntimeError(f"wandb broke at {name}")
+
+        return Run()
+
+
+def test_whatever_wandb_raises_is_said_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "wandb", Broken("wandb"))
+    fill(tmp_path)
+    assert capsys.readouterr().err.count("W&B") == 1
+
+
+@pytest.mark.parametrize("environment, found", [
+    ({}, False), ({"WANDB_API_KEY": "k"}, True), ({"NETRC": "api.wandb.ai"}, True), ({"NETRC": "elsewhere.org"}, False),
+    ({"NETRC": "my.host", "WANDB_BASE_URL": "https://my.host:8080"}, True),
+])  # fmt: skip
+def test_where_a_key_is_looked_for(tmp_path, monkeypatch, environment, found):
+    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "NETRC", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    if host := environment.get("NETRC"):
+        (tmp_path / "netrc").write_text(f"machine {host}\n  login user\n  password key\n")
+        environment = environment | {"NETRC": str(tmp_path / "netrc")}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert wandb_mirror.has_key() is found
+
+
+def test_an_unknown_mode_is_a_mistake(tmp_path):
+    with pytest.raises(ValueError, match="not 'on'"):
+        Logbook(tmp_path / "rows.jsonl", wandb_mode="on")
+
+
+def test_the_environment_may_disable_wandb(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.setitem(sys.modules, "wandb", Broken("wandb"))  # would complain if it were touched
+    mirror = wandb_mirror.Mirror("online", tmp_path, "project", "group")
+    mirror.start("float-seed0", {})
+    mirror.end({"row": "float"})
+    assert mirror.mode == "disabled" and list(tmp_path.iterdir()) == []

@@ -1,0 +1,185 @@
+"""Weights & Biases as a mirror of the logbook. Nothing here may stop a run, wait for a person, or wait long for a network.
+
+wandb itself asks for a key at a terminal, raises without one, and waits 90 s for a network that is not there; so the key is
+looked for first, waiting is bounded, and whatever it raises is said once and then left alone.
+"""
+
+from __future__ import annotations
+
+import netrc
+import os
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+CONNECT_SECONDS = 15.0
+UPLOAD_SECONDS = 60.0
+NESTED = ("versions", "options", "transforms")  # of a row: they are configuration, not figures
+
+
+class Mirror:
+    """One W&B run for each row, and a closing one for the table, all in one group."""
+
+    def __init__(self, mode: str, folder: Path, project: str, group: str) -> None:
+        self.folder, self.project, self.group = folder, project, group
+        self._run: Any = None
+        self._wandb: Any = None
+        self._urls: list[str] = []
+        self._runs_offline = 0
+        self._complained = False
+        environment = os.environ.get("WANDB_MODE", "")
+        if mode == "online" and environment in ("offline", "disabled", "dryrun"):
+            mode = "offline" if environment == "dryrun" else environment
+        if mode not in ("online", "offline", "disabled"):
+            raise ValueError(f"wandb has the modes online, offline and disabled, not {mode!r}")
+        self.mode = mode
+        if mode == "disabled":
+            return
+        self._wandb = _import_wandb()
+        if self._wandb is None:
+            self.mode = "disabled"
+        elif mode == "online" and not has_key():
+            self._go_offline("no key (wandb login)")
+
+    def start(self, name: str, config: Mapping[str, Any], job_type: str | None = None) -> None:
+        """Open the run of a row; one that is still open was not finished."""
+        if self._run is not None:
+            self._guarded(lambda: self._run.finish(exit_code=1))
+        self._run = None
+        if self._wandb is None:
+            return
+        row = config.get("row")
+        trained = isinstance(row, Mapping) and row.get("recipe")
+        self._open(name, dict(config), job_type or ("train" if trained else "post-training"))
+        if job_type is None:
+            self._guarded(lambda: self._run.define_metric("*", step_metric="epoch"))
+
+    def epoch(self, record: Mapping[str, Any]) -> None:
+        self._guarded(lambda: self._run.log(dict(record)))
+
+    def end(self, row: Mapping[str, Any]) -> None:
+        """The row's figures become the run's summary."""
+
+        def write() -> None:
+            self._run.config.update({k: row[k] for k in NESTED if k in row}, allow_val_change=True)
+            self._run.summary.update({k: v for k, v in row.items() if k not in NESTED})
+            self._run.finish()
+
+        self._guarded(write)
+        self._run = None
+
+    def close(self, table: Sequence[Mapping[str, Any]], files: Sequence[Path], packed: Sequence[Path]) -> None:
+        """The closing run: table, pictures, and one artifact with the report, the rows and the packed models."""
+        if self._wandb is None:
+            return
+        self.start("table", {"rows": len(table)}, job_type="table")
+
+        def write() -> None:
+            columns = list(dict.fromkeys(k for row in table for k in row if k not in NESTED))
+            self._run.log({"rows": self._wandb.Table(columns=columns, data=[[r.get(c) for c in columns] for r in table])})
+            self._run.log({f.stem: self._wandb.Image(str(f)) for f in files if f.suffix == ".png"})
+            artifact = self._wandb.Artifact(self.group, type="table")
+            for file in dict.fromkeys([*files, *packed]):
+                if file.exists():
+                    # Not "mutable": that would copy every model into a staging folder first.
+                    artifact.add_file(str(file), name=str(file.relative_to(self.folder)), policy="immutable")
+            self._run.log_artifact(artifact)
+            self._run.finish()
+
+        self._guarded(write)
+        self._run = None
+        self._say_where()
+
+    def finish(self) -> None:
+        self._guarded(lambda: self._run.finish(exit_code=1))
+        self._run = None
+
+    def _open(self, name: str, config: dict[str, Any], job_type: str) -> None:
+        try:
+            self._run = self._init(name, config, job_type)
+        except Exception as error:  # noqa: BLE001  wandb raises many kinds, and none is worth a result
+            if self.mode == "offline":
+                self._complain(error)
+                return
+            self._go_offline(f"no connection: {_sentence(error)}")
+            self._guarded(lambda: setattr(self, "_run", self._init(name, config, job_type)), open_run=False)
+        if self._run is None:
+            return
+        if self.mode == "offline":
+            self._runs_offline += 1
+        else:
+            self._urls.append(str(self._run.url))
+
+    def _init(self, name: str, config: dict[str, Any], job_type: str) -> Any:
+        wanted = {
+            "silent": True, "console": "off", "init_timeout": CONNECT_SECONDS, "finish_timeout": UPLOAD_SECONDS,
+            "summary_timeout": 10, "x_graphql_timeout_seconds": 10, "x_graphql_retry_max": 2, "x_file_stream_retry_max": 4, "x_file_transfer_retry_max": 2,
+            "x_disable_stats": True,
+        }  # fmt: skip
+        known = {k: v for k, v in wanted.items() if k in self._wandb.Settings.model_fields}  # they differ by version
+        return self._wandb.init(
+            project=os.environ.get("WANDB_PROJECT", self.project), group=self.group, job_type=job_type, name=name,
+            config=config, mode=self.mode, dir=str(self.folder), save_code=False, settings=self._wandb.Settings(**known),
+        )  # fmt: skip
+
+    def _guarded(self, action: Callable[[], Any], open_run: bool = True) -> None:
+        """Do something with the open run, if any; what goes wrong is said."""
+        if self._wandb is None or (open_run and self._run is None):
+            return
+        try:
+            action()
+        except Exception as error:  # noqa: BLE001
+            self._complain(error)
+
+    def _complain(self, error: Exception) -> None:
+        if not self._complained:
+            self._complained = True
+            print(f"W&B: {_sentence(error)}; the run goes on, its record is rows.jsonl", file=sys.stderr)
+
+    def _go_offline(self, why: str) -> None:
+        self.mode = "offline"
+        print(f"W&B: {why}, so runs are kept offline in {self.folder / 'wandb'}", file=sys.stderr)
+
+    def _say_where(self) -> None:
+        place = self.folder / "wandb"
+        if self._urls:
+            print(f"W&B: {self._urls[-1]}")
+        if self._runs_offline:
+            print(f"W&B, {self._runs_offline} runs offline. View them: wandb leet {shlex.quote(str(place))}")
+            print(f"                     upload them: wandb sync {shlex.quote(str(place))}/offline-run-*")
+
+
+def has_key() -> bool:
+    """Whether W&B can log in without asking: its environment variables, or an entry for its host in the netrc file."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    home = Path.home()
+    named = os.environ.get("NETRC")
+    for path in [Path(named)] if named else [home / ".netrc", home / "_netrc"]:
+        try:
+            if netrc.netrc(path).hosts.get(host):
+                return True
+        except (OSError, netrc.NetrcParseError):
+            continue
+    return False
+
+
+def _import_wandb() -> Any:
+    """The module wandb, or None with one line why not."""
+    try:
+        import wandb
+    except Exception as error:  # noqa: BLE001  not installed, or broken
+        print(f"W&B: not available ({_sentence(error)}), so there is no mirror; rows.jsonl is complete", file=sys.stderr)
+        return None
+    if not hasattr(wandb, "init"):  # an empty namespace: only a folder called wandb was found
+        print("W&B: not installed, so there is no mirror; rows.jsonl is complete", file=sys.stderr)
+        return None
+    return wandb
+
+
+def _sentence(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
