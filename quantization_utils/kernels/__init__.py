@@ -1,11 +1,95 @@
-"""Kernels of packed models."""
+"""Kernels of packed models: a reference that defines the results, and C++ for the CPU that equals it bit for bit.
+
+Backends: "reference" (PyTorch, any device), "cpu" (C++, the best instruction set of this processor) or one of its
+instruction sets by name ("cpu-avx512vnni", "cpu-avx2", "cpu-portable"), and "auto": "cpu" where the model lies on the CPU
+and the kernels can be compiled, else "reference".
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from . import reference
 
+if TYPE_CHECKING:
+    from ..network import Node
 
-def make_executor(nodes, backend="auto"):
-    return reference.NetworkExecutor(nodes)
+
+def available_backends() -> tuple[str, ...]:
+    """Names that can be requested here. Compiles the C++ kernels if that was not done before."""
+    from . import build, cpu
+
+    try:
+        return ("reference", "cpu", *(f"cpu-{isa}" for isa in cpu.isas()))
+    except build.BuildError:
+        return ("reference",)
 
 
-def make_linear(codes, scale, bias, act_bits=8, backend="auto"):
-    return reference.Linear(codes, scale, bias, act_bits)
+def make_executor(nodes: Sequence[Node], backend: str = "auto") -> Any:
+    """A function images float32 (B, C, H, W) → logits float32 (B, classes), with the attribute `backend`.
+
+    Raises:
+        ValueError: the backend was asked for by name and cannot run here.
+    """
+    chosen = _resolve(backend, _device([n.codes for n in nodes]))
+    if chosen == "reference":
+        return reference.NetworkExecutor(nodes)
+    from . import cpu
+
+    return cpu.NetworkExecutor(nodes, chosen)
+
+
+def make_linear(
+    codes_NK: Tensor, scale_N: Tensor, bias_N: Tensor | None, act_bits: int = 8, backend: str = "auto"
+) -> Any:
+    """A function x float (…, K) → float32 (…, N) with activations quantized per token, with the attribute `backend`.
+
+    Raises:
+        ValueError: the backend was asked for by name and cannot run here.
+    """
+    chosen = _resolve(backend, _device([codes_NK]))
+    if chosen == "reference":
+        return reference.Linear(codes_NK, scale_N, bias_N, act_bits)
+    from . import cpu
+
+    return cpu.Linear(codes_NK, scale_N, bias_N, act_bits, chosen)
+
+
+def _device(tensors: Sequence[Tensor | None]) -> str:
+    return next((t.device.type for t in tensors if t is not None), "cpu")
+
+
+def _resolve(backend: str, device: str) -> str:
+    if backend == "reference":
+        return backend
+    if backend == "auto":
+        return "cpu" if device == "cpu" and not _why_not() else "reference"
+    if not (backend == "cpu" or backend.startswith("cpu-")):
+        raise ValueError(f"unknown backend {backend!r}: choose one of auto, {', '.join(available_backends())}")
+    if device != "cpu":
+        raise ValueError(f"backend {backend!r} cannot run on {device}: move the model to the CPU or choose reference")
+    from . import build
+
+    try:
+        build.load()
+    except build.BuildError as error:
+        raise ValueError(f"backend {backend!r} cannot run here: {error}") from error
+    return backend
+
+
+@cache
+def _why_not() -> str:
+    """Why "auto" is the reference here, said once."""
+    from . import build
+
+    try:
+        build.load()
+    except build.BuildError as error:
+        warnings.warn(f"packed models run on the slow reference kernels: {error}", stacklevel=4)
+        return str(error)
+    return ""

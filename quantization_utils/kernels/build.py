@@ -1,0 +1,83 @@
+"""Builds and loads the C++ kernels: once per source, compiler flags and torch version, kept in a cache folder."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import sys
+import tempfile
+import time
+from functools import cache
+from pathlib import Path
+
+import torch
+
+SOURCES = Path(__file__).parent / "cpu"
+# No contraction: the reference rounds every float operation separately, and so do we.
+FLAGS = ["-O3", "-std=c++20", "-ffp-contract=off", "-fno-math-errno", "-pthread"]
+
+
+class BuildError(RuntimeError):
+    """The kernels could not be compiled here; the message says why."""
+
+
+@cache
+def load() -> None:
+    """Load the operators `torch.ops.ternary.*`, compiling them if this source was never compiled on this machine.
+
+    Raises:
+        BuildError: there is no C++ compiler, or it failed. (Kept: a second call raises without trying again.)
+    """
+    error = _load()
+    if error:
+        raise BuildError(error)
+
+
+@cache
+def _load() -> str:
+    """What went wrong, or nothing."""
+    flags = FLAGS + os.environ.get("TERNARY_CXXFLAGS", "").split()
+    library = _cache_folder() / _fingerprint(flags) / "ternary_kernels.so"
+    try:
+        if not library.exists():
+            _compile(library, flags)
+        torch.ops.load_library(str(library))
+    except Exception as error:  # every cause means the same: these kernels cannot be used here
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+    from . import ops
+
+    ops.register()
+    return ""
+
+
+def _cache_folder() -> Path:
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(root) / "ternary_kernels"
+
+
+def _fingerprint(flags: list[str]) -> str:
+    digest = hashlib.sha256(f"{torch.__version__} {sys.version_info[:2]} {flags}".encode())
+    for path in sorted(SOURCES.iterdir()):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _compile(library: Path, flags: list[str]) -> None:
+    from torch.utils import cpp_extension
+
+    if not (shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")):
+        raise FileNotFoundError("no C++ compiler was found (on Debian or Ubuntu: apt install g++)")
+    os.environ["PATH"] += os.pathsep + str(Path(sys.executable).parent)  # ninja lives there when the venv is not activated
+    print(f"compiling the CPU kernels into {library.parent} (once; a minute or so) …", file=sys.stderr, flush=True)
+    start = time.time()
+    library.parent.mkdir(parents=True, exist_ok=True)
+    # Compiled elsewhere and moved, so that an interrupted or a simultaneous build never leaves half a file.
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        cpp_extension.load(
+            name="ternary_kernels", sources=[str(p) for p in sorted(SOURCES.glob("*.cpp"))], extra_cflags=flags,
+            extra_ldflags=[f for f in flags if f.startswith(("-fsanitize", "-pthread"))],
+            build_directory=folder, is_python_module=False, is_standalone=False, verbose=False,
+        )  # fmt: skip
+        os.replace(Path(folder) / "ternary_kernels.so", library)
+    print(f"compiled in {time.time() - start:.0f} s", file=sys.stderr, flush=True)

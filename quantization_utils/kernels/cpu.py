@@ -1,0 +1,131 @@
+"""Packed networks and layers on the C++ kernels: a whole network is one operator call and one parallel region.
+
+Threads follow torch.get_num_threads(). Environment: TERNARY_ISA (avx512vnni, avx2 or portable) forces an instruction set;
+TERNARY_ALGORITHM (direct or winograd) forces how 3×3 convolutions are computed, which else is measured for each node and
+batch size at the first call. Neither changes a result: all are exact.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import build
+
+if TYPE_CHECKING:
+    from ..network import Node
+
+ISAS = ("avx512vnni", "avx2", "portable")  # best first
+ALGORITHMS = ("auto", "direct", "winograd")
+OPS = {"conv": 0, "linear": 1, "max_pool": 2, "avg_pool": 3}
+NO_RESIDUAL = -2
+
+
+def isas() -> tuple[str, ...]:
+    """The instruction sets that this processor runs, best first.
+
+    Raises:
+        build.BuildError: the kernels cannot be compiled here.
+    """
+    build.load()
+    return tuple(isa for isa in ISAS if torch.ops.ternary.has_isa(isa))
+
+
+def choose_isa(backend: str) -> str:
+    """The instruction set of a backend name, "cpu" or "cpu-<isa>"; TERNARY_ISA decides for "cpu".
+
+    Raises:
+        ValueError: this processor does not have it.
+    """
+    wanted = backend.removeprefix("cpu").removeprefix("-") or os.environ.get("TERNARY_ISA", "")
+    runnable = isas()
+    if wanted and wanted not in runnable:
+        raise ValueError(f"instruction set {wanted!r} cannot run here: choose one of {', '.join(runnable)}")
+    return wanted or runnable[0]
+
+
+class NetworkExecutor:
+    """Runs packed nodes: images float32 (B, C, H, W) in [0, 1] on the CPU → logits float32 (B, classes)."""
+
+    def __init__(self, nodes: Sequence[Node], backend: str = "cpu") -> None:
+        isa = choose_isa(backend)
+        algorithm = os.environ.get("TERNARY_ALGORITHM", "auto")
+        if algorithm not in ALGORITHMS:
+            raise ValueError(f"TERNARY_ALGORITHM is {algorithm!r}: choose one of {', '.join(ALGORITHMS)}")
+        self.backend = f"cpu-{isa}"
+        self._last_is_flat = nodes[-1].op in ("linear", "avg_pool")
+        self._channels = _channels_out(nodes)[-1]
+        self._handle = _create(nodes, isa, algorithm)
+        weakref.finalize(self, torch.ops.ternary.network_free, self._handle).atexit = False
+
+    def __call__(self, images: Tensor) -> Tensor:
+        tail = [self._channels] if self._last_is_flat else self._spatial_tail(images)
+        return torch.ops.ternary.network_run(images, self._handle, tail)
+
+    def _spatial_tail(self, images: Tensor) -> list[int]:
+        batch, _, height, width = images.shape
+        return torch.ops.ternary.network_shape(self._handle, batch, height, width)[1:]
+
+    def plan(self, batch: int, height: int = 32, width: int = 32) -> list[dict[str, Any]]:
+        """One dict a node for a batch size that has run: node, op, algorithm, microseconds of each candidate, multiply-adds.
+
+        Microseconds are zero where an algorithm was not measured or cannot be used.
+        """
+        lines = torch.ops.ternary.network_describe(self._handle, batch, height, width).splitlines()
+        names = ("node", "op", "algorithm", "direct_us", "winograd_us", "multiply_adds")
+        types = (int, str, str, float, float, int)
+        return [dict(zip(names, (t(v) for t, v in zip(types, line.split(), strict=True)), strict=True)) for line in lines]
+
+
+class Linear:
+    """Dynamic integer linear layer, as reference.Linear: x float32 (…, K) on the CPU → float32 (…, N)."""
+
+    def __init__(self, codes_NK: Tensor, scale_N: Tensor, bias_N: Tensor | None, act_bits: int, backend: str = "cpu") -> None:
+        isa = choose_isa(backend)
+        if not 2 <= act_bits <= 8:
+            raise ValueError(f"activations of {act_bits} bits are not supported: choose 2 to 8")
+        self.backend, self._n = f"cpu-{isa}", codes_NK.shape[0]
+        self._handle = torch.ops.ternary.linear_create(isa, codes_NK, scale_N, bias_N, _is_ternary(codes_NK), act_bits)
+        weakref.finalize(self, torch.ops.ternary.linear_free, self._handle).atexit = False
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.ops.ternary.linear_run(x, self._handle, self._n)
+
+
+def _is_ternary(codes: Tensor) -> bool:
+    return codes.numel() == 0 or int(codes.abs().max()) <= 1
+
+
+def _channels_out(nodes: Sequence[Node]) -> list[int]:
+    channels: list[int] = []
+    for node in nodes:
+        channels.append(channels[node.input] if node.codes is None else node.codes.shape[0])
+    return channels
+
+
+def _create(nodes: Sequence[Node], isa: str, algorithm: str) -> int:
+    """Hand the nodes over; return the number under which C++ keeps them."""
+    first = next(n for n in nodes if n.input == -1)
+    if first.op != "conv" or first.codes is None:
+        raise ValueError("the first node must be a convolution; use backend='reference' for other networks")
+    meta: list[int] = []
+    tensors: dict[str, list[Tensor]] = {"codes": [], "gain": [], "bias": [], "pad_values": []}
+    for node in nodes:
+        n, c = (0, 0) if node.codes is None else node.codes.shape[:2]
+        meta += [
+            OPS[node.op], node.input, NO_RESIDUAL if node.residual is None else node.residual,
+            node.codes is not None and _is_ternary(node.codes), node.relu, node.out_max or 0, n, c,
+            *node.kernel, *node.stride, *node.padding,
+        ]  # fmt: skip
+        for name, values in tensors.items():
+            value = getattr(node, name)
+            values.append(torch.empty(0) if value is None else value)
+    return torch.ops.ternary.network_create(
+        isa, algorithm, tensors["codes"], tensors["gain"], tensors["bias"], tensors["pad_values"],
+        [int(m) for m in meta], [float(n.residual_gain) for n in nodes], first.codes.shape[1],
+    )  # fmt: skip

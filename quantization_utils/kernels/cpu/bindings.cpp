@@ -1,0 +1,164 @@
+// The operators, as torch.library sees them. Networks and layers are kept here under a number; Python frees them.
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+#include <torch/torch.h>
+
+#include <unordered_map>
+
+#include "linear.h"
+#include "network.h"
+
+namespace {
+
+using ternary::Kernels;
+
+const Kernels* find_isa(const std::string& name) {
+  for (const Kernels* isa : {ternary::avx512vnni_kernels(), ternary::avx2_kernels(), ternary::portable_kernels()})
+    if (isa && name == isa->name) return isa;
+  return nullptr;
+}
+
+const Kernels& isa(const std::string& name) {
+  const Kernels* found = find_isa(name);
+  TORCH_CHECK_VALUE(found, "this processor has no ", name);
+  return *found;
+}
+
+bool has_isa(const std::string& name) { return find_isa(name) != nullptr; }
+
+template <typename T>
+struct Registry {
+  std::mutex mutex;
+  std::unordered_map<int64_t, std::shared_ptr<T>> items;
+  int64_t next = 1;
+  int64_t add(std::shared_ptr<T> item) {
+    std::lock_guard<std::mutex> lock(mutex);
+    items[next] = std::move(item);
+    return next++;
+  }
+  std::shared_ptr<T> get(int64_t handle) {
+    std::lock_guard<std::mutex> lock(mutex);
+    auto found = items.find(handle);
+    TORCH_CHECK_VALUE(found != items.end(), "no packed network or layer has the number ", handle, " in this process");
+    return found->second;
+  }
+  void remove(int64_t handle) {
+    std::lock_guard<std::mutex> lock(mutex);
+    items.erase(handle);
+  }
+};
+
+struct NetworkItem {
+  std::unique_ptr<ternary::Network> network;
+  int channels;
+  std::string algorithm;
+};
+
+// Never destroyed, like the threads that use them.
+Registry<NetworkItem>& networks() { static auto* r = new Registry<NetworkItem>; return *r; }
+Registry<ternary::Linear>& linears() { static auto* r = new Registry<ternary::Linear>; return *r; }
+
+template <typename T>
+std::vector<T> to_vector(const at::Tensor& t, at::ScalarType type) {
+  const at::Tensor c = t.detach().to(at::kCPU, type).contiguous();
+  return std::vector<T>(c.data_ptr<T>(), c.data_ptr<T>() + c.numel());
+}
+
+// `meta`, 14 numbers a node: op input residual ternary relu out_max n c kernel[2] stride[2] padding[2]
+int64_t network_create(const std::string& isa_name, const std::string& algorithm, at::TensorList codes, at::TensorList gains, at::TensorList biases,
+                       at::TensorList pads, at::IntArrayRef meta, at::ArrayRef<double> residual_gains, int64_t channels) {
+  std::vector<ternary::NodeSpec> nodes(residual_gains.size());
+  TORCH_CHECK(meta.size() == nodes.size() * 14 && codes.size() == nodes.size(), "a node's description is not complete");
+  for (size_t i = 0; i < nodes.size(); ++i) {
+    ternary::NodeSpec& s = nodes[i];
+    const int64_t* m = meta.data() + i * 14;
+    s.op = (ternary::Op)m[0], s.input = m[1], s.residual = m[2], s.ternary = m[3], s.relu = m[4], s.out_max = m[5], s.n = m[6], s.c = m[7];
+    for (int d = 0; d < 2; ++d) s.kernel[d] = m[8 + d], s.stride[d] = m[10 + d], s.padding[d] = m[12 + d];
+    s.residual_gain = (float)residual_gains[i];
+    s.codes = to_vector<int8_t>(codes[i], at::kChar);
+    s.gain = to_vector<float>(gains[i], at::kFloat);
+    s.bias = to_vector<float>(biases[i], at::kFloat);
+    s.pad_values = to_vector<uint8_t>(pads[i], at::kByte);
+    TORCH_CHECK_VALUE(s.input >= -1 && s.input < (int64_t)i && s.residual >= ternary::kNone && s.residual < (int64_t)i, "node ", i, " reads a later node");
+  }
+  auto item = std::make_shared<NetworkItem>();
+  item->network = std::make_unique<ternary::Network>(isa(isa_name), std::move(nodes), (int)channels);
+  item->channels = (int)channels, item->algorithm = algorithm;
+  return networks().add(item);
+}
+
+at::Tensor network_run(const at::Tensor& images, int64_t handle, at::IntArrayRef tail) {
+  auto item = networks().get(handle);
+  TORCH_CHECK_VALUE(images.dim() == 4 && images.size(1) == item->channels, "images must be (batch, ", item->channels, ", height, width)");
+  const at::Tensor x = images.to(at::kFloat).contiguous();
+  const int b = x.size(0), h = x.size(2), w = x.size(3);
+  std::vector<int64_t> shape = {b};
+  shape.insert(shape.end(), tail.begin(), tail.end());
+  if (b == 0) return at::empty(shape, x.options());
+  try {
+    TORCH_CHECK_VALUE(item->network->out_shape(b, h, w) == shape, "images of another size than the network was prepared for");
+    at::Tensor out = at::empty(shape, x.options());
+    item->network->run(x.data_ptr<float>(), b, h, w, at::get_num_threads(), item->algorithm, out.data_ptr<float>());
+    return out;
+  } catch (const std::invalid_argument& error) {
+    TORCH_CHECK_VALUE(false, error.what());
+  }
+}
+
+std::vector<int64_t> network_shape(int64_t handle, int64_t batch, int64_t height, int64_t width) {
+  try {
+    return networks().get(handle)->network->out_shape(batch, height, width);
+  } catch (const std::invalid_argument& error) {
+    TORCH_CHECK_VALUE(false, error.what());
+  }
+}
+
+std::string network_describe(int64_t handle, int64_t batch, int64_t height, int64_t width) {
+  return networks().get(handle)->network->describe(batch, height, width);
+}
+
+int64_t linear_create(const std::string& isa_name, const at::Tensor& codes, const at::Tensor& scale, const std::optional<at::Tensor>& bias, bool is_ternary,
+                      int64_t act_bits) {
+  const auto weights = to_vector<int8_t>(codes, at::kChar);
+  const auto scales = to_vector<float>(scale, at::kFloat);
+  const auto biases = bias ? to_vector<float>(*bias, at::kFloat) : std::vector<float>();
+  try {
+    return linears().add(std::make_shared<ternary::Linear>(isa(isa_name), codes.size(0), codes.size(1), weights.data(), scales.data(),
+                                                           bias ? biases.data() : nullptr, is_ternary, (int)act_bits));
+  } catch (const std::invalid_argument& error) {
+    TORCH_CHECK_VALUE(false, error.what());
+  }
+}
+
+at::Tensor linear_run(const at::Tensor& input, int64_t handle, int64_t n) {
+  auto layer = linears().get(handle);
+  TORCH_CHECK_VALUE(input.size(-1) == layer->k() && n == layer->n(), "the layer expects rows of ", layer->k(), " numbers");
+  const at::Tensor x = input.to(at::kFloat).contiguous();
+  auto shape = x.sizes().vec();
+  shape.back() = n;
+  at::Tensor out = at::empty(shape, x.options());
+  layer->run(x.data_ptr<float>(), x.numel() / layer->k(), at::get_num_threads(), out.data_ptr<float>());
+  return out;
+}
+
+void network_free(int64_t handle) { networks().remove(handle); }
+void linear_free(int64_t handle) { linears().remove(handle); }
+
+}  // namespace
+
+TORCH_LIBRARY(ternary, m) {
+  m.def("network_run(Tensor images, int handle, int[] tail) -> Tensor");
+  m.def("linear_run(Tensor x, int handle, int n) -> Tensor");
+  m.def("has_isa(str name) -> bool", has_isa);
+  m.def("network_create(str isa, str algorithm, Tensor[] codes, Tensor[] gains, Tensor[] biases, Tensor[] pads, int[] meta, float[] residual_gains, int channels) -> int", network_create);
+  m.def("network_shape(int handle, int batch, int height, int width) -> int[]", network_shape);
+  m.def("network_describe(int handle, int batch, int height, int width) -> str", network_describe);
+  m.def("network_free(int handle) -> ()", network_free);
+  m.def("linear_create(str isa, Tensor codes, Tensor scale, Tensor? bias, bool is_ternary, int act_bits) -> int", linear_create);
+  m.def("linear_free(int handle) -> ()", linear_free);
+}
+
+TORCH_LIBRARY_IMPL(ternary, CPU, m) {
+  m.impl("network_run", network_run);
+  m.impl("linear_run", linear_run);
+}

@@ -1,0 +1,56 @@
+// AVX2: vpmaddubsw adds pairs of unsigned * signed bytes in 16 bits (kernels.h proves that ours fit), vpmaddwd pairs of those.
+#include "kernels.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2")
+#endif
+
+namespace ternary {
+namespace avx2 {
+#define ISA_NAME "avx2"
+#define LANES 8
+#define VECTORS 2
+#define PIXELS 4
+typedef __m256i vec;
+
+static inline vec load_ints(const int32_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
+static inline void store_ints(int32_t* p, vec v) { _mm256_storeu_si256((__m256i*)p, v); }
+static inline vec load_weights(const uint8_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
+static inline vec broadcast(const uint8_t* p) {
+  int32_t four;
+  __builtin_memcpy(&four, p, 4);
+  return _mm256_set1_epi32(four);
+}
+template <int S>
+static inline vec plane(vec codes) {
+  return _mm256_and_si256(S == 3 ? codes : _mm256_slli_epi32(codes, 6 - 2 * S), _mm256_set1_epi8((char)0xC0));
+}
+template <Weights W>
+static inline vec dot(vec acc, vec a, vec w) {
+  if constexpr (W != Weights::kInt8)
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(a, w), _mm256_set1_epi16(1)));
+  // Even and odd bytes apart, as 16-bit numbers: exact.
+  const vec a_even = _mm256_and_si256(a, _mm256_set1_epi16(255)), a_odd = _mm256_srli_epi16(a, 8);
+  const vec w_even = _mm256_srai_epi16(_mm256_slli_epi16(w, 8), 8), w_odd = _mm256_srai_epi16(w, 8);
+  return _mm256_add_epi32(acc, _mm256_add_epi32(_mm256_madd_epi16(a_even, w_even), _mm256_madd_epi16(a_odd, w_odd)));
+}
+#define bytes_to_floats(b) __builtin_convertvector(b, floats)
+#define ints_to_bytes(i) __builtin_convertvector(i, bytes)
+#include "body.h"
+}  // namespace avx2
+}  // namespace ternary
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+const ternary::Kernels* ternary::avx2_kernels() { return __builtin_cpu_supports("avx2") ? &avx2::table : nullptr; }
+#else
+const ternary::Kernels* ternary::avx2_kernels() { return nullptr; }
+#endif

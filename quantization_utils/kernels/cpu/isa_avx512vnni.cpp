@@ -1,0 +1,56 @@
+// AVX-512 with VNNI: vpdpbusd multiplies 64 unsigned by 64 signed bytes and adds groups of four to 16 int32 lanes.
+#include "kernels.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,prefer-vector-width=512")
+#endif
+
+namespace ternary {
+namespace avx512vnni {
+#define ISA_NAME "avx512vnni"
+#define LANES 16
+#define VECTORS 4
+#define PIXELS 6
+typedef __m512i vec;
+
+static inline vec load_ints(const int32_t* p) { return _mm512_loadu_si512(p); }
+static inline void store_ints(int32_t* p, vec v) { _mm512_storeu_si512(p, v); }
+static inline vec load_weights(const uint8_t* p) { return _mm512_loadu_si512(p); }
+static inline vec broadcast(const uint8_t* p) {
+  int32_t four;
+  __builtin_memcpy(&four, p, 4);
+  return _mm512_set1_epi32(four);
+}
+template <int S>
+static inline vec plane(vec codes) {  // shifting 32-bit lanes is fine: the AND drops what crossed a byte's border
+  return _mm512_and_si512(S == 3 ? codes : _mm512_slli_epi32(codes, 6 - 2 * S), _mm512_set1_epi8((char)0xC0));
+}
+template <Weights>
+static inline vec dot(vec acc, vec a, vec w) { return _mm512_dpbusd_epi32(acc, a, w); }
+static inline __m512 bytes_to_floats_(__m128i b) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(b)); }
+#define bytes_to_floats(b) ((floats)bytes_to_floats_((__m128i)(b)))
+#define ints_to_bytes(i) ((bytes)_mm512_cvtepi32_epi8((__m512i)(i)))
+#include "body.h"
+}  // namespace avx512vnni
+
+
+}  // namespace ternary
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+const ternary::Kernels* ternary::avx512vnni_kernels() {
+  const bool has = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                   __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+  return has ? &avx512vnni::table : nullptr;
+}
+#else
+const ternary::Kernels* ternary::avx512vnni_kernels() { return nullptr; }
+#endif

@@ -1,0 +1,48 @@
+// Plain C++ with the compiler's generic vectors: runs anywhere (SSE2, NEON), and is what the others are compared with.
+#include "kernels.h"
+
+namespace ternary {
+namespace portable {
+#define ISA_NAME "portable"
+#define LANES 4
+#define VECTORS 2
+#define PIXELS 4
+typedef int32_t vec __attribute__((vector_size(16), aligned(4), may_alias));
+
+static inline vec load_ints(const int32_t* p) { return *(const vec*)p; }
+static inline void store_ints(int32_t* p, vec v) { *(vec*)p = v; }
+// A lane holds one channel's four weights, least significant byte first on every machine.
+static inline vec load_weights(const uint8_t* p) {
+  vec v;
+  for (int i = 0; i < 4; ++i)
+    v[i] = (int32_t)((uint32_t)p[4 * i] | (uint32_t)p[4 * i + 1] << 8 | (uint32_t)p[4 * i + 2] << 16 | (uint32_t)p[4 * i + 3] << 24);
+  return v;
+}
+static inline vec broadcast(const uint8_t* p) {
+  const int32_t four = (int32_t)((uint32_t)p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24);
+  return vec{four, four, four, four};
+}
+template <int S>
+static inline vec plane(vec codes) {
+  typedef uint32_t uvec __attribute__((vector_size(16)));
+  return (vec)(((uvec)codes << (6 - 2 * S)) & 0xC0C0C0C0u);
+}
+// Bytes 0 and 2 (1 and 3) as 16-bit halves would be as fast only with a multiply-add of halves; four plain products are
+// exact for every kind of weight.
+template <Weights>
+static inline vec dot(vec acc, vec a, vec w) {
+  typedef uint32_t uvec __attribute__((vector_size(16)));
+  const uvec ua = (uvec)a, uw = (uvec)w;
+  acc += (vec)(ua & 255u) * ((vec)(uw << 24) >> 24);
+  acc += (vec)((ua >> 8) & 255u) * ((vec)(uw << 16) >> 24);
+  acc += (vec)((ua >> 16) & 255u) * ((vec)(uw << 8) >> 24);
+  acc += (vec)(ua >> 24) * (w >> 24);
+  return acc;
+}
+#define bytes_to_floats(b) __builtin_convertvector(b, floats)
+#define ints_to_bytes(i) __builtin_convertvector(i, bytes)
+#include "body.h"
+}  // namespace portable
+
+const Kernels* portable_kernels() { return &portable::table; }
+}  // namespace ternary

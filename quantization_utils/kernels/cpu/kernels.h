@@ -1,0 +1,78 @@
+// What the network (network.cpp, linear.cpp) asks of an instruction set (isa_*.cpp), as plain structs and function pointers.
+//
+// Everything is one matrix product C[pixel][channel] += A[pixel][k] * W[k][channel] with unsigned 8-bit A and signed W.
+// A "pixel" is a row of A given by a pointer; its K bytes are `runs` contiguous runs, `run_stride` bytes apart (a
+// convolution over NHWC reads kernel-width * channels contiguous bytes per kernel row; a linear layer has one run).
+#pragma once
+#include <cstdint>
+
+namespace ternary {
+
+constexpr int kMaxPixels = 8;     // upper limit of any instruction set's pixels per tile
+constexpr int kMaxChannels = 64;  // upper limit of any instruction set's channels per tile
+
+// How weights are stored. The product's accumulators, and why they cannot overflow:
+//   kTwoBit: each weight in {-1,0,1} is a 2-bit two's complement number; four input groups share a byte and are moved to
+//            the top two bits by shift and AND, so that the signed byte is 64 * w: no subtraction, no correction.
+//            acc = 64 * sum(w * a): |acc| <= 64 * 255 * K < 2^31 for K < 131,000 (checked when packing).
+//            Pair sums of AVX2's 16-bit vpmaddubsw: 2 * 255 * 64 = 32,640 <= 32,767, so it never saturates.
+//   kSmall:  signed bytes with |w| <= 64 (Winograd's |u| <= 9): pair sums <= 32,640 as above.
+//   kInt8:   signed bytes, |w| <= 127: |acc| <= 127 * 255 * K < 2^31 for K < 66,000 (checked). On AVX2 the pairs would
+//            saturate (64,770), so they are widened to 16 bits first.
+enum class Weights : int { kTwoBit, kSmall, kInt8 };
+
+struct Tile {
+  const uint8_t* pixels[kMaxPixels];  // where each pixel's first run starts
+  int count;                          // pixels, 1 … max_pixels
+  int channels;                       // real channels of this block, 1 … max_channels
+  int runs, groups;                   // groups a run: 16 bytes of A each for kTwoBit, else 4
+  int64_t run_stride;                 // bytes of A
+  const uint8_t* weights;             // [run][group][vector of lanes channels][lanes * 4 bytes]
+  const int32_t* init;                // start of the accumulators, one per channel, padded to whole vectors
+};
+
+// y = float(acc >> shift) * gain_n [* row scale]; y += bias_n; y += residual * residual_gain; ReLU; round; clamp.
+// Each is one float32 operation (compiled without contraction), in this order.
+struct Epilogue {
+  const float* gain;
+  const float* bias;
+  float residual_gain;
+  bool relu;
+  int out_max;  // 0: float32 output
+  int shift;
+};
+
+// Where the pixels of a tile go. Pointers already point at the tile's first channel.
+struct Output {
+  void* out[kMaxPixels * 4];
+  const void* residual[kMaxPixels * 4];  // uint8, or float32 if residual_is_float; ignored unless has_residual
+  float row_scale[kMaxPixels * 4];       // only if has_row_scale: gain_n * row_scale is rounded first
+  bool has_residual, residual_is_float, has_row_scale;
+};
+
+struct Kernels {
+  const char* name;
+  int lanes;         // int32 lanes of a vector; a block has up to max_vectors of them
+  int max_vectors;   // vectors of channels per tile
+  int max_pixels;    // pixels per tile
+  // acc[count][vectors * lanes], vectors = ceil(channels / lanes)
+  void (*multiply)(Weights, const Tile&, int32_t* acc);
+  // `pixels` rows of acc (vectors * lanes apart) to output.
+  void (*finish)(const Epilogue&, const Output&, const int32_t* acc, int pixels, int channels);
+  // V[position][channel stride] of one 4x4 patch: 16 rows, `v_stride` bytes apart; exact, +128 except position 5 = (1,1).
+  void (*winograd_input)(const uint8_t* patch, int64_t row_stride, int64_t pixel_stride, int channels, uint8_t* v, int64_t v_stride);
+  // M[16][tiles][width] -> Y[4 * tiles][width] (still times 4)
+  void (*winograd_output)(const int32_t* m, int tiles, int width, int32_t* y);
+  // float32 image planes -> uint8 NHWC row of `width` pixels, `stride` bytes each, round(x * 255) clamped to 0 … 255
+  void (*image_row)(const float* const* planes, int channels, int width, uint8_t* out, int stride);
+  // signed codes + 128 of one row; returns the scale
+  float (*quantize_row)(const float* x, int64_t k, int code_max, uint8_t* out);
+  void (*max_row)(const uint8_t* in, int n, uint8_t* inout);    // inout = max(inout, in)
+  void (*add_row)(const uint8_t* in, int n, int32_t* inout);    // inout += in
+};
+
+const Kernels* avx512vnni_kernels();  // nullptr where not compiled in or the processor lacks it
+const Kernels* avx2_kernels();
+const Kernels* portable_kernels();
+
+}  // namespace ternary

@@ -1,0 +1,59 @@
+#include "linear.h"
+
+#include <stdexcept>
+
+namespace ternary {
+
+Linear::Linear(const Kernels& isa, int n, int k, const int8_t* codes, const float* scale, const float* bias, bool is_ternary, int act_bits)
+    : isa_(isa), n_(n), k_(k), stride_((k + 63) / 64 * 64), code_max_((1 << (act_bits - 1)) - 1), scale_(scale, scale + n), bias_(n, 0.0f) {
+  if (bias) bias_.assign(bias, bias + n);
+  if (!is_ternary && k >= 66000) throw std::invalid_argument("a linear layer with too many 8-bit weights a channel for 32-bit accumulators");
+  const Weights kind = !is_ternary ? Weights::kInt8 : k < 131000 ? Weights::kTwoBit : Weights::kSmall;
+  panels_ = pack_panels(isa, kind, n, 1, k, [&](int row, int, int i) { return codes[(int64_t)row * k + i]; });
+  scale_.resize(panels_.init.size(), 0.0f), bias_.resize(panels_.init.size(), 0.0f);
+  // Activations are stored as q + 128, so the accumulators start at -128 * sum(w), in the accumulators' unit.
+  for (int row = 0; row < n; ++row) {
+    int64_t sum = 0;
+    for (int i = 0; i < k; ++i) sum += codes[(int64_t)row * k + i];
+    panels_.init[row] = (int32_t)(-128 * sum * (kind == Weights::kTwoBit ? 64 : 1));
+  }
+}
+
+void Linear::run(const float* x, int64_t rows, int threads, float* out) {
+  if (rows == 0) return;
+  std::lock_guard<std::mutex> lock(mutex_);
+  threads = std::max(1, std::min(threads, 256));
+  if ((int64_t)row_scale_.size() < rows) rows_.resize(rows * stride_ + 64), row_scale_.resize(rows);
+  const int block = panels_.block, blocks = (n_ + block - 1) / block, most = isa_.max_pixels;
+  const int64_t groups = (rows + most - 1) / most;
+  const int64_t chunk = std::max<int64_t>(1, std::min<int64_t>(16, groups * blocks / (threads * 8)));
+  const int64_t rows_an_item = std::max<int64_t>(1, 4096 / k_);
+  parallel(threads, [&](Member& member) {
+    member.share((rows + rows_an_item - 1) / rows_an_item, [&](int64_t item) {
+      for (int64_t r = item * rows_an_item; r < std::min(rows, (item + 1) * rows_an_item); ++r)
+        row_scale_[r] = isa_.quantize_row(x + r * k_, k_, code_max_, rows_.data() + r * stride_);
+    });
+    member.share((groups + chunk - 1) / chunk * blocks, [&](int64_t item) {
+      const int first = item % blocks * block;
+      alignas(64) int32_t acc[kMaxPixels * kMaxChannels];
+      Tile tile;
+      tile.channels = std::min(block, n_ - first), tile.runs = 1, tile.groups = panels_.groups, tile.run_stride = 0;
+      tile.weights = panels_.bytes.data() + item % blocks * panels_.block_bytes, tile.init = panels_.init.data() + first;
+      const Epilogue epilogue = {scale_.data() + first, bias_.data() + first, 0.0f, false, 0, panels_.kind == Weights::kTwoBit ? 6 : 0};
+      Output to;
+      to.has_row_scale = true, to.has_residual = to.residual_is_float = false;
+      const int64_t start = item / blocks * chunk * most, end = std::min(rows, start + chunk * most);
+      for (int64_t m = start; m < end; m += tile.count) {
+        tile.count = (int)std::min<int64_t>(most, end - m);
+        for (int p = 0; p < tile.count; ++p) {
+          tile.pixels[p] = rows_.data() + (m + p) * stride_;
+          to.out[p] = out + (m + p) * n_ + first, to.row_scale[p] = row_scale_[m + p];
+        }
+        isa_.multiply(panels_.kind, tile, acc);
+        isa_.finish(epilogue, to, acc, tile.count, tile.channels);
+      }
+    });
+  });
+}
+
+}  // namespace ternary

@@ -1,0 +1,140 @@
+// A packed network: nodes as Python hands them over, and what one batch size needs to run them.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+#include "threads.h"
+
+namespace ternary {
+
+enum class Op : int { kConv, kLinear, kMaxPool, kAvgPool };
+constexpr int kNone = -2;
+enum class Algorithm : int { kDirect, kWinograd, kPool };
+
+struct NodeSpec {
+  Op op;
+  int input, residual;  // indices of nodes; -1: the image; residual kNone: none
+  bool ternary;
+  bool relu;
+  int out_max;          // 0: float32
+  float residual_gain;
+  int n = 0, c = 0;     // channels out and in (a linear layer: c = its whole input)
+  int kernel[2], stride[2], padding[2];
+  std::vector<int8_t> codes;
+  std::vector<float> gain, bias;
+  std::vector<uint8_t> pad_values;  // empty: zeros
+};
+
+// Weights in the order the tiles read them, for blocks of `block` channels.
+struct Panels {
+  Weights kind = Weights::kTwoBit;
+  int runs = 0, groups = 0, block = 0;
+  int64_t block_bytes = 0;
+  std::vector<uint8_t> bytes;
+  std::vector<int32_t> init;  // per padded channel (Winograd: per position and padded channel)
+};
+
+// weight(n, run, i): code of output channel n at byte i of a run; zero-padded to whole groups and blocks.
+template <typename Weight>
+Panels pack_panels(const Kernels& isa, Weights kind, int n, int runs, int run_bytes, const Weight& weight) {
+  Panels p;
+  p.kind = kind, p.runs = runs, p.block = isa.lanes * isa.max_vectors;
+  const int group = kind == Weights::kTwoBit ? 16 : 4;
+  p.groups = (run_bytes + group - 1) / group;
+  const int blocks = (n + p.block - 1) / p.block;
+  const int padded = (n + isa.lanes - 1) / isa.lanes * isa.lanes;
+  p.block_bytes = (int64_t)runs * p.groups * p.block * 4;
+  p.bytes.assign((size_t)runs * p.groups * padded * 4 + 64, 0);
+  p.init.assign((size_t)blocks * p.block, 0);
+  for (int b = 0; b < blocks; ++b) {
+    const int width = std::min(padded - b * p.block, p.block);
+    uint8_t* out = p.bytes.data() + b * p.block_bytes;
+    for (int run = 0; run < runs; ++run)
+      for (int g = 0; g < p.groups; ++g, out += width * 4)
+        for (int ch = 0; ch < width && b * p.block + ch < n; ++ch)
+          for (int k = 0; k < group; ++k) {
+            const int i = g * group + k;
+            if (i >= run_bytes) break;
+            const int w = weight(b * p.block + ch, run, i);
+            if (kind == Weights::kTwoBit) out[ch * 4 + k % 4] |= (uint8_t)((w & 3) << (2 * (k / 4)));
+            else out[ch * 4 + k] = (uint8_t)w;
+          }
+  }
+  return p;
+}
+
+// A value between nodes: NHWC with a border on all sides (what convolutions pad with), or float32 NHWC without.
+struct Value {
+  int n = 0, h = 0, w = 0, c = 0;  // real sizes
+  int cs = 0;                      // bytes (or floats) from pixel to pixel
+  int border = 0, extra = 0;       // extra: further rows and columns below and right, for Winograd's whole tiles
+  bool is_float = false;
+  int code_max = 255;
+  uint8_t* data = nullptr;
+  int64_t row() const { return (int64_t)(w + 2 * border + extra) * cs; }
+  int64_t image() const { return row() * (h + 2 * border + extra); }
+  int64_t at(int y, int x) const { return (y + border) * row() + (int64_t)(x + border) * cs; }
+};
+
+struct Step {
+  Algorithm algorithm = Algorithm::kPool;
+  bool winograd_possible = false;
+  std::shared_ptr<Panels> direct, winograd;
+  Epilogue epilogue{};
+  std::vector<float> gain, bias;             // padded to whole vectors
+  std::vector<int64_t> in_offset, out_offset, residual_offset;  // per output pixel of one image, in elements
+  double micros[2] = {0, 0};                 // measured at planning: direct, Winograd
+};
+
+struct Plan {
+  int batch = 0, height = 0, width = 0;
+  bool chosen = false;                       // algorithms were measured
+  std::vector<Value> values;  // [0] is the image, [i + 1] node i
+  std::vector<std::shared_ptr<Step>> steps;
+  std::vector<std::unique_ptr<uint8_t[]>> storage;
+  std::vector<uint8_t> shared;               // Winograd's transformed input, where the threads share one
+};
+
+class Network {
+ public:
+  Network(const Kernels& isa, std::vector<NodeSpec> nodes, int image_channels);
+  // images: float32 planes (batch, channels, height, width); out: float32, as many as out_size says.
+  void run(const float* images, int batch, int height, int width, int threads, const std::string& algorithm, float* out);
+  std::vector<int64_t> out_shape(int batch, int height, int width);
+  // One line a node: "node op algorithm direct_us winograd_us multiply_adds", for a batch that has run.
+  std::string describe(int batch, int height, int width);
+
+ private:
+  Plan& plan(int batch, int height, int width);
+  void make_values(Plan& plan);
+  void allocate(Plan& plan);
+  void make_step(Plan& plan, int node);
+  bool winograd_possible(const Plan& plan, int node) const;
+  std::shared_ptr<Panels> panels(int node, const Value& in, Algorithm algorithm);
+  void choose(Plan& plan, int threads, const std::string& algorithm);
+  void run_image(Plan& plan, const float* images, Member& member);
+  void run_node(Plan& plan, int node, Member& member);
+  void run_direct(Plan& plan, int node, Member& member);
+  void run_winograd(Plan& plan, int node, Member& member);
+  void run_tiles(Plan& plan, int node, int block, int64_t first, int count, const uint8_t* v, int32_t* m);
+  void run_max_pool(Plan& plan, int node, Member& member);
+  void run_avg_pool(Plan& plan, int node, Member& member);
+  uint8_t* scratch(int thread, size_t bytes);
+
+  const Kernels& isa_;
+  std::vector<NodeSpec> nodes_;
+  int image_channels_;
+  std::map<std::vector<int>, std::unique_ptr<Plan>> plans_;
+  std::map<std::vector<int>, std::shared_ptr<Panels>> packed_;  // by node, algorithm and input layout; shared by batch sizes
+  std::vector<std::vector<uint8_t>> scratch_;                   // one a thread
+  int threads_ = 1;
+  std::mutex mutex_;
+};
+
+}  // namespace ternary

@@ -1,0 +1,191 @@
+"""The C++ kernels against the reference, bit for bit: every instruction set of this processor, odd shapes, every option."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from quantization_utils import kernels
+from quantization_utils.kernels import reference
+from quantization_utils.network import Node
+
+pytestmark = pytest.mark.skipif("cpu" not in kernels.available_backends(), reason="no C++ compiler")
+BACKENDS = [b for b in kernels.available_backends() if b.startswith("cpu-")]
+
+
+def codes_of(shape: tuple[int, ...], bits: int | str = "ternary") -> Tensor:
+    top = 1 if bits == "ternary" else 127
+    codes = torch.randint(-top, top + 1, shape, dtype=torch.int8)
+    codes.view(-1)[0] = top  # also a single code says something
+    return codes
+
+
+def conv(source: int, n: int, c: int, kernel: int = 3, stride: int = 1, padding: int = 1, **options: object) -> Node:
+    """A convolution whose outputs use the whole range of its output codes."""
+    bits = options.pop("weight_bits", "ternary")
+    out_max = options.get("out_max", 63)
+    spread = (c * kernel * kernel) ** 0.5 * (60 if bits == "ternary" else 5000)
+    gain = (torch.rand(n) - 0.3) * (out_max or 1) / spread
+    return Node(
+        "conv", source, codes=codes_of((n, c, kernel, kernel), bits), weight_bits=bits, gain=gain, bias=torch.randn(n) * 10,
+        kernel=(kernel, kernel), stride=(stride, stride), padding=(padding, padding), **{"out_max": 63, "relu": True, **options},
+    )  # fmt: skip
+
+
+def check(nodes: list[Node], images: Tensor, backend: str) -> Tensor:
+    expected = reference.NetworkExecutor(nodes)(images)
+    executor = kernels.make_executor(nodes, backend)
+    assert executor.backend == backend
+    for _ in range(2):  # the first call also measures; the second finds used buffers
+        got = executor(images)
+        assert got.shape == expected.shape and got.dtype == torch.float32
+        assert torch.equal(got, expected)
+    assert expected.unique().numel() > 1  # the case says something
+    return got
+
+
+def images_of(batch: int, height: int, width: int, channels: int = 3) -> Tensor:
+    return torch.randint(0, 256, (batch, channels, height, width)).float() / 255
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [(1, 1, 0), (1, 2, 0), (3, 1, 1), (3, 2, 1), (3, 1, 0), (5, 1, 2), (5, 3, 1), (7, 2, 3), (3, 1, 2)])
+@pytest.mark.parametrize(("n", "c", "size", "batch"), [(64, 64, 8, 1), (97, 17, 9, 3), (1, 3, 33, 1), (257, 97, 7, 2), (16, 33, 12, 5)])
+def test_convolution(backend: str, kernel: int, stride: int, padding: int, n: int, c: int, size: int, batch: int) -> None:
+    stem = conv(-1, c, 3, pad_values=torch.tensor([125, 3, 255], dtype=torch.uint8))
+    check([stem, conv(0, n, c, kernel, stride, padding, out_max=None, relu=False)], images_of(batch, size, size), backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("out_max", [255, 63, 15])
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("shortcut", [True, False])
+def test_residuals_and_output_codes(backend: str, out_max: int, relu: bool, shortcut: bool) -> None:
+    nodes = [conv(-1, 37, 3), conv(0, 37, 37, out_max=255)]
+    if shortcut:
+        nodes.append(conv(0, 37, 37, 1, 1, 0, out_max=None, relu=False))
+    last = len(nodes) - 1
+    nodes.append(conv(1, 37, 37, out_max=out_max, relu=relu, residual=last, residual_gain=0.37))
+    nodes.append(conv(last + 1, 5, 37, out_max=None, relu=False))
+    check(nodes, images_of(2, 11, 6), backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("size", [2, 3, 4, 5, 8, 17, 32])
+@pytest.mark.parametrize("channels", [16, 64, 100, 130])
+def test_winograd_equals_direct(backend: str, size: int, channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Extreme activations and weights: all 63 or all 0, filters of equal signs.
+    nodes = [conv(-1, channels, 3), conv(0, channels, channels), conv(1, channels, channels, out_max=None, residual=0, residual_gain=1.5)]
+    nodes[1].codes[0], nodes[1].codes[1], nodes[0].gain[:5] = 1, -1, 100.0
+    for batch in (1, 7):
+        for algorithm in ("winograd", "direct"):
+            monkeypatch.setenv("TERNARY_ALGORITHM", algorithm)
+            check(nodes, images_of(batch, size, size + size % 3), backend)
+    executor = kernels.make_executor(nodes, backend)
+    monkeypatch.setenv("TERNARY_ALGORITHM", "winograd")
+    executor = kernels.make_executor(nodes, backend)
+    executor(images_of(1, size, size))
+    assert [step["algorithm"] for step in executor.plan(1, size, size)] == ["direct", "winograd", "winograd"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bits", ["ternary", 8])
+@pytest.mark.parametrize("batch", [1, 3, 32])
+def test_a_whole_network(backend: str, bits: int | str, batch: int) -> None:
+    """Convolutions, pools, flattening in NCHW order, linear layers, saturated 8-bit activations."""
+    k = 35 * 3 * 2
+    nodes = [
+        conv(-1, 35, 3, out_max=255, weight_bits=bits),
+        Node("max_pool", 0, kernel=(3, 3), stride=(2, 2), padding=(1, 1)),
+        Node("max_pool", 1, kernel=(2, 2), stride=(1, 1)),
+        Node("linear", 2, codes=codes_of((97, k), bits), weight_bits=bits, gain=torch.rand(97) / 50, bias=torch.randn(97), relu=True, out_max=255),
+        Node("linear", 3, codes=codes_of((10, 97), bits), weight_bits=bits, gain=torch.rand(10), bias=torch.randn(10)),
+    ]  # fmt: skip
+    nodes[0].gain[:9] = 100.0
+    check(nodes, images_of(batch, 8, 5), backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("out_max", [None, 255])
+def test_average_pool(backend: str, out_max: int | None) -> None:
+    nodes = [conv(-1, 21, 3, 3, 2), Node("avg_pool", 0, gain=torch.tensor([0.11]), out_max=out_max)]
+    check(nodes, images_of(3, 9, 13), backend)
+    nodes.append(Node("linear", 1, codes=codes_of((7, 21)), gain=torch.rand(7), bias=torch.randn(7)))
+    if out_max:
+        check(nodes, images_of(3, 9, 13), backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_largest_accumulators_do_not_overflow(backend: str) -> None:
+    """Every product at its extreme: 9216 inputs of 255, weights all 1, all -1, 127, -127."""
+    for codes, bits in ((torch.tensor([1, -1]), "ternary"), (torch.tensor([127, -127]), 8)):
+        weight = codes.to(torch.int8)[:, None].expand(2, 9216).contiguous()
+        stem = Node("conv", -1, codes=torch.ones(256, 1, 1, 1, dtype=torch.int8), gain=torch.ones(256), bias=torch.zeros(256), out_max=255)
+        nodes = [stem, Node("linear", 0, codes=weight, weight_bits=bits, gain=torch.ones(2), bias=torch.zeros(2))]
+        got = check(nodes, torch.ones(1, 1, 6, 6), backend)
+        assert got.tolist() == [[float(c) * 9216 * 255 for c in codes.tolist()]]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bits", ["ternary", 8])
+@pytest.mark.parametrize(("rows", "k", "n"), [(1, 1, 1), (3, 17, 97), (65, 384, 257), (32, 1025, 64), (2, 3072, 10)])
+@pytest.mark.parametrize("act_bits", [8, 6])
+def test_dynamic_linear(backend: str, bits: int | str, rows: int, k: int, n: int, act_bits: int) -> None:
+    x = torch.randn(2, rows, k) * torch.logspace(-8, 3, rows)[:, None]
+    x[0, 0] = 0
+    scale, bias = torch.rand(n), torch.randn(n)
+    codes = codes_of((n, k), bits)
+    for b in (bias, None):
+        layer = kernels.make_linear(codes, scale, b, act_bits, backend)
+        assert torch.equal(layer(x), reference.Linear(codes, scale, b, act_bits)(x))
+        assert torch.equal(layer(x.transpose(0, 1)), layer(x).transpose(0, 1))
+
+
+def test_results_do_not_depend_on_threads() -> None:
+    nodes = [conv(-1, 64, 3), conv(0, 128, 64, 3, 2), conv(1, 128, 128, out_max=None)]
+    images, before, results = images_of(3, 15, 15), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            executor = kernels.make_executor(nodes, "cpu")
+            results.append(executor(images))
+            assert torch.equal(executor(images), results[0])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_operators_pass_opcheck_and_compile() -> None:
+    nodes = [conv(-1, 16, 3), Node("avg_pool", 0, gain=torch.tensor([0.1]))]
+    executor, images = kernels.make_executor(nodes, "cpu"), images_of(2, 8, 8)
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(torch.ops.ternary.network_run, (images, executor._handle, [16]), test_utils=tests)
+    layer, x = kernels.make_linear(codes_of((5, 7)), torch.rand(5), None, 8, "cpu"), torch.randn(3, 7)
+    torch.library.opcheck(torch.ops.ternary.linear_run, (x, layer._handle, 5), test_utils=tests)
+    compiled = torch.compile(lambda i: executor(i) * 2, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(images), executor(images) * 2)
+
+
+def test_environment_and_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERNARY_ISA", "portable")
+    assert kernels.make_executor([conv(-1, 4, 3)], "auto").backend == "cpu-portable"
+    monkeypatch.setenv("TERNARY_ISA", "sse9")
+    with pytest.raises(ValueError, match="cannot run here"):
+        kernels.make_executor([conv(-1, 4, 3)], "cpu")
+    with pytest.raises(ValueError, match="unknown backend"):
+        kernels.make_executor([conv(-1, 4, 3)], "gpu")
+    assert kernels.make_executor([conv(-1, 4, 3)], "reference").backend == "reference"
+
+
+def test_wrong_shapes_are_named() -> None:
+    executor = kernels.make_executor([conv(-1, 8, 3), conv(0, 8, 9)], "cpu")
+    with pytest.raises(ValueError, match="expects 9 channels and reads 8"):
+        executor(images_of(1, 8, 8))
+    with pytest.raises(ValueError, match="images must be"):
+        kernels.make_executor([conv(-1, 8, 3)], "cpu")(images_of(1, 8, 8, channels=4))
+    assert kernels.make_executor([conv(-1, 8, 3)], "cpu")(images_of(0, 8, 8)[:0].reshape(0, 3, 8, 8)).shape[0] == 0
