@@ -1,0 +1,288 @@
+"""Model files: round trips, a second reader written from the specification, damage, forgery, full disks, kills."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+import zstandard
+from safetensors import safe_open
+from torch import nn
+
+from benchmarks.fuzz_files import fuzz, small_models
+from benchmarks.kill_while_saving import kill_while_saving, save_on_full_disk
+from models import build
+from quantization_utils import calibrate_, int8_absmax, pack_, quantize_
+from quantization_utils.network import PackedNetwork
+from quantization_utils.storage import ModelFileError, load_model, save_model
+from tests.golden.make_version_1 import images
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+FAMILIES = ("alexnet", "resnet_18", "vit")
+METADATA = {"classes": [str(i) for i in range(10)], "test_accuracy_pct": 90.5, "provenance": {"epochs": 3, "π": "ü"}}
+
+
+@pytest.fixture(scope="module")
+def small():
+    return small_models()
+
+
+@pytest.fixture
+def good(small, tmp_path):
+    """A good file, to be spoilt."""
+    path = tmp_path / "model.safetensors"
+    save_model(small["vit"], path, METADATA)
+    return path
+
+
+def variants():
+    def vit(**how):
+        return lambda: pack_(quantize_(build("vit", 10, width=64, depth=2, patch_size=16), **how))
+
+    def resnet(calibrated, **how):
+        def make():
+            model = quantize_(build("resnet_18", 10, stem="maxpool").eval(), **how)
+            return pack_(calibrate_(model, images()) if calibrated else model)
+
+        return make
+
+    def two_kinds():
+        model = build("vit", 10, width=64, depth=1, patch_size=16)
+        return pack_(quantize_(quantize_(model, int8_absmax, only="*classifier"), act_bits=None))
+
+    return {
+        "vit float": lambda: build("vit", 10, width=64, depth=1, patch_size=16).eval(), "vit": vit(),
+        "vit weight only": vit(act_bits=None), "vit partly": vit(keep=["*classifier"]), "vit with 8-bit head": two_kinds,
+        "resnet float": lambda: build("resnet_18", 10, stem="maxpool").eval(), "resnet": resnet(True),
+        "resnet linear": resnet(False, only=nn.Linear, act_bits=None), "resnet half calibrated": resnet(True, keep=["conv1"]),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", variants())
+def test_reloaded_equals_packed_and_saves_to_the_same_bytes(name, tmp_path):
+    torch.manual_seed(0)
+    model = variants()[name]()
+    size = save_model(model, tmp_path / "one", METADATA)
+    assert size == (tmp_path / "one").stat().st_size
+    loaded, metadata = load_model(tmp_path / "one", backend="reference")
+    for module in model.modules():
+        if hasattr(module, "backend"):
+            module.backend = "reference"
+    with torch.no_grad():
+        assert torch.equal(loaded(images()), model(images()))
+    assert {k: metadata[k] for k in METADATA} == METADATA and metadata["format_version"] == 1
+    assert metadata["constructor"] == json.loads(json.dumps(model.constructor)) and not loaded.training
+    save_model(loaded, tmp_path / "two", metadata)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_golden_files_of_version_1_load_for_ever(family):
+    model, metadata = load_model(GOLDEN / f"version_1_{family}.safetensors", backend="reference")
+    assert metadata["classes"][3] == "class 3" and metadata["test_accuracy_pct"] == 12.5
+    logits = torch.tensor(json.loads((GOLDEN / f"version_1_{family}.json").read_text()))
+    with torch.no_grad():
+        # A chain network is exact; a ViT's float parts depend on the machine's matrix product.
+        torch.testing.assert_close(model(images()), logits, rtol=0, atol=1e-2 if family == "vit" else 1e-5)
+
+
+def read_by_the_specification(data: bytes):
+    """A reader of `packing.py`'s docstring that shares no code with the project: codes by tensor name."""
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    metadata = header.pop("__metadata__")
+    digest = metadata["file_sha256"]
+    assert hashlib.sha256(data.replace(digest.encode(), b"0" * 64)).hexdigest() == digest
+    found = {}
+    for name, entry in json.loads(metadata["tensors"]).items():
+        begin, end = (8 + length + offset for offset in header[name]["data_offsets"])
+        stored = data[begin:end]
+        assert hashlib.sha256(stored).hexdigest() == entry["sha256"]
+        if "encoding" not in entry:
+            continue
+        base, _, squeezed = entry["encoding"].partition("+")
+        if base == "gaps":
+            m, s = struct.unpack("<II", stored[:8])
+            gaps, values, codes = stored[8 : 8 + s], stored[8 + s :], []
+            gaps = zstandard.decompress(gaps) if squeezed else gaps
+            assert len(gaps) == m and entry["bits"] == "ternary"
+            nonzero = 0
+            for gap in gaps:
+                codes += [0] * gap
+                if gap < 255:
+                    sign = values[nonzero // 8] >> nonzero % 8 & 1 if nonzero < 8 * len(values) else 0
+                    codes.append(-1 if sign else 1)
+                    nonzero += 1
+            codes.pop()
+        else:
+            plain = zstandard.decompress(stored) if squeezed else stored
+            digits = [byte // 3**i % 3 for byte in plain for i in range(5)]
+            codes = [(0, 1, -1)[d] for d in digits] if base == "trits" else [b - 256 * (b > 127) for b in plain]
+        shape = torch.Size(entry["shape"])
+        found[name] = torch.tensor(codes[: shape.numel()], dtype=torch.int8).view(shape)
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_reader_from_the_specification_alone_agrees(family):
+    path = GOLDEN / f"version_1_{family}.safetensors"
+    found = read_by_the_specification(path.read_bytes())
+    model, _ = load_model(path)
+    if isinstance(model, PackedNetwork):
+        expected = {f"nodes.{i}.codes": node.codes for i, node in enumerate(model.nodes) if node.codes is not None}
+    else:
+        expected = {k: v for k, v in model.state_dict().items() if k.endswith(".codes")}
+    assert found.keys() == expected.keys() and len(found) >= 4
+    assert all(torch.equal(found[k], expected[k]) for k in found)
+
+
+def test_any_safetensors_reader_reads_it(good):
+    with safe_open(good, "pt") as file:
+        assert file.metadata()["format"] == "packed-vision-model"
+        recorded = json.loads(file.metadata()["tensors"])
+        assert set(file.keys()) == set(recorded)
+        for name in file.keys():  # noqa: SIM118 (this is no dict)
+            assert hashlib.sha256(file.get_tensor(name).contiguous().numpy().tobytes()).hexdigest() == recorded[name]["sha256"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_mutated_files_are_refused(family, small, tmp_path):
+    figures = fuzz(small[family], tmp_path, 250, seed=7)
+    assert figures["failures"] == [] and figures["outcomes"]["refused"] > 150
+
+
+def test_every_single_byte_counts(small, tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_model(small["alexnet"], path)
+    data = path.read_bytes()
+    for at in range(0, len(data), 29):
+        path.write_bytes(data[:at] + bytes([data[at] ^ 1 << at % 8]) + data[at + 1 :])
+        with pytest.raises(ModelFileError):
+            load_model(path)
+    for length in range(0, len(data), 97):
+        path.write_bytes(data[:length])
+        with pytest.raises(ModelFileError):
+            load_model(path)
+
+
+def forge(path: Path, change) -> None:
+    """Apply `change(metadata with its JSON parsed, header)` and make the hash of the file right again."""
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    metadata = header["__metadata__"]
+    parsed = {k: json.loads(v) for k, v in metadata.items() if v[:1] in "[{n"}
+    change(parsed, header)
+    metadata.update({k: json.dumps(v) for k, v in parsed.items()} | {"file_sha256": "0" * 64})
+    text = json.dumps(header, separators=(",", ":")).encode()
+    data = struct.pack("<Q", len(text)) + text + data[8 + length :]
+    path.write_bytes(data.replace(b'"' + b"0" * 64, b'"' + hashlib.sha256(data).hexdigest().encode(), 1))
+
+
+FORGERIES = {
+    "version": (lambda p, h: h["__metadata__"].update(format_version="2"), "version"),
+    "format": (lambda p, h: h["__metadata__"].update(format="gguf"), "other safetensors"),
+    "checkpoint": (lambda p, h: p["constructor"]["options"].update(checkpoint="gpt2"), "checkpoint"),
+    "address": (lambda p, h: p["constructor"]["options"]["config"].update(attn_implementation="evil/kernel"), "address"),
+    "endless model": (lambda p, h: p["constructor"]["options"]["config"].update(num_hidden_layers=60_000), "more"),
+    "endless list": (lambda p, h: p["constructor"]["options"]["config"].update(num_labels=2**31), "beyond"),
+    "unknown model": (lambda p, h: p["constructor"].update(name="gpt"), "does not build"),
+    "wider model": (lambda p, h: p["constructor"]["options"]["config"].update(intermediate_size=512), "shape"),
+    "many codes": (lambda p, h: p["tensors"]["network.classifier.codes"].update(shape=[2**30, 2**30]), "claim"),
+    "other shape": (lambda p, h: p["tensors"]["network.classifier.codes"].update(shape=[64, 10]), "shape"),
+    "other mean": (lambda p, h: p["normalization"].update(mean=[0, 0, 0]), "normalisation"),
+    "classes": (lambda p, h: p["metadata"].update(classes=["one"]), "classes"),
+    "layer of no kind": (lambda p, h: p["modules"]["packed"].pop("network.classifier"), "classifier"),
+}
+
+
+@pytest.mark.parametrize("name", FORGERIES)
+def test_forged_files_with_right_hashes_are_refused_for_the_right_reason(name, good):
+    change, reason = FORGERIES[name]
+    forge(good, lambda p, h: None)
+    load_model(good)  # the forging itself is sound
+    forge(good, change)
+    with pytest.raises(ModelFileError, match=reason) as caught:
+        load_model(good)
+    assert str(good) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0, -1.0])
+def test_scales_that_are_not_right(value, small, tmp_path):
+    import copy
+
+    model = copy.deepcopy(small["vit"])
+    model.network.classifier.scale[3] = value
+    path = tmp_path / "model.safetensors"
+    if value in (0.0, -1.0):
+        save_model(model, path)
+        with pytest.raises(ModelFileError, match="classifier.scale"):
+            load_model(path)
+    else:
+        with pytest.raises(ValueError, match="finite"):
+            save_model(model, path)
+
+
+def test_what_cannot_be_saved(tmp_path, small):
+    with pytest.raises(ValueError, match="pack_"):
+        save_model(quantize_(build("vit", 10, width=64, depth=1)), tmp_path / "x")
+    with pytest.raises(ValueError, match="models.build"):
+        save_model(nn.Linear(2, 2), tmp_path / "x")
+    with pytest.raises(ValueError, match="JSON"):
+        save_model(small["vit"], tmp_path / "x", {"accuracy": float("nan")})
+    with pytest.raises(ValueError, match="classes"):
+        save_model(small["vit"], tmp_path / "x", {"classes": ["cat"]})
+    with pytest.raises(FileNotFoundError, match="folder"):
+        save_model(small["vit"], tmp_path / "missing" / "x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_no_file(tmp_path, good):
+    with pytest.raises(FileNotFoundError, match="no such"):
+        load_model(tmp_path / "missing")
+    with pytest.raises(ModelFileError, match="folder"):
+        load_model(tmp_path)
+    with pytest.raises(ValueError, match="backend"):
+        load_model(good, backend="abacus")
+
+
+def test_permissions_follow_the_umask(small, tmp_path):
+    for mask, mode in ((0o022, 0o644), (0o077, 0o600)):
+        before = os.umask(mask)
+        try:
+            save_model(small["alexnet"], tmp_path / "model")
+        finally:
+            os.umask(before)
+        assert stat.S_IMODE((tmp_path / "model").stat().st_mode) == mode
+
+
+def test_calibration_images_halve_the_scales_and_keep_the_classes(small, tmp_path):
+    pictures = torch.rand(16, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    for name, model in small.items():
+        plain = save_model(model, tmp_path / "plain")
+        with torch.no_grad():
+            before = model(pictures)
+            small_size = save_model(model, tmp_path / "small", calibration_images=pictures)
+            loaded, metadata = load_model(tmp_path / "small")
+            assert torch.equal(loaded(pictures).argmax(1), before.argmax(1)) and torch.equal(model(pictures), before)
+        assert small_size < plain if name == "vit" else small_size <= plain  # the others have fewer than 32 scales a layer
+        save_model(loaded, tmp_path / "again", metadata)
+        assert (tmp_path / "again").read_bytes() == (tmp_path / "small").read_bytes()
+
+
+def test_kills_and_a_full_disk_leave_the_previous_file(tmp_path):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        killed = kill_while_saving(8, tmp_path, width=512)
+    finally:
+        torch.set_num_threads(threads)
+    assert killed["broken"] == killed["leftovers"] == 0 and killed["first"] + killed["second"] == 8
+    full = save_on_full_disk(5, tmp_path, width=512, mounted=False)
+    assert full["refused"] == full["intact"] == 5 and full["leftovers"] == 0

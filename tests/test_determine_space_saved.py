@@ -1,0 +1,54 @@
+"""The script's figures are those of the files it looks at."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+import determine_space_saved
+from models import build
+from quantization_utils import pack_, quantize_
+from quantization_utils.inspection import gzip_float_bytes, inspect_file
+from quantization_utils.storage import save_model
+
+GOLDEN = Path(__file__).parent / "golden" / "version_1_vit.safetensors"
+
+
+def test_report_of_a_file(tmp_path):
+    torch.manual_seed(0)
+    model = build("vit", 10, width=64, depth=1, patch_size=16)
+    numbers = sum(p.numel() for p in model.parameters())
+    path = tmp_path / "model"
+    save_model(pack_(quantize_(model)), path)
+    report = inspect_file(path)
+    weights = sum(m.codes.numel() for m in model.modules() if hasattr(m, "codes"))
+    scales = sum(len(m.scale) for m in model.modules() if hasattr(m, "scale"))
+    assert report.file_bytes == path.stat().st_size and report.weights == weights
+    assert report.float_bytes == 4 * (numbers + scales)
+    zeros = sum(int((m.codes == 0).sum()) for m in model.modules() if hasattr(m, "codes"))
+    assert report.zero_fraction == pytest.approx(zeros / weights)
+    assert report.log2_3_bytes == pytest.approx(weights * math.log2(3) / 8 + report.other_bytes)
+    assert report.other_bytes < report.ideal_bytes < report.log2_3_bytes < report.file_bytes
+    assert report.ideal_bytes < gzip_float_bytes(path) < report.float_bytes
+
+
+def test_models_and_files(capsys, monkeypatch):
+    monkeypatch.setattr(determine_space_saved, "MODELS", [("tiny", "vit", {"width": 64, "depth": 1, "patch_size": 16})])
+    assert determine_space_saved.main(["--layers"]) == 0
+    assert determine_space_saved.main([str(GOLDEN)]) == 0
+    out = capsys.readouterr().out
+    assert "tiny" in out and "network.classifier" in out and "verified" in out and "gzip" in out
+    assert f"{GOLDEN.stat().st_size:,} bytes" in out
+
+
+@pytest.mark.parametrize("content", [None, b"", b"hello, this is no model", GOLDEN.read_bytes()[:-1]])
+def test_bad_files_are_one_sentence_and_exit_code_2(content, tmp_path, capsys):
+    path = tmp_path / "model"
+    if content is not None:
+        path.write_bytes(content)
+    assert determine_space_saved.main([str(path)]) == 2
+    error = capsys.readouterr().err
+    assert str(path) in error and error.count("\n") == 1
