@@ -118,6 +118,7 @@ class Network {
   bool winograd_possible(const Plan& plan, int node) const;
   std::shared_ptr<Panels> panels(int node, const Value& in, Algorithm algorithm);
   void choose(Plan& plan, int threads, const std::string& algorithm);
+  double measure(Plan& plan, int node, int threads);
   void run_image(Plan& plan, const float* images, Member& member);
   void run_node(Plan& plan, int node, Member& member);
   void run_direct(Plan& plan, int node, Member& member);

@@ -184,7 +184,22 @@ void Network::make_step(Plan& plan, int node) {
     }
 }
 
-// Every node once by each algorithm that can run it, the best of a few repetitions; the buffers hold whatever they hold.
+// Median microseconds of one node. Not the smallest: the other threads may do all of a phase before this one looks at the clock.
+double Network::measure(Plan& plan, int node, int threads) {
+  using Clock = std::chrono::steady_clock;
+  std::vector<double> micros;
+  parallel(threads, [&](Member& member) {
+    for (int repetition = 0; repetition < 10; ++repetition) {
+      const auto start = Clock::now();
+      run_node(plan, node, member);
+      if (member.index() == 0 && repetition > 0) micros.push_back(std::chrono::duration<double, std::micro>(Clock::now() - start).count());
+    }
+  });
+  std::nth_element(micros.begin(), micros.begin() + micros.size() / 2, micros.end());
+  return micros[micros.size() / 2];
+}
+
+// Every node by each algorithm that can run it, the faster wins; the buffers hold whatever they hold.
 void Network::choose(Plan& plan, int threads, const std::string& algorithm) {
   size_t shared = 0;
   for (size_t i = 0; i < nodes_.size(); ++i) {
@@ -204,20 +219,9 @@ void Network::choose(Plan& plan, int threads, const std::string& algorithm) {
     Algorithm winner = candidates[0];
     for (Algorithm candidate : candidates) {
       step.algorithm = candidate;
-      double fastest = 1e30, total = 0;
-      parallel(threads, [&](Member& member) {
-        for (int repetition = 0; repetition < 8; ++repetition) {
-          member.barrier();
-          const auto start = std::chrono::steady_clock::now();
-          run_node(plan, i, member);
-          if (member.index() != 0) continue;
-          const double micros = std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - start).count();
-          if (repetition > 0) fastest = std::min(fastest, micros);
-          total += micros;
-        }
-      });
-      step.micros[candidate == Algorithm::kWinograd] = fastest;
-      if (fastest < best) best = fastest, winner = candidate;
+      const double median = measure(plan, i, threads);
+      step.micros[candidate == Algorithm::kWinograd] = median;
+      if (median < best) best = median, winner = candidate;
     }
     step.algorithm = winner;
     if (winner != Algorithm::kWinograd) step.winograd.reset();

@@ -10,9 +10,8 @@
 namespace ternary {
 namespace {
 
-constexpr int kMaxThreads = 256;
-constexpr int kSpinsBeforeYield = 4000;     // some tens of microseconds: longer than an uneven layer
-constexpr int kSpinsBeforeSleep = 20000;    // between two calls of a network
+constexpr int kSpinsBeforeYield = 1000;   // some tens of microseconds: longer than an item
+constexpr int kSpinsBeforeSleep = 10000;  // between two calls of a network
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -27,7 +26,7 @@ struct Pool {
   std::atomic<uint64_t> epoch{0};  // a new value starts a region
   const std::function<void(Member&)>* body = nullptr;
   std::atomic<int> busy{0};
-  int workers = 0;
+  int workers = 0, used_phases = 0;
   pid_t owner = getpid();
 
   void work(int index, uint64_t seen) {
@@ -57,9 +56,7 @@ struct Pool {
     for (; workers < threads - 1; ++workers)
       std::thread(&Pool::work, this, workers + 1, epoch.load()).detach();
     team.size = threads;
-    team.counters[0].next.store(0);
-    team.counters[1].next.store(0);
-    for (int i = 0; i < threads; ++i) team.phase[i].which = 0;
+    for (int i = 0; i < used_phases; ++i) team.phases[i].next.store(0), team.phases[i].done.store(0);
     Member self(team, 0);
     if (threads > 1) {
       body = &function;
@@ -71,6 +68,7 @@ struct Pool {
       wake.notify_all();
     }
     function(self);
+    used_phases = self.phases();
     if (threads > 1) {
       for (int spins = 0; busy.load(std::memory_order_acquire) != 0;)
         ++spins < kSpinsBeforeYield ? relax() : std::this_thread::yield();
@@ -80,15 +78,8 @@ struct Pool {
 
 }  // namespace
 
-void Member::barrier() {
-  if (team_.size == 1) return;
-  const uint32_t generation = team_.generation.load(std::memory_order_acquire);
-  if (team_.arrived.fetch_add(1, std::memory_order_acq_rel) == team_.size - 1) {
-    team_.arrived.store(0, std::memory_order_relaxed);
-    team_.generation.store(generation + 1, std::memory_order_release);
-    return;
-  }
-  for (int spins = 0; team_.generation.load(std::memory_order_acquire) == generation;)
+void Member::wait(Team::Phase& phase, int64_t items) {
+  for (int spins = 0; phase.done.load(std::memory_order_acquire) < items;)
     ++spins < kSpinsBeforeYield ? relax() : std::this_thread::yield();
 }
 
