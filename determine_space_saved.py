@@ -4,7 +4,8 @@
     python3 determine_space_saved.py --layers              # ... with a line for each layer
     python3 determine_space_saved.py runs/**/model.safetensors    # what these packed files hold, checked byte for byte
 
-Without files nothing is trained or downloaded: weights are random, and a third of their codes is zero, as after training.
+Without files nothing is trained or downloaded: weights are random, and a third of their codes is zero, as after
+training.
 """
 
 from __future__ import annotations
@@ -101,7 +102,9 @@ def main(arguments: list[str] | None = None) -> int:
         for path in options.files:
             print_file(path)
     except (ModelFileError, OSError) as error:
-        sentence = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.strerror else str(error)
+        sentence = (
+            f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.strerror else str(error)
+        )
         print(f"determine_space_saved.py: {sentence}", file=sys.stderr)
         return 2
     return 0

@@ -2,11 +2,11 @@
 
     python3 benchmarks/fuzz_files.py --files 10000
 
-For each model family (small instances: an AlexNet-like chain, a ResNet-like chain, a ViT) files are damaged: bits flipped,
-cut off, blocks zeroed, bytes added, tensors swapped, numbers in the header replaced by huge ones. Half of them are forged:
-the header or the data is changed and all hashes are made right again, so that only the checks behind the hashes are left.
-Every damaged file has to raise ModelFileError. A forged one may also load, if it then is a sound model: codes in range,
-finite, positive scales, logits of the right shape; everything else counts as a failure.
+For each model family (small instances: an AlexNet-like chain, a ResNet-like chain, a ViT) files are damaged: bits
+flipped, cut off, blocks zeroed, bytes added, tensors swapped, numbers in the header replaced by huge ones. Half of
+them are forged: the header or the data is changed and all hashes are made right again, so that only the checks behind
+the hashes are left. Every damaged file has to raise ModelFileError. A forged one may also load, if it then is a sound
+model: codes in range, finite, positive scales, logits of the right shape; everything else counts as a failure.
 """
 
 from __future__ import annotations
@@ -113,7 +113,9 @@ def forged(data: bytes, rng: random.Random) -> tuple[str, bytes]:
     metadata = header["__metadata__"]
     for key in set(JSON_KEYS) & set(metadata):
         metadata[key] = json.loads(metadata[key])
-    kind = rng.choice(["forged values", "forged values", "forged members", "forged data", "forged swap", "forged nesting"])
+    kind = rng.choice(
+        ["forged values", "forged values", "forged members", "forged data", "forged swap", "forged nesting"]
+    )
     if kind == "forged values":
         for _ in range(rng.choice([1, 1, 2])):
             parent, key = rng.choice(_leaves(header))
@@ -286,7 +288,9 @@ def main() -> int:
         for failure in figures["failures"]:
             print(f"    {failure}")
         seconds = round(time.perf_counter() - start, 1)
-        append_record("files/fuzz", {"family": name, "files": options.files, "seed": options.seed, "seconds": seconds, **figures})
+        append_record(
+            "files/fuzz", {"family": name, "files": options.files, "seed": options.seed, "seconds": seconds, **figures}
+        )
     return 1 if bad else 0
 
 

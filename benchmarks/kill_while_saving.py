@@ -2,10 +2,10 @@
 
     python3 benchmarks/kill_while_saving.py --kills 500 --full 100
 
-A child process saves two versions of a model to one path in turn, without pause; it gets SIGKILL at a random moment, and the
-path then has to hold one of the two versions, byte for byte. For the full disk, a file system with too little room left
-(a small tmpfs where one may be mounted, else a limit on the size of files) takes a save on top of a good file; that has to
-raise OSError with the good file as it was and no temporary file left.
+A child process saves two versions of a model to one path in turn, without pause; it gets SIGKILL at a random moment,
+and the path then has to hold one of the two versions, byte for byte. For the full disk, a file system with too little
+room left (a small tmpfs where one may be mounted, else a limit on the size of files) takes a save on top of a good
+file; that has to raise OSError with the good file as it was and no temporary file left.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ def version_of_model(seed: int, width: int) -> PackedNetwork:
         return Node("linear", source, codes=codes, gain=torch.full((outputs,), 1e-3), bias=torch.zeros(outputs),
                     relu=out_max is not None, out_max=out_max)  # fmt: skip
 
-    return PackedNetwork([linear(-1, 3 * 32 * 32, width, 255), linear(0, width, width, 255), linear(1, width, 10, None)])
+    return PackedNetwork(
+        [linear(-1, 3 * 32 * 32, width, 255), linear(0, width, width, 255), linear(1, width, 10, None)]
+    )
 
 
 def kill_while_saving(kills: int, folder: Path, width: int, seed: int = 0) -> dict[str, Any]:
@@ -55,7 +57,15 @@ def kill_while_saving(kills: int, folder: Path, width: int, seed: int = 0) -> di
         save_model(model, path)
         seconds = time.perf_counter() - start
         contents.append(path.read_bytes())
-    figures = {"kills": kills, "file_bytes": len(contents[0]), "first": 0, "second": 0, "broken": 0, "mid_save": 0, "leftovers": 0}
+    figures = {
+        "kills": kills,
+        "file_bytes": len(contents[0]),
+        "first": 0,
+        "second": 0,
+        "broken": 0,
+        "mid_save": 0,
+        "leftovers": 0,
+    }
     for _ in range(kills):
         child = os.fork()
         if child == 0:
@@ -143,7 +153,9 @@ def main() -> int:
     parser.add_argument("--width", type=int, default=3072, help="of the model: width² weights and more")
     options = parser.parse_args()
     torch.set_num_threads(1)  # forked children must not wait for threads that stayed in the parent
-    with tempfile.TemporaryDirectory(dir=Path(__file__).resolve().parent) as folder:  # a real disk, if the project is on one
+    with tempfile.TemporaryDirectory(
+        dir=Path(__file__).resolve().parent
+    ) as folder:  # a real disk, if the project is on one
         killed = kill_while_saving(options.kills, Path(folder), options.width)
     print(f"{killed['kills']} kills while saving {killed['file_bytes'] / 1e6:.1f} MB: {killed['mid_save']} in the middle of a save; "
           f"found the first version {killed['first']} times, the second {killed['second']}, broken {killed['broken']}")  # fmt: skip

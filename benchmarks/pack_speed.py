@@ -2,9 +2,9 @@
 
     python3 benchmarks/pack_speed.py
 
-First ViT-B/16 (86M weights): time and memory of `save_model` and `load_model`, each in a process of its own, imports not
-counted, median of `--repeats`. Then files of a network with 3.6M weights at several zero fractions, zeros spread at random or
-in whole filters.
+First ViT-B/16 (86M weights): time and memory of `save_model` and `load_model`, each in a process of its own, imports
+not counted, median of `--repeats`. Then files of a network with 3.6M weights at several zero fractions, zeros spread
+at random or in whole filters.
 """
 
 from __future__ import annotations
@@ -107,7 +107,9 @@ def network_with_zeros(zero_fraction: float, filters: bool, bits: str | int = "t
         channels = width
     nodes.append(Node("avg_pool", len(nodes) - 1, gain=torch.ones(1), out_max=255))
     codes = torch.randint(-1, 2, (10, channels), generator=generator, dtype=torch.int8)
-    return PackedNetwork([*nodes, Node("linear", len(nodes) - 1, codes=codes, gain=torch.rand(10), bias=torch.rand(10))])
+    return PackedNetwork(
+        [*nodes, Node("linear", len(nodes) - 1, codes=codes, gain=torch.rand(10), bias=torch.rand(10))]
+    )
 
 
 def sizes(folder: str) -> list[dict[str, Any]]:
@@ -130,9 +132,13 @@ def main() -> int:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         vit, rows = vit_b_16(options.repeats, folder), sizes(folder)
-    print(f"ViT-B/16: {vit['codes_mb']:.1f}M codes, file {vit['file_bytes'] / 1e6:.2f} MB ({vit['file_bytes'] / vit['ideal_bytes']:.3f} of ideal)")
+    print(
+        f"ViT-B/16: {vit['codes_mb']:.1f}M codes, file {vit['file_bytes'] / 1e6:.2f} MB ({vit['file_bytes'] / vit['ideal_bytes']:.3f} of ideal)"
+    )
     for step in ("pack_", "save_model", "load_model"):
-        print(f"    {step:<12}{vit[f'{step}_seconds']:>7.2f} s  at most {vit[f'{step}_peak_mb']:>6.0f} MB more than before")
+        print(
+            f"    {step:<12}{vit[f'{step}_seconds']:>7.2f} s  at most {vit[f'{step}_peak_mb']:>6.0f} MB more than before"
+        )
     print(f"{'zeros':<10}{'fraction':>9}{'bits/weight':>13}{'entropy':>9}{'file bytes':>12}{'file/ideal':>12}")
     for row in rows:
         print(f"{row['zeros']:<10}{row['zero_fraction']:>9.3f}{row['bits_per_weight']:>13.3f}{row['entropy_bits']:>9.3f}"

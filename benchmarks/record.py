@@ -26,7 +26,9 @@ def append_record(name: str, figures: dict[str, Any]) -> Path:
 
 def circumstances() -> dict[str, Any]:
     """Commit, command, versions, device, time."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
     packages = {name: version(name) for name in ("torch", "numpy", "zstandard", "transformers")}
     return {
         "commit": commit or None, "command": " ".join(["python3", *_relative(sys.argv)]),

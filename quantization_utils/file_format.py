@@ -1,4 +1,5 @@
-"""One safetensors file: written so that no accident leaves half of it, read so that nothing in it is believed unchecked.
+"""One safetensors file: written so that no accident leaves half of it, read so that nothing in it is believed
+unchecked.
 
 The layout is specified in `packing.py`. This module knows bytes, names, hashes and sizes; `storage.py` knows models.
 """
@@ -130,12 +131,14 @@ def _hash_member(digest: str) -> bytes:
 def replacing(path: str | os.PathLike[str]) -> Iterator[Any]:
     """A binary file that takes the place of `path` when the block ends well, and leaves no trace when it does not.
 
-    Written next to `path`, flushed to the disk, renamed over it, the folder flushed. A process that is killed leaves its
-    temporary file behind; the next one that writes to the same path removes it (nobody holds its lock any more).
+    Written next to `path`, flushed to the disk, renamed over it, the folder flushed. A process that is killed leaves
+    its temporary file behind; the next one that writes to the same path removes it (nobody holds its lock any more).
     """
     target = Path(os.path.realpath(path))
     if not target.parent.is_dir():
-        raise FileNotFoundError(errno.ENOENT, "the folder to write to does not exist: create it first", str(target.parent))
+        raise FileNotFoundError(
+            errno.ENOENT, "the folder to write to does not exist: create it first", str(target.parent)
+        )
     if target.is_dir():
         raise IsADirectoryError(errno.EISDIR, "this is a folder: name a file", str(target))
     temporary = None
@@ -224,7 +227,9 @@ def _read_header(file: Any, size: int) -> tuple[bytes, dict[str, str], dict[str,
         raise ModelFileError(f"the file has {size} bytes, too few for a model: it is cut off")
     (length,) = struct.unpack("<Q", prefix)
     if length > min(size - 8, MAX_HEADER_BYTES):
-        raise ModelFileError(f"its header claims {length} bytes of {size - 8}: the file is cut off or not a safetensors file")
+        raise ModelFileError(
+            f"its header claims {length} bytes of {size - 8}: the file is cut off or not a safetensors file"
+        )
     text = file.read(length)
     if len(text) != length:
         raise ModelFileError("the file became shorter while it was read")
@@ -240,7 +245,8 @@ def _read_header(file: Any, size: int) -> tuple[bytes, dict[str, str], dict[str,
 
 
 def _check_entries(entries: dict[str, Any], data_bytes: int) -> None:
-    """Tensors with known types, sizes that follow from their shapes, one after the other over exactly the file's data."""
+    """Tensors with known types, sizes that follow from their shapes, one after the other over exactly the file's
+    data."""
     for name, entry in entries.items():
         if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
             raise ModelFileError(f"tensor {name!r} is not described by dtype, shape and data_offsets")
@@ -255,7 +261,9 @@ def _check_entries(entries: dict[str, Any], data_bytes: int) -> None:
     for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
         begin, end = entry["data_offsets"]
         if begin != position or end > data_bytes:
-            where = "lies beyond the end of the file, which is cut off" if end > data_bytes else "leaves a hole or overlaps"
+            where = (
+                "lies beyond the end of the file, which is cut off" if end > data_bytes else "leaves a hole or overlaps"
+            )
             raise ModelFileError(f"tensor {name!r} {where}")
         position = end
     if position != data_bytes:
@@ -272,7 +280,9 @@ def _check_version(metadata: dict[str, str]) -> None:
         raise ModelFileError(f"its metadata does not say format={FORMAT}: it is some other safetensors file")
     version = metadata.get("format_version", "")
     if version != str(VERSION):
-        raise ModelFileError(f"it has format version {version[:20]!r}, this program reads {VERSION}: update the program")
+        raise ModelFileError(
+            f"it has format version {version[:20]!r}, this program reads {VERSION}: update the program"
+        )
     if HASH_KEY not in metadata or "tensors" not in metadata:
         raise ModelFileError("its metadata lacks the hashes")
 
@@ -288,7 +298,7 @@ def _read_tensors(file: Any, head: bytes, digest: str, entries: dict[str, Any]) 
         data = np.empty(end - begin, np.uint8)
         if file.readinto(data) != end - begin:
             raise ModelFileError(f"the file became shorter while tensor {name!r} was read")
-        whole.update(data)
+        whole.update(memoryview(data))
         tensors[name] = Stored(entry["dtype"], tuple(entry["shape"]), data)
     return tensors, whole.hexdigest() == digest
 

@@ -129,8 +129,19 @@ def _layer(name: str, record: Record) -> Layer:
     weights = math.prod(record.shape)
     if record.bits is None:
         stored_bits = 8 * record.stored.nbytes
-        return Layer(name, record.shape, stored_bits // max(weights, 1), "as it is", weights, record.stored.nbytes, 0, stored_bits)
+        return Layer(
+            name,
+            record.shape,
+            stored_bits // max(weights, 1),
+            "as it is",
+            weights,
+            record.stored.nbytes,
+            0,
+            stored_bits,
+        )
     codes = decode_record(name, record)
     layer = name.removesuffix(".codes")
     zeros = weights - int(torch.count_nonzero(codes))
-    return Layer(layer, record.shape, record.bits, record.encoding, weights, record.stored.nbytes, zeros, entropy_bits(codes))
+    return Layer(
+        layer, record.shape, record.bits, record.encoding, weights, record.stored.nbytes, zeros, entropy_bits(codes)
+    )

@@ -1,46 +1,49 @@
 """Codes <-> bytes, and the specification of version 1 of the model file.
 
-A reader can be written from this text alone. Integers are little-endian; codes are taken in row-major order of their shape.
+A reader can be written from this text alone. Integers are little-endian; codes are taken in row-major order of their
+shape.
 
-THE FILE is a safetensors file: u64 N, then N bytes of JSON (ASCII, padded at its end with spaces to a multiple of 8), then
-the data. The JSON maps tensor names to {"dtype", "shape", "data_offsets": [begin, end]}; the tensors follow one another
-without holes, sorted by (item size descending, name). The member "__metadata__" maps these keys to strings:
+THE FILE is a safetensors file: u64 N, then N bytes of JSON (ASCII, padded at its end with spaces to a multiple of 8),
+then the data. The JSON maps tensor names to {"dtype", "shape", "data_offsets": [begin, end]}; the tensors follow one
+another without holes, sorted by (item size descending, name). The member "__metadata__" maps these keys to strings:
   format          packed-vision-model
   format_version  1
   file_sha256     SHA-256 of the whole file, in hexadecimal, taken with these 64 digits replaced by zeros
   kind            network | modules
 and to strings that hold JSON (sorted keys, no spaces, no NaN):
-  constructor     {"name", "num_classes", "options"}: rebuilds the model of this project (`models.build`); may be null for a network
-  normalization   {"mean": [...], "std": [...]} in units of 1/255, that the model applies to pixels in [0, 1]; null when it
-                  is folded into the first node's gain, bias and pad_values, or when the model has none
-  tensors         name -> {"sha256": of the tensor's stored bytes} and, for codes, "bits": 3 ** k codes are "ternary", others 8,
-                  "encoding" (below), "shape" of the codes; for a float32 tensor stored as F16 (only when that loses
-                  nothing), "dtype": "float32"
+  constructor     {"name", "num_classes", "options"}: rebuilds the model of this project (`models.build`); may be null
+                  for a network
+  normalization   {"mean": [...], "std": [...]} in units of 1/255, that the model applies to pixels in [0, 1]; null when
+                  it is folded into the first node's gain, bias and pad_values, or when the model has none
+  tensors         name -> {"sha256": of the tensor's stored bytes} and, for codes, "bits": "ternary" or 8,
+                  "encoding" (below), "shape" of the codes; for a float32 tensor stored as F16 (only when
+                  that loses nothing), "dtype": "float32"
   network         kind network: {"image": [C, H, W], "nodes": [...]}; what a node means says `kernels/reference.py`.
                   A node's members at their defaults are left out (`network.Node`). Its tensors are nodes.<index>.codes,
                   .gain, .bias, .pad_values
   modules         kind modules: {"packed": {layer: {"act_bits": null or bits}}, "quantized": {module: {"bits"}}}: which
-                  linear and convolution layers hold <layer>.codes, .scale (N,), optionally .bias, with weight = codes * scale
-                  (scale along dimension 0), and which modules have their output quantized. Other tensors: the state dict
+                  linear and convolution layers hold <layer>.codes, .scale (N,), optionally .bias, with weight = codes
+                  * scale (scale along dimension 0), and which modules have their output quantized. Other tensors: the
+                  state dict
   metadata        what the one who saved it says: classes, training, measured accuracy
 
 ENCODINGS of codes; each is stored as a one-dimensional U8 tensor, the payload. n is the number of codes.
-  trits       ternary. Byte j holds codes 5j .. 5j+4 as sum over i of digit(5j+i) * 3^i with digit(0) = 0, digit(+1) = 1,
-              digit(-1) = 2. ceil(n / 5) bytes, each at most 242; digits past n are 0.
+  trits       ternary. Byte j holds codes 5j .. 5j+4 as sum over i of digit(5j+i) * 3^i with digit(0) = 0, digit(+1) =
+              1, digit(-1) = 2. ceil(n / 5) bytes, each at most 242; digits past n are 0.
   trits+zstd  one zstd frame (RFC 8878; content size in the frame header; no dictionary) of the bytes of `trits`.
   bytes       8 bits. Byte i is code i in two's complement; -128 does not occur.
   bytes+zstd  one zstd frame of the bytes of `bytes`.
-  gaps        for many zeros: u32 M, u32 S, S bytes of gaps, then the values. The M gap bytes are read in turn: 255 means
-              255 zero codes; g < 255 means g zero codes and then a non-zero code. One more non-zero code is imagined after
-              the last, at index n, so all gaps together cover exactly n + 1 codes. In `gaps`, S = M.
+  gaps        for many zeros: u32 M, u32 S, S bytes of gaps, then the values. The M gap bytes are read in turn: 255
+              means 255 zero codes; g < 255 means g zero codes and then a non-zero code. One more non-zero code is
+              imagined after the last, at index n, so all gaps together cover exactly n + 1 codes. In `gaps`, S = M.
               Values, in order, for the non-zero codes (without the imagined one): ternary: one bit each, 1 for -1, the
               first in the lowest bit of the first byte, unused bits 0; 8 bits: one byte each in two's complement.
   gaps+zstd   as `gaps`; the S bytes are one zstd frame of the M gap bytes, and 8-bit values are one zstd frame.
-A payload of b bytes stands for at most 256 * b codes, so that no small file can ask for much memory; where a zstd encoding
-would break this, the writer takes `gaps`, which cannot. Writers choose the smallest encoding of each tensor.
+A payload of b bytes stands for at most 256 * b codes, so that no small file can ask for much memory; where a zstd
+encoding would break this, the writer takes `gaps`, which cannot. Writers choose the smallest encoding of each tensor.
 
-Example, ternary codes [0, 1, -1, 1, 1, -1, 0]: digits 0 1 2 1 1 | 2 0 (0 0 0), bytes 0+3+18+27+81 = 129 and 2: hex 81 02.
-As `gaps`: gaps 1 0 0 0 0 1, signs of + - + + - are bits 0b10010: hex 06000000 06000000 010000000001 12.
+Example, ternary codes [0, 1, -1, 1, 1, -1, 0]: digits 0 1 2 1 1 | 2 0 (0 0 0), bytes 0+3+18+27+81 = 129 and 2: hex
+8102. As `gaps`: gaps 1 0 0 0 0 1, signs of + - + + - are bits 0b10010: hex 06000000 06000000 010000000001 12.
 """
 
 from __future__ import annotations
@@ -104,8 +107,8 @@ def pack_codes(codes: Tensor, bits: Bits) -> tuple[str, bytes]:
 def unpack_codes(payload: bytes | bytearray | memoryview, encoding: str, shape: Sequence[int], bits: Bits) -> Tensor:
     """Return the int8 codes of `shape` that `payload` holds: the inverse of `pack_codes`.
 
-    Every byte of the payload is checked, and no more memory is taken than the shape asks for (which itself is bounded by
-    the payload's length).
+    Every byte of the payload is checked, and no more memory is taken than the shape asks for (which itself is bounded
+    by the payload's length).
 
     Raises:
         ValueError: the payload is not a canonical encoding of codes of this shape.
@@ -130,7 +133,8 @@ def unpack_codes(payload: bytes | bytearray | memoryview, encoding: str, shape: 
 
 
 def entropy_bits(codes: Tensor) -> float:
-    """Shannon's bound, in bits, for these codes as independent draws of one distribution: n · H(frequencies of the codes)."""
+    """Shannon's bound, in bits, for these codes as independent draws of one distribution: n · H(frequencies of the
+    codes)."""
     counts = torch.bincount(codes.flatten().to(torch.uint8), minlength=256).double()
     frequency = counts[counts > 0] / max(codes.numel(), 1)
     return float(-(frequency * frequency.log2()).sum()) * codes.numel()
@@ -227,13 +231,14 @@ def _read_values(part: memoryview, nonzero: int, bits: Bits, squeezed: bool) -> 
 
 
 def _zstd(plain: np.ndarray | bytes) -> bytes:
-    """One zstd frame. These bytes are close to independent draws: what shortens them is the entropy coding, and long runs.
+    """One zstd frame. These bytes are close to independent draws: what shortens them is the entropy coding, and long
+    runs.
 
     A minimum match of 7 keeps zstd from spending more on short chance matches than on the literals (at 90% zeros they
     cost up to 15%, measured).
     """
     parameters = zstandard.ZstdCompressionParameters.from_level(1, strategy=zstandard.STRATEGY_FAST, min_match=7)
-    return zstandard.ZstdCompressor(compression_params=parameters).compress(plain)
+    return zstandard.ZstdCompressor(compression_params=parameters).compress(memoryview(plain))
 
 
 def _unzstd(frame: bytes | bytearray | memoryview, size: int) -> np.ndarray:

@@ -18,8 +18,9 @@ MAX_RELATIVE_ERROR = 2**-10  # float16 rounds by at most 2^-11 unless a value is
 def with_float16_scales(model: nn.Module, images: Tensor, batch_size: int = 256) -> nn.Module:
     """Return a copy of a packed model whose scales, gains and biases are float16 numbers, in float32 tensors.
 
-    All are tried at once, then scales alone and biases alone; what changes the class of any of `images` (B, 3, H, W) stays
-    as it was. Codes are shared with the model, which is not changed. A model without packed layers is returned as it is.
+    All are tried at once, then scales alone and biases alone; what changes the class of any of `images` (B, 3, H, W)
+    stays as it was. Codes are shared with the model, which is not changed. A model without packed layers is returned
+    as it is.
     """
     wanted = _classes(model, images, batch_size)
     for names in (("scale", "gain", "bias"), ("scale", "gain"), ("bias",)):
@@ -40,7 +41,10 @@ def _classes(model: nn.Module, images: Tensor, batch_size: int) -> Tensor:
 def _rounded(model: nn.Module, names: tuple[str, ...]) -> tuple[nn.Module, bool]:
     """A copy with the named tensors of its packed layers rounded, and whether anything was."""
     if isinstance(model, PackedNetwork):
-        nodes = [replace(node, **{n: _round(getattr(node, n), n) for n in names if n != "scale"}) for node in model.nodes]
+        nodes = [replace(node) for node in model.nodes]
+        for node in nodes:
+            for name in set(names) - {"scale"}:
+                setattr(node, name, _round(getattr(node, name), name))
         return PackedNetwork(nodes, model.constructor, model.backend), True
     layers = [m for m in model.modules() if isinstance(m, (PackedLinear, PackedConv2d))]
     if not layers:

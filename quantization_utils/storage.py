@@ -1,7 +1,8 @@
 """Models <-> files: `save_model` and `load_model`. The file is specified in `packing.py`.
 
-A file is read in this order: sizes against its real length, version, hashes, what it says of its model (a list of nodes, or
-a constructor built without memory) against its tensors, and only then codes are unpacked and values looked at.
+A file is read in this order: sizes against its real length, version, hashes, what it says of its model (a list of
+nodes, or a constructor built without memory) against its tensors, and only then codes are unpacked and values looked
+at.
 """
 
 from __future__ import annotations
@@ -10,28 +11,36 @@ import math
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-import models
-from models.normalize import Normalize
-
-from .bit_layers import BitConv2d, BitLinear, PackedConv2d, PackedLinear, Quantized, StaticQuantizer
+from .bit_layers import BitConv2d, BitLinear, PackedConv2d, PackedLinear, Quantized
 from .file_format import VERSION, ModelFileError, Stored, dump_json, parse_json, read_file, sha256_all, write_file
 from .network import PackedNetwork
 from .packing import Bits, pack_codes, unpack_codes
+from .rebuilding import normalization_of, rebuild
 from .scale_rounding import with_float16_scales
 from .storage_checks import (
-    DTYPE_OF, NODE_DEFAULTS, NODE_TENSORS, Record, bounded_construction, check_constructor, check_network, check_normalization,
-    check_record, require, whole,
-)  # fmt: skip
+    DTYPE_OF,
+    NODE_DEFAULTS,
+    NODE_TENSORS,
+    Record,
+    check_constructor,
+    check_network,
+    check_record,
+    require,
+)
 
 SAFETENSORS_DTYPE = {getattr(torch, name): code for code, name in DTYPE_OF.items()}
 IMAGE_SHAPE = (3, 32, 32)  # what a PackedNetwork's nodes are made for
-OWN_METADATA = ("format_version", "kind", "constructor", "normalization")  # written from the model, whatever the caller says
+OWN_METADATA = (
+    "format_version",
+    "kind",
+    "constructor",
+    "normalization",
+)  # written from the model, whatever the caller says
 
 
 def save_model(
@@ -43,8 +52,8 @@ def save_model(
     """Write a packed or float model to one file, atomically; return its length in bytes. The model is not changed.
 
     `metadata`: JSON values that travel along: training provenance, measured accuracy; "classes", if there, is a list of
-    their names. What `load_model` returns can be given back. `calibration_images` (B, 3, H, W): scales, gains and biases
-    are stored as float16 where that leaves the class of every image as it is; without images they stay float32.
+    their names. What `load_model` returns can be given back. `calibration_images` (B, 3, H, W): scales, gains and
+    biases are stored as float16 where that leaves the class of every image as it is; without images they stay float32.
     Saving a loaded file gives the same bytes.
 
     Raises:
@@ -74,13 +83,13 @@ def load_model(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Return (model in evaluation mode, metadata) of a file that `save_model` wrote.
 
-    `backend`: the kernels of packed layers (`kernels.available_backends()`). metadata: what was given to `save_model`, and
-    "format_version", "kind", "constructor", "normalization".
+    `backend`: the kernels of packed layers (`kernels.available_backends()`). metadata: what was given to `save_model`,
+    and "format_version", "kind", "constructor", "normalization".
 
     Raises:
         FileNotFoundError: there is no such file.
-        ModelFileError: the file is damaged, forged, cut off, of a newer version, or something else; the one exception for it.
-        ValueError: a backend that cannot run here.
+        ModelFileError: the file is damaged, forged, cut off, of a newer version, or something else; the one exception
+        for it. ValueError: a backend that cannot run here.
     """
     try:
         own, stored = read_file(path)
@@ -115,8 +124,12 @@ def _describe_network(model: PackedNetwork) -> tuple[dict[str, tuple[Tensor, Bit
     for index, node in enumerate(model.nodes):
         for field in NODE_TENSORS:
             if getattr(node, field) is not None:
-                tensors[f"nodes.{index}.{field}"] = (getattr(node, field), node.weight_bits if field == "codes" else None)
-        members = {f: getattr(node, f) for f, default in NODE_DEFAULTS.items() if f not in NODE_TENSORS and getattr(node, f) != default}
+                tensors[f"nodes.{index}.{field}"] = (
+                    getattr(node, field),
+                    node.weight_bits if field == "codes" else None,
+                )
+        plain = {f: getattr(node, f) for f in NODE_DEFAULTS if f not in NODE_TENSORS}
+        members = {f: value for f, value in plain.items() if value != NODE_DEFAULTS[f]}
         if "residual_gain" in members:
             members["residual_gain"] = float(node.residual_gain)
         nodes.append({"op": node.op, "input": node.input, **members})
@@ -128,7 +141,9 @@ def _describe_modules(model: nn.Module) -> tuple[dict[str, tuple[Tensor, Bits | 
     """The same of a module tree: its state dict, with parametrizations (pruning masks) applied."""
     constructor = getattr(model, "constructor", None)
     if constructor is None:
-        raise ValueError("only models made by models.build(...) can be saved: a file has to say how to rebuild its model")
+        raise ValueError(
+            "only models made by models.build(...) can be saved: a file has to say how to rebuild its model"
+        )
     tensors: dict[str, tuple[Tensor, Bits | None]] = {name: (t, None) for name, t in model.state_dict().items()}
     packed, quantized = {}, {}
     for name, module in model.named_modules():
@@ -137,7 +152,7 @@ def _describe_modules(model: nn.Module) -> tuple[dict[str, tuple[Tensor, Bits | 
             raise ValueError(f"layer {name!r} is still trainable: call pack_(model) before saving")
         if isinstance(module, (PackedLinear, PackedConv2d)):
             packed[name] = {"act_bits": module.act_bits}
-            tensors[prefix + "codes"] = (module.codes, module.weight_bits)
+            tensors[prefix + "codes"] = (module.get_buffer("codes"), module.weight_bits)
         elif isinstance(module, Quantized):
             quantized[name] = {"bits": module.quantizer.bits}
         if hasattr(module, "parametrizations"):
@@ -146,15 +161,7 @@ def _describe_modules(model: nn.Module) -> tuple[dict[str, tuple[Tensor, Bits | 
             hidden = prefix + "parametrizations."
             tensors = {k: v for k, v in tensors.items() if not k.startswith(hidden)}
     described = {"packed": packed, "quantized": quantized}
-    return tensors, {"constructor": constructor, "normalization": _normalization_of(model), "modules": described}
-
-
-def _normalization_of(model: nn.Module) -> dict[str, Any] | None:
-    """Of the model's first (and only) Normalize, in units of 1/255."""
-    for module in model.modules():
-        if isinstance(module, Normalize):
-            return {"mean": list(module.mean), "std": list(module.std)}
-    return None
+    return tensors, {"constructor": constructor, "normalization": normalization_of(model), "modules": described}
 
 
 def _to_records(tensors: Mapping[str, tuple[Tensor, Bits | None]]) -> dict[str, Record]:
@@ -185,7 +192,12 @@ def _is_float16(tensor: Tensor) -> bool:
         return torch.equal(part.half().float().view(torch.int32), part.view(torch.int32))
 
     # For fewer than 32 numbers the note that they are float32 takes more than half of them saves.
-    return tensor.dtype == torch.float32 and tensor.numel() >= 32 and survives(tensor.view(-1)[:64]) and survives(tensor.view(-1))
+    return (
+        tensor.dtype == torch.float32
+        and tensor.numel() >= 32
+        and survives(tensor.view(-1)[:64])
+        and survives(tensor.view(-1))
+    )
 
 
 def _entry(record: Record, digest: str) -> dict[str, Any]:
@@ -213,89 +225,19 @@ def check_description(own: Mapping[str, str], records: dict[str, Record]) -> tup
     require(isinstance(user, dict), "its metadata is no JSON object")
     if "classes" in user:
         names = user["classes"]
-        fits = isinstance(names, list) and all(isinstance(n, str) for n in names) and len(names) == (classes or len(names))
+        fits = (
+            isinstance(names, list) and all(isinstance(n, str) for n in names) and len(names) == (classes or len(names))
+        )
         require(fits, "its classes are not as many names as it has logits")
     if kind == "network":
-        require(values["normalization"] is None, "a network has its normalisation folded in, and this one names another")
+        require(
+            values["normalization"] is None, "a network has its normalisation folded in, and this one names another"
+        )
         return PackedNetwork(check_network(values["network"], records, classes), constructor), values
     require(constructor is not None, "it has no constructor")
-    model = _build(constructor, len(records))
-    _swap_layers(model, values["modules"], records)
-    _check_state(model, records)
-    _restore_normalization(model)
-    require(values["normalization"] == _normalization_of(model), "its normalisation is not what its model does")
+    model = rebuild(constructor, values["modules"], records)
+    require(values["normalization"] == normalization_of(model), "its normalisation is not what its model does")
     return model, values
-
-
-def _build(constructor: dict[str, Any], tensors: int) -> nn.Module:
-    """The model on the meta device: structure without memory."""
-    try:
-        with torch.device("meta"), bounded_construction(tensors):
-            return models.build(constructor["name"], constructor["num_classes"], **constructor["options"])
-    except ModelFileError:
-        raise
-    except Exception as error:  # options of a forged file can make a constructor fail in any way
-        raise ModelFileError(f"its constructor does not build a model ({type(error).__name__}: {str(error)[:200]})") from error
-
-
-def _swap_layers(model: nn.Module, described: Any, records: Mapping[str, Record]) -> None:
-    """Put packed layers and quantized outputs where the file says they are."""
-    require(isinstance(described, dict) and set(described) == {"packed", "quantized"}, "its list of packed layers is none")
-    packed, quantized = described["packed"], described["quantized"]
-    require(isinstance(packed, dict) and isinstance(quantized, dict), "its list of packed layers is none")
-    built = dict(model.named_modules())
-    for name, options in packed.items():
-        layer, codes = built.get(name), records.get(f"{name}.codes")
-        require(isinstance(layer, (nn.Linear, nn.Conv2d)) and codes is not None and codes.bits is not None, f"there is no layer {name!r} to pack")
-        assert isinstance(layer, (nn.Linear, nn.Conv2d)) and codes is not None and codes.bits is not None
-        fits = isinstance(options, dict) and set(options) == {"act_bits"}
-        require(fits and (options["act_bits"] is None or whole(options["act_bits"], 2, 8)), f"layer {name!r} has no such bits")
-        require(codes.shape == tuple(layer.weight.shape), f"the codes of layer {name!r} have the wrong shape")
-        _replace(model, name, _empty_packed(layer, codes.bits, options["act_bits"]))
-    for name, options in quantized.items():
-        require(name in built and name not in packed and name != "", f"there is no module {name!r} to quantize")
-        fits = isinstance(options, dict) and set(options) == {"bits"} and whole(options["bits"], 2, 8)
-        require(fits, f"module {name!r} has no such bits")
-        with torch.device("meta"):
-            _replace(model, name, Quantized(built[name], StaticQuantizer(options["bits"], 1.0)))
-
-
-def _empty_packed(layer: nn.Linear | nn.Conv2d, bits: Bits, act_bits: int | None) -> nn.Module:
-    codes = torch.empty(layer.weight.shape, dtype=torch.int8, device="meta")
-    scale_N = torch.empty(len(codes), device="meta")
-    bias_N = None if layer.bias is None else torch.empty(len(codes), device="meta")
-    if isinstance(layer, nn.Linear):
-        return PackedLinear(codes, scale_N, bias_N, bits, act_bits)
-    geometry = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation, "groups": layer.groups}
-    return PackedConv2d(codes, scale_N, bias_N, bits, act_bits, geometry=geometry)
-
-
-def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, new)
-
-
-def _check_state(model: nn.Module, records: Mapping[str, Record]) -> None:
-    expected = model.state_dict()
-    for name in expected.keys() ^ records.keys():
-        require(name in expected, f"its model has no place for tensor {name!r}")
-        require(False, f"tensor {name!r} is missing")
-    for name, tensor in expected.items():
-        record, dtype = records[name], str(tensor.dtype).removeprefix("torch.")
-        require(record.shape == tuple(tensor.shape), f"tensor {name!r} has shape {record.shape}, its model {tuple(tensor.shape)}")
-        require(record.dtype == dtype, f"tensor {name!r} is {record.dtype}, its model {dtype}")
-        require((record.bits is not None) == (dtype == "int8"), f"tensor {name!r} is stored in the wrong way")
-
-
-def _restore_normalization(model: nn.Module) -> None:
-    """The constants that are constructor arguments and no part of the state dict."""
-    for module in model.modules():
-        if isinstance(module, Normalize):
-            check_normalization(module.mean, module.std)
-            module._buffers.update(Normalize(module.mean, module.std)._buffers)
-    kept = set(model.state_dict())
-    lost = [name for name, buffer in model.named_buffers() if buffer.is_meta and name not in kept]
-    assert not lost, f"buffers that are neither saved nor restored: {lost}"
 
 
 def _decode(records: Mapping[str, Record]) -> dict[str, Tensor]:
@@ -328,7 +270,9 @@ def _check_values(records: Mapping[str, Record], tensors: Mapping[str, Tensor]) 
         if not tensor.is_floating_point():
             continue
         # The sum of finite float32 values in float64 is finite, and says so without a mask as large as the tensor.
-        require(bool(torch.isfinite(tensor.sum(dtype=torch.float64))), f"tensor {name!r} has values that are not finite")
+        require(
+            bool(torch.isfinite(tensor.sum(dtype=torch.float64))), f"tensor {name!r} has values that are not finite"
+        )
         layer, _, last = name.rpartition(".")
         if last == "scale" and f"{layer}.codes" in records:
             require(bool((tensor > 0).all()), f"scales {name!r} are not all positive")

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
-from torch import nn
 from torch.nn.modules import module as torch_module
 
 from .file_format import ModelFileError, Stored, is_shape
@@ -56,7 +55,9 @@ def check_record(name: str, stored: Stored, entry: Any) -> Record:
     require(isinstance(entry, dict), f"tensor {name!r} is described by no JSON object")
     if "encoding" not in entry:
         dtype = entry.get("dtype", DTYPE_OF[stored.dtype])
-        fits = set(entry) <= {"sha256", "dtype"} and (dtype == DTYPE_OF[stored.dtype] or (stored.dtype, dtype) == ("F16", "float32"))
+        fits = set(entry) <= {"sha256", "dtype"} and (
+            dtype == DTYPE_OF[stored.dtype] or (stored.dtype, dtype) == ("F16", "float32")
+        )
         require(fits, f"tensor {name!r} cannot be read as {str(dtype)[:20]!r}")
         return Record(stored, stored.shape, dtype)
     require(set(entry) == {"sha256", "encoding", "bits", "shape"}, f"the codes {name!r} are not described as codes are")
@@ -72,8 +73,14 @@ def check_record(name: str, stored: Stored, entry: Any) -> Record:
 
 def check_constructor(constructor: Any) -> None:
     """A model's name, number of classes and options, that say nothing but structure."""
-    require(isinstance(constructor, dict) and set(constructor) == {"name", "num_classes", "options"}, "its constructor is none")
-    require(isinstance(constructor["name"], str) and whole(constructor["num_classes"], 2, MAX_OPTION), "its constructor is none")
+    require(
+        isinstance(constructor, dict) and set(constructor) == {"name", "num_classes", "options"},
+        "its constructor is none",
+    )
+    require(
+        isinstance(constructor["name"], str) and whole(constructor["num_classes"], 2, MAX_OPTION),
+        "its constructor is none",
+    )
     require(isinstance(constructor["options"], dict), "its constructor has no options")
     require(constructor["options"].get("checkpoint") is None, "its constructor names a checkpoint to fetch")
     _check_plain(constructor["options"])
@@ -82,7 +89,9 @@ def check_constructor(constructor: Any) -> None:
 def _check_plain(value: Any) -> None:
     if isinstance(value, dict):
         for key, item in value.items():
-            require(PLAIN_WORD.fullmatch(key) is not None and not key.startswith("_"), "its constructor has an odd option")
+            require(
+                PLAIN_WORD.fullmatch(key) is not None and not key.startswith("_"), "its constructor has an odd option"
+            )
             _check_plain(item)
     elif isinstance(value, list):
         for item in value:
@@ -91,7 +100,9 @@ def _check_plain(value: Any) -> None:
         # A constructor may make a list of this length (transformers: a name for each of num_labels classes).
         require(abs(value) <= MAX_OPTION, f"its constructor has an option beyond {MAX_OPTION}")
     elif isinstance(value, str):
-        require(PLAIN_WORD.fullmatch(value) is not None, "its constructor has an option that could be a path or an address")
+        require(
+            PLAIN_WORD.fullmatch(value) is not None, "its constructor has an option that could be a path or an address"
+        )
 
 
 def check_normalization(mean: Any, std: Any) -> None:
@@ -135,11 +146,14 @@ def check_network(network: Any, records: Mapping[str, Record], classes: int | No
     """Return the nodes, without their tensors, of a list that is a network from its image to its logits.
 
     Raises:
-        ModelFileError: a node reads what is not there, shapes do not chain, tensors are missing, misshaped or left over.
+        ModelFileError: a node reads what is not there, shapes do not chain, tensors are missing, misshaped or left
+        over.
     """
     require(isinstance(network, dict) and set(network) == {"image", "nodes"}, "its network is none")
     image, described = network["image"], network["nodes"]
-    require(is_shape(image) and len(image) == 3 and all(1 <= n <= MAX_SIDE for n in image), "its network has no image shape")
+    require(
+        is_shape(image) and len(image) == 3 and all(1 <= n <= MAX_SIDE for n in image), "its network has no image shape"
+    )
     require(isinstance(described, list) and 1 <= len(described) <= MAX_NODES, "its network has no nodes")
     used: set[str] = set()
     nodes: list[Node] = []
@@ -163,7 +177,10 @@ def check_network(network: Any, records: Mapping[str, Record], classes: int | No
         nodes.append(node)
     require(used == set(records), f"its network has no place for tensor {min(set(records) - used, default='')!r}")
     last = shapes[len(nodes) - 1]
-    require(len(last) == 1 and nodes[-1].out_max is None and nodes[-1].op != "max_pool", "its network does not end in logits")
+    require(
+        len(last) == 1 and nodes[-1].out_max is None and nodes[-1].op != "max_pool",
+        "its network does not end in logits",
+    )
     require(classes is None or last[0] == classes, f"its network puts out {last[0]} logits for {classes} classes")
     return nodes
 
@@ -189,24 +206,33 @@ def _node_of(members: Any, index: int, where: str) -> Node:
     require(isinstance(values["relu"], bool), f"{where} has a relu that is none")
     out_max = values["out_max"]
     require(out_max is None or whole(out_max, 3, 255) and out_max & (out_max + 1) == 0, f"{where} has no such out_max")
-    require(values["weight_bits"] in ("ternary", 8) and type(values["weight_bits"]) in (str, int), f"{where} has no such bits")
+    require(
+        values["weight_bits"] in ("ternary", 8) and type(values["weight_bits"]) in (str, int),
+        f"{where} has no such bits",
+    )
     return Node(**values)
 
 
 def _output_shape(node: Node, held: dict[str, tuple[int, ...]], source: tuple[int, ...], where: str) -> tuple[int, ...]:
     """The shape that comes out, after a check of the tensors' shapes against each other and the input's."""
     if node.op in ("max_pool", "avg_pool"):
-        wanted = {"gain": (1,)} if node.op == "avg_pool" else {}
+        wanted: dict[str, tuple[int, ...]] = {"gain": (1,)} if node.op == "avg_pool" else {}
         require(held == wanted and len(source) == 3, f"{where} does not have the tensors and input of a pool")
         if node.op == "avg_pool":
             return source[:1]
-        plain = not node.relu and node.out_max is None and all(2 * p <= k for p, k in zip(node.padding, node.kernel, strict=True))
+        plain = (
+            not node.relu
+            and node.out_max is None
+            and all(2 * p <= k for p, k in zip(node.padding, node.kernel, strict=True))
+        )
         require(plain, f"{where} is a max-pool that does more, or pads more than half its kernel")
         return (source[0], *_sides(node, source, where))
     codes = held.get("codes", ())
     dimensions = 4 if node.op == "conv" else 2
     require(len(codes) == dimensions and min(codes) >= 1, f"{where} has no codes of {dimensions} dimensions")
-    pads = {"pad_values": (codes[1],)} if node.op == "conv" and node.input == IMAGE and "pad_values" in held else {}
+    pads: dict[str, tuple[int, ...]] = (
+        {"pad_values": (codes[1],)} if node.op == "conv" and node.input == IMAGE and "pad_values" in held else {}
+    )
     wanted = {"codes": codes, "gain": codes[:1], "bias": codes[:1], **pads}
     require(held == wanted, f"{where} has tensors missing, left over or misshaped beside codes of shape {codes}")
     limit = 1 if node.weight_bits == "ternary" else 127
@@ -225,5 +251,3 @@ def _sides(node: Node, source: tuple[int, ...], where: str) -> list[int]:
     require(min(sides) >= 1 and all(n + 2 * p >= k for n, p, k in zip(source[1:], node.padding, node.kernel, strict=True)),
             f"{where} has a kernel larger than its input")  # fmt: skip
     return sides
-
-

@@ -1,6 +1,7 @@
-"""How the golden files were made, once, by the first program of format version 1. Do not run again: that is their point.
+"""How the golden files were made, once, by the first program of format version 1. Do not run again: that is their
+point.
 
-    python3 tests/golden/make_version_1.py FOLDER
+python3 tests/golden/make_version_1.py FOLDER
 """
 
 import json

@@ -65,7 +65,9 @@ def test_round_trip(bits, zero_fraction, count):
 
 
 def test_every_encoding_is_chosen_somewhere():
-    chosen = {bits: {pack_codes(random_codes(200_000, f, bits), bits)[0] for f in (0.33, 0.5, 0.9, 1)} for bits in ENCODINGS}
+    chosen = {
+        bits: {pack_codes(random_codes(200_000, f, bits), bits)[0] for f in (0.33, 0.5, 0.9, 1)} for bits in ENCODINGS
+    }
     assert chosen == {bits: set(names) - ({"bytes"} if bits == 8 else set()) for bits, names in ENCODINGS.items()}
 
 
@@ -107,7 +109,11 @@ def frame(data: bytes, **options) -> bytes:
 
 
 def gaps_payload(gaps: bytes, values: bytes, length=None, stored=None) -> bytes:
-    return struct.pack("<II", len(gaps) if length is None else length, len(gaps) if stored is None else stored) + gaps + values
+    return (
+        struct.pack("<II", len(gaps) if length is None else length, len(gaps) if stored is None else stored)
+        + gaps
+        + values
+    )
 
 
 WRONG = {

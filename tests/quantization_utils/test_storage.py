@@ -148,7 +148,10 @@ def test_any_safetensors_reader_reads_it(good):
         recorded = json.loads(file.metadata()["tensors"])
         assert set(file.keys()) == set(recorded)
         for name in file.keys():  # noqa: SIM118 (this is no dict)
-            assert hashlib.sha256(file.get_tensor(name).contiguous().numpy().tobytes()).hexdigest() == recorded[name]["sha256"]
+            assert (
+                hashlib.sha256(file.get_tensor(name).contiguous().numpy().tobytes()).hexdigest()
+                == recorded[name]["sha256"]
+            )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -189,7 +192,10 @@ FORGERIES = {
     "version": (lambda p, h: h["__metadata__"].update(format_version="2"), "version"),
     "format": (lambda p, h: h["__metadata__"].update(format="gguf"), "other safetensors"),
     "checkpoint": (lambda p, h: p["constructor"]["options"].update(checkpoint="gpt2"), "checkpoint"),
-    "address": (lambda p, h: p["constructor"]["options"]["config"].update(attn_implementation="evil/kernel"), "address"),
+    "address": (
+        lambda p, h: p["constructor"]["options"]["config"].update(attn_implementation="evil/kernel"),
+        "address",
+    ),
     "endless model": (lambda p, h: p["constructor"]["options"]["config"].update(num_hidden_layers=60_000), "more"),
     "endless list": (lambda p, h: p["constructor"]["options"]["config"].update(num_labels=2**31), "beyond"),
     "unknown model": (lambda p, h: p["constructor"].update(name="gpt"), "does not build"),
@@ -271,7 +277,9 @@ def test_calibration_images_halve_the_scales_and_keep_the_classes(small, tmp_pat
             small_size = save_model(model, tmp_path / "small", calibration_images=pictures)
             loaded, metadata = load_model(tmp_path / "small")
             assert torch.equal(loaded(pictures).argmax(1), before.argmax(1)) and torch.equal(model(pictures), before)
-        assert small_size < plain if name == "vit" else small_size <= plain  # the others have fewer than 32 scales a layer
+        assert (
+            small_size < plain if name == "vit" else small_size <= plain
+        )  # the others have fewer than 32 scales a layer
         save_model(loaded, tmp_path / "again", metadata)
         assert (tmp_path / "again").read_bytes() == (tmp_path / "small").read_bytes()
 
