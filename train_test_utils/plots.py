@@ -1,0 +1,265 @@
+"""The pictures of a report. Colours: Okabe and Ito's, told apart by colour-blind readers; shapes say the same again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+
+from .table import Line, float_line, megabytes, significant
+
+INK, FAINT = "#222222", "#8a8a8a"
+FAMILIES = {"float": (INK, "D"), "ptq": ("#D55E00", "s"), "qat": ("#0072B2", "o")}  # by the beginning of a row's name
+OTHER = ("#009E73", "^")
+SCORE_STYLES = {"random": (FAINT, "o"), "l1": ("#E69F00", "s"), "l2_filters": ("#0072B2", "D"), "l1_global": ("#009E73", "^")}
+FULL_LATENCY_LINES = 24  # more than these, and pruned rows are left out of the latency picture
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture in a file, with the sentence that goes with it."""
+
+    path: Path
+    title: str
+    caption: str
+
+
+def draw_all(lines: Sequence[Line], curves: Mapping[str, Sequence[Mapping[str, Any]]], folder: Path) -> list[Picture]:
+    """Draw what the rows have data for."""
+    drawn = [draw_size(lines, folder), draw_pruning(lines, folder), draw_latency(lines, folder), draw_curves(curves, folder)]
+    return [picture for picture in drawn if picture is not None]
+
+
+def draw_size(lines: Sequence[Line], folder: Path) -> Picture | None:
+    """Accuracy against file size."""
+    points = [p for p in lines if p.mean("file_bytes") and p.mean("test_accuracy_pct") is not None]
+    if not points:
+        return None
+    figure, (axes,) = _figure(8.4, 5.0)
+    axes.set_xscale("log")
+    labels = []
+    for line in points:
+        x, y = line.mean("file_bytes") or 0.0, line.mean("test_accuracy_pct") or 0.0
+        colour, marker = family(line.name)
+        pruned = line.pruning is not None
+        axes.errorbar(x, y, line.std("test_accuracy_pct"), color=colour, marker=marker, markersize=4.5 if pruned else 8,
+                      markerfacecolor="white" if pruned else colour, alpha=0.75 if pruned else 1, linestyle="", zorder=3)  # fmt: skip
+        if not pruned:
+            labels.append((x, y, line.name, colour))
+    _size_axis(axes, [p.mean("file_bytes") or 0.0 for p in points])
+    axes.margins(x=0.12, y=0.1)
+    _accuracy_axis(axes)
+    reference = float_line(points, points[0])
+    if reference is not None:
+        axes.axhline(reference.mean("test_accuracy_pct") or 0.0, color=FAINT, linewidth=0.8, linestyle=(0, (4, 4)), zorder=1)
+    _label(axes, labels)
+    hollow = " Small hollow marks: pruned rows." if any(p.pruning for p in points) else ""
+    return _save(figure, folder / "accuracy_vs_size.png", "Accuracy against file size",
+                 f"Each mark is a saved file, reloaded and measured; better is up and left. Dashed: the float model.{hollow}")  # fmt: skip
+
+
+def draw_pruning(lines: Sequence[Line], folder: Path) -> Picture | None:
+    """Accuracy against the pruned share: a panel for each quantization, a curve for each score."""
+    groups: dict[str, dict[str, list[Line]]] = {}
+    for line in lines:
+        if line.pruning is not None and line.mean("test_accuracy_pct") is not None:
+            base, score, _ = line.pruning
+            groups.setdefault(base, {}).setdefault(score, []).append(line)
+    if not groups:
+        return None
+    figure, panels = _figure(1.2 + 3.9 * len(groups), 4.2, len(groups))
+    for axes, (base, by_score) in zip(panels, groups.items(), strict=True):
+        start = next((p for p in lines if p.name == base), None)
+        start_y = start.mean("test_accuracy_pct") if start else None
+        ends = []
+        for score, members in by_score.items():
+            colour, marker = SCORE_STYLES.get(score, OTHER)
+            points = sorted((line.pruning[2], line.mean("test_accuracy_pct"), line.std("test_accuracy_pct") or 0.0)
+                            for line in members if line.pruning)  # fmt: skip
+            if start_y is not None:
+                points.insert(0, (0.0, start_y, 0.0))
+            xs, ys, errors = zip(*points, strict=True)
+            axes.errorbar(xs, ys, errors if any(errors) else None, color=colour, marker=marker, markersize=5, linewidth=1.6)
+            ends.append((xs[-1], ys[-1], score, colour))
+        if start_y is not None:
+            axes.plot(0, start_y, marker=family(base)[1], color=family(base)[0], markersize=8, zorder=4)
+        axes.set_title(base, loc="left", fontsize=11, fontweight="bold", color=family(base)[0])
+        axes.set_xlabel("pruned share of the chosen layers' weights or filters (%)")
+        axes.set_xlim(-4, 100)
+        _accuracy_axis(axes)
+    _same_limits(panels)
+    for axes, by_score in zip(panels, groups.values(), strict=True):
+        _end_labels(axes, [_end(score, members) for score, members in by_score.items()])
+    return _save(figure, folder / "accuracy_vs_pruned.png", "Accuracy against what is pruned",
+                 "At 0%: the same quantization without pruning. Scores that end in “filters” remove whole filters.")  # fmt: skip
+
+
+def draw_latency(lines: Sequence[Line], folder: Path) -> Picture | None:
+    """Median latency of each row beside the float model's, measured in turns."""
+    field = "latency_ms_p50_batch1"
+    timed = [line for line in lines if line.mean(field)]
+    if not timed:
+        return None
+    shown = timed if len(timed) <= FULL_LATENCY_LINES else [line for line in timed if line.pruning is None] or timed[:FULL_LATENCY_LINES]
+    figure, (axes,) = _figure(8.4, 1.3 + 0.34 * len(shown))
+    for y, line in enumerate(shown):
+        own, beside, p90 = line.mean(field) or 0.0, line.mean(f"float_{field}"), line.mean("latency_ms_p90_batch1")
+        colour, marker = family(line.name)
+        if beside:
+            axes.plot([own, beside], [y, y], color="#d5d5d5", linewidth=2.5, zorder=1, solid_capstyle="butt")
+            axes.plot(beside, y, marker="|", color=INK, markersize=13, markeredgewidth=2, zorder=2)
+        if p90:
+            axes.plot([own, p90], [y, y], color=colour, linewidth=1, zorder=2)
+        axes.plot(own, y, marker=marker, color=colour, markersize=8, zorder=3)
+        text = f"{significant(own)} ms" + (f"   {beside / own:.2f}×" if beside else "")
+        axes.annotate(text, (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=9, color=INK)
+    axes.set_yticks(range(len(shown)), [line.name for line in shown])
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(len(shown) - 0.4, -0.6)
+    axes.set_xlim(left=0)
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel("milliseconds for one image")
+    left_out = f" {len(timed) - len(shown)} pruned rows are left out." if len(shown) < len(timed) else ""
+    where = ", ".join(p for p in (shown[0].text("device"), f"{shown[0].text('threads')} threads" if shown[0].text("threads") else "") if p)
+    return _save(figure, folder / "latency.png", "Latency, one image",
+                 f"Mark: median, thin line to the 90th percentile. Black bar: the float model, measured in turns with it. {where}.{left_out}")  # fmt: skip
+
+
+def draw_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]], folder: Path) -> Picture | None:
+    """Training loss and accuracy by epoch."""
+    fields = [f for f in ("train_loss", "train_accuracy_pct") if any(f in r for records in curves.values() for r in records)]
+    if not fields:
+        return None
+    figure, panels = _figure(5.2 * len(fields), 4.2, len(fields))
+    plain = {name: Line(({"row": name},)).pruning is None for name in curves}
+    for axes, field in zip(panels, fields, strict=True):
+        ends = []
+        for name, records in curves.items():
+            points = [(r["epoch"], r[field]) for r in records if "epoch" in r and field in r]
+            if not points:
+                continue
+            xs, ys = zip(*points, strict=True)
+            colour, marker = family(name)
+            axes.plot(xs, ys, color=colour, linewidth=1.8 if plain[name] else 0.8, alpha=1 if plain[name] else 0.45,
+                      marker=marker if len(xs) == 1 else None)  # fmt: skip
+            if plain[name]:
+                ends.append((xs[-1], ys[-1], name, colour))
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if field == "train_loss":
+            axes.set_ylabel("training loss")
+        else:
+            _accuracy_axis(axes, "accuracy on training batches (%)")
+        _end_labels(axes, ends)
+    return _save(figure, folder / "training_curves.png", "Training",
+                 "Of augmented images, during the epoch. Rows start from the model they descend from. Thin: pruned rows.")  # fmt: skip
+
+
+def family(name: str) -> tuple[str, str]:
+    """Colour and marker of a row."""
+    return FAMILIES.get(name.split("_")[0], OTHER) if not name.startswith("float_") else OTHER
+
+
+def _end(score: str, members: Sequence[Line]) -> tuple[float, float, str, str]:
+    x, y = max((line.pruning[2], line.mean("test_accuracy_pct") or 0.0) for line in members if line.pruning)
+    return x, y, score, SCORE_STYLES.get(score, OTHER)[0]
+
+
+def _figure(width: float, height: float, panels: int = 1) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(width, height), dpi=160, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)  # no pyplot: no window, no state beside the figure
+    grid = figure.subplots(1, panels, squeeze=False)
+    for axes in grid[0]:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(FAINT)
+        axes.tick_params(colors=FAINT, labelcolor=INK, labelsize=9.5)
+        axes.grid(color="#ececec", linewidth=0.8)
+        axes.set_axisbelow(True)
+    return figure, list(grid[0])
+
+
+def _accuracy_axis(axes: Axes, label: str = "test accuracy (%)") -> None:
+    axes.set_ylabel(label)
+    low, high = axes.get_ylim()
+    if high - low < 1:  # one row, or equal ones: no false precision
+        low, high = low - 1, high + 1
+    axes.set_ylim(max(low, -2), min(high, 101))
+
+
+def _size_axis(axes: Axes, sizes: Sequence[float]) -> None:
+    steps = [m * 10.0**e for e in range(2, 12) for m in (1, 2, 5)]
+    low, high = min(sizes) / 1.3, max(sizes) * 1.3
+    axes.set_xticks([s for s in steps if low <= s <= high] or [sizes[0]])
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: megabytes(v)))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.tick_params(axis="x", which="minor", length=0)
+    axes.set_xlabel("file size (logarithmic)")
+
+
+def _same_limits(panels: Sequence[Axes]) -> None:
+    low, high = min(a.get_ylim()[0] for a in panels), max(a.get_ylim()[1] for a in panels)
+    for axes in panels:
+        axes.set_ylim(low, high)
+
+
+def _end_labels(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
+    """Names of curves at their right ends, moved apart where they would overlap (outside the panel, to the right)."""
+    low, high = axes.get_ylim()
+    space = 0.06 * (high - low)
+    placed = float("inf")
+    positions = []
+    for x, y, text, colour in sorted(ends, key=lambda end: -end[1]):
+        placed = min(y, placed - space)
+        positions.append([x, y, placed, text, colour])
+    lowest = low
+    for entry in reversed(positions):  # nothing below the panel
+        entry[2] = max(entry[2], lowest)
+        lowest = entry[2] + space
+    for x, y, at, text, colour in positions:
+        axes.annotate(text, (x, y), (1.02, at), textcoords=("axes fraction", "data"), fontsize=9, color=colour, va="center",
+                      annotation_clip=False, arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "alpha": 0.5})  # fmt: skip
+
+
+def _label(axes: Axes, labels: Sequence[tuple[float, float, str, str]]) -> None:
+    """Names beside their marks: the first of some places that covers no other name and no mark, else the least bad."""
+    figure = axes.figure
+    figure.draw_without_rendering()
+    renderer = figure.canvas.get_renderer()  # type: ignore[union-attr]
+    taken = [axes.transData.transform((x, y)) for x, y, _, _ in labels]
+    frame = axes.get_window_extent(renderer)
+    boxes: list[Any] = []
+    for x, y, text, colour in labels:
+        best = None
+        for dx, dy, ha in _PLACES:
+            note = axes.annotate(text, (x, y), (dx, dy), textcoords="offset points", ha=ha, va="center", fontsize=9, color=colour,
+                                 annotation_clip=False, zorder=5)  # fmt: skip
+            box = note.get_window_extent(renderer)
+            # Points of the layout are not final, but offsets are: what is clear here stays clear.
+            bad = 3 * sum(box.overlaps(other) for other in boxes) + sum(box.padded(6).contains(*p) for p in taken)
+            bad += 2 * (box.x1 > frame.x1 or box.x0 < frame.x0 or box.y0 < frame.y0 or box.y1 > frame.y1 + 10)
+            if best is None or bad < best[0]:
+                if best is not None:
+                    best[1].remove()
+                best = (bad, note, box)
+            else:
+                note.remove()
+            if bad == 0:
+                break
+        assert best is not None
+        boxes.append(best[2])
+
+
+_PLACES = [(9, 0, "left"), (-9, 0, "right"), (0, 12, "center"), (0, -12, "center"), (9, 11, "left"), (9, -11, "left"), (-9, 11, "right"),
+           (-9, -11, "right"), (14, 22, "left"), (14, -22, "left"), (-14, 22, "right"), (-14, -22, "right"), (20, 33, "left"),
+           (20, -33, "left"), (-20, -33, "right"), (-20, 33, "right")]  # fmt: skip
+
+
+def _save(figure: Figure, path: Path, title: str, caption: str) -> Picture:
+    figure.savefig(path)
+    return Picture(path, title, caption)

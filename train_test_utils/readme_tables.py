@@ -1,0 +1,127 @@
+"""Markdown tables between markers, generated from `results/`: no figure in the README is typed by hand.
+
+    <!-- table:cifar10/resnet_18 -->            rows of experiments, from results/cifar10/resnet_18.jsonl
+    <!-- /table -->
+
+    <!-- table:latency/networks columns=model,batch,engine,p50_ms last=model,batch,engine -->      any other lines
+    <!-- /table -->
+
+Options after the name: `only=float,qat_*` (row names, as a shell matches names), `columns=` (fields, `a.b` for nested
+ones; without it, all that are plain values), `last=` (of lines that agree in these fields the last counts).
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from .logbook import read_rows
+from .table import COLUMNS, NOTHING, circumstances, is_reduced, lines_of, significant
+
+MARKED = re.compile(r"(<!-- table:(\S+)([^>]*?) -->\n).*?(<!-- /table -->)", re.DOTALL)
+OPENING = re.compile(r"<!-- table:")
+BESIDE = ("commit", "command", "versions", "device", "finished_at", "threads", "started_at")  # goes below a table
+
+
+def with_tables(text: str, results: Path) -> str:
+    """`text` with a fresh table between each pair of markers.
+
+    Raises:
+        FileNotFoundError: a marker names a file that is not in `results`.
+        ValueError: a marker without its end, an unknown option, or nothing to show.
+    """
+    if len(OPENING.findall(text)) != len(MARKED.findall(text)) or any(OPENING.search(m[0][5:]) for m in MARKED.finditer(text)):
+        raise ValueError("every <!-- table:NAME --> needs a line <!-- /table --> after it, before the next one")
+    return MARKED.sub(lambda m: m[1] + markdown(m[2], m[3], results) + m[4], text)
+
+
+def markdown(name: str, options: str, results: Path) -> str:
+    """The table `name` with its circumstances, as Markdown that ends in a newline."""
+    path = results / f"{name}.jsonl"
+    if not path.exists():
+        raise FileNotFoundError(f"table:{name} needs {path}, which is not there")
+    given = _options(name, options)
+    rows: Sequence[Mapping[str, Any]] = read_rows(path)
+    if "only" in given:
+        rows = [row for row in rows if any(fnmatchcase(str(row.get("row")), p) for p in given["only"])]
+    if "last" in given:
+        rows = list({tuple(_text(_get(row, f)) for f in given["last"]): row for row in rows}.values())
+    if not rows:
+        raise ValueError(f"table:{name} would be empty")
+    if "columns" not in given and all("test_accuracy_pct" in row for row in rows):
+        return _experiments(rows)
+    return _anything(rows, given.get("columns"))
+
+
+def _experiments(rows: Sequence[Mapping[str, Any]]) -> str:
+    lines = lines_of(rows)
+    several = len({line.budget for line in lines}) > 1
+    head = ["row", *(["budget"] if several else []), *(column.title for column in COLUMNS)]
+    body = [
+        [f"`{line.name}`", *([f"{line.budget:g}"] if several else []), *(column.cell(line) for column in COLUMNS)]
+        for line in lines
+    ]
+    notes = [f"{k} {v}" for k, v in circumstances(lines).items()]
+    if any(is_reduced(line) for line in lines):
+        notes.insert(0, "**reduced budget**: trained for that fraction of the full recipe's steps")
+    return _table(head, body, left=1) + _notes(notes, rows)
+
+
+def _anything(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None) -> str:
+    if columns is None:
+        columns = [k for k in dict.fromkeys(k for r in rows for k in r) if k not in BESIDE and not _nested(rows, k)]
+    missing = [c for c in columns if all(_get(row, c) is None for row in rows)]
+    if missing:
+        raise ValueError(f"no line has the field {missing[0]!r}")
+    body = [[_text(_get(row, c)) for c in columns] for row in rows]
+    numbers = [all(isinstance(_get(row, c), (int, float, type(None))) for row in rows) for c in columns]
+    left = next((i for i, number in enumerate(numbers) if number), len(numbers))
+    devices = dict.fromkeys(f"device {row['device']}" for row in rows if row.get("device"))
+    commits = dict.fromkeys(f"commit {row['commit']}" for row in rows if row.get("commit"))
+    return _table([c.rpartition(".")[2].replace("_", " ") for c in columns], body, left) + _notes([*devices, *commits], rows)
+
+
+def _table(head: Sequence[str], body: Sequence[Sequence[str]], left: int) -> str:
+    marks = ["---" if i < left else "---:" for i in range(len(head))]
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n" for cells in [head, marks, *body])
+
+
+def _notes(notes: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
+    commands = dict.fromkeys(str(row["command"]) for row in rows if row.get("command"))
+    text = "\n" + " · ".join(notes) + "\n" if notes else ""
+    return text + "".join(f"\n```\n{command}\n```\n" for command in ["\n".join(commands)] if command)
+
+
+def _options(name: str, text: str) -> dict[str, list[str]]:
+    given = {}
+    for word in shlex.split(text):
+        key, _, value = word.partition("=")
+        if key not in ("columns", "only", "last") or not value:
+            raise ValueError(f"table:{name} has the options columns=, only= and last=, not {word!r}")
+        given[key] = value.split(",")
+    return given
+
+
+def _nested(rows: Sequence[Mapping[str, Any]], field: str) -> bool:
+    return any(isinstance(row.get(field), (dict, list)) for row in rows)
+
+
+def _get(row: Mapping[str, Any], field: str) -> Any:
+    value: Any = row
+    for part in field.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return NOTHING
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return significant(value) if isinstance(value, float) else str(value)

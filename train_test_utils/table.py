@@ -1,0 +1,159 @@
+"""From rows to the lines of a table: repetitions replaced by the latest, seeds averaged, values written with their units."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+NOTHING = "–"
+SCORES = ("random", "l1_global", "l1", "l2_filters")  # of row names whose `pruned` text is missing
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a table: the rows of all seeds that share model, data set, options, budget and name."""
+
+    rows: tuple[Mapping[str, Any], ...]
+
+    @property
+    def name(self) -> str:
+        return str(self.rows[-1].get("row", "?"))
+
+    @property
+    def seeds(self) -> tuple[Any, ...]:
+        return tuple(row.get("seed") for row in self.rows)
+
+    @property
+    def budget(self) -> float:
+        return float(self.rows[-1].get("budget") or 1)
+
+    def text(self, field: str) -> str:
+        return str(self.rows[-1].get(field) or "")
+
+    def values(self, field: str) -> list[float]:
+        """The seeds' values of a field, or of a quotient of two fields ("float_file_bytes/file_bytes")."""
+        above, _, below = field.partition("/")
+        found = []
+        for row in self.rows:
+            a, b = row.get(above), row.get(below) if below else 1
+            if _is_number(a) and _is_number(b) and b:
+                found.append(a / b if below else a)
+        return found
+
+    def mean(self, field: str) -> float | None:
+        values = self.values(field)
+        return statistics.fmean(values) if values else None
+
+    def std(self, field: str) -> float | None:
+        """Sample standard deviation over the seeds; None for fewer than two."""
+        values = self.values(field)
+        return statistics.stdev(values) if len(values) > 1 else None
+
+    @property
+    def pruning(self) -> tuple[str, str, float] | None:
+        """(quantization, score, percent) of a pruned line, such as ("qat_all", "l1", 30.0); None if nothing was pruned."""
+        match = re.search(r"([\d.]+)% of .* by (\w+)", self.text("pruned"))
+        if match:
+            percent, score = float(match[1]), match[2]
+            return self.name.removesuffix(f"_{score}_{percent:g}"), score, percent
+        match = re.fullmatch(rf"(.+?)_({'|'.join(SCORES)})_(\d+)", self.name)
+        return (match[1], match[2], float(match[3])) if match else None
+
+
+def lines_of(rows: Sequence[Mapping[str, Any]]) -> list[Line]:
+    """The lines of a table, in the order in which they first appear. Of rows done twice with a seed, the later counts."""
+    latest: dict[tuple[str, ...], dict[Any, Mapping[str, Any]]] = {}
+    for row in rows:
+        latest.setdefault(_key(row), {})[row.get("seed")] = row
+    return [Line(tuple(by_seed.values())) for by_seed in latest.values()]
+
+
+def float_line(lines: Sequence[Line], like: Line) -> Line | None:
+    """The unchanged float model of the same model, data set, options and budget as `like`."""
+    same = _key(like.rows[-1])[:-1]
+    return next((line for line in lines if line.name == "float" and _key(line.rows[-1])[:-1] == same), None)
+
+
+def _key(row: Mapping[str, Any]) -> tuple[str, ...]:
+    parts = [row.get(k) for k in ("model", "dataset", "options", "budget", "row")]
+    return tuple(json.dumps(part, sort_keys=True, default=str) for part in parts)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+# Values as text
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column: its title, what it means, the number it sorts by, and how that is written."""
+
+    title: str
+    meaning: str
+    field: str
+    write: Callable[[float], str]
+    with_std: bool = False
+
+    def cell(self, line: Line) -> str:
+        mean, std = line.mean(self.field), line.std(self.field)
+        if mean is None:
+            return NOTHING
+        return f"{self.write(mean)} ± {self.write(std)}" if self.with_std and std is not None else self.write(mean)
+
+
+def significant(value: float, digits: int = 3) -> str:
+    """Plain decimal notation with so many significant digits, thousands separated: 0.123, 12.3, 1,230."""
+    if value == 0:
+        return "0"
+    decimals = digits - 1 - math.floor(math.log10(abs(value)))
+    return f"{round(value, decimals):,.{max(decimals, 0)}f}"
+
+
+def megabytes(size: float) -> str:
+    """MB = 10^6 bytes; kB below a hundredth of that."""
+    return f"{significant(size / 1e6)} MB" if size >= 1e4 else f"{significant(size / 1e3)} kB"
+
+
+COLUMNS = (
+    Column("test accuracy", "share of all test images, measured on the model reloaded from its file", "test_accuracy_pct",
+           lambda v: f"{v:.2f}%" if v else "0.00%", with_std=True),
+    Column("file", "bytes on disk, 1 MB = 10^6 bytes", "file_bytes", megabytes),
+    Column("smaller", "float file / this file", "float_file_bytes/file_bytes", lambda v: f"{significant(v)}×"),
+    Column("zeros", "weights of linear and convolution layers that are exactly 0", "zero_fraction", lambda v: f"{100 * v:.1f}%"),
+    Column("latency", "one image, median", "latency_ms_p50_batch1", lambda v: f"{significant(v)} ms"),
+    Column("faster", "float latency / this latency, measured in turns in one run",
+           "float_latency_ms_p50_batch1/latency_ms_p50_batch1", lambda v: f"{v:.2f}×"),
+    Column("images/s", "large batch", "throughput_images_per_s", significant),
+    Column("same class", "test images on which the reloaded file and the trainable model agree", "reload_agreement_pct",
+           lambda v: f"{v:.2f}%"),
+)  # fmt: skip
+
+
+def circumstances(lines: Sequence[Line]) -> dict[str, str]:
+    """What all figures of a table depend on: {"budget": "0.02", "seeds": "0, 1", "device": …}; what is unknown is missing."""
+    rows = [row for line in lines for row in line.rows]
+
+    def distinct(field: str) -> list[str]:
+        return list(dict.fromkeys(_plain(row[field]) for row in rows if row.get(field) not in (None, "", {}, [])))
+
+    texts = {field: distinct(field) for field in ("budget", "seed", "device", "threads", "backend", "precision", "commit", "options")}
+    seeds = texts.pop("seed")
+    return {k: ", ".join(v) for k, v in ({"budget": texts.pop("budget"), "seeds": seeds} | texts).items() if v}
+
+
+def is_reduced(line: Line) -> bool:
+    """Whether the line was trained for less than its full recipe."""
+    return line.budget < 1
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return " ".join(f"{k}={_plain(v)}" for k, v in value.items())
+    return f"{value:g}" if isinstance(value, float) else str(value)
