@@ -298,7 +298,7 @@ def _read_tensors(file: Any, head: bytes, digest: str, entries: dict[str, Any]) 
         data = np.empty(end - begin, np.uint8)
         if file.readinto(data) != end - begin:
             raise ModelFileError(f"the file became shorter while tensor {name!r} was read")
-        whole.update(memoryview(data))
+        whole.update(data.data)
         tensors[name] = Stored(entry["dtype"], tuple(entry["shape"]), data)
     return tensors, whole.hexdigest() == digest
 

@@ -103,7 +103,7 @@ def gzip_float_bytes(path: str | os.PathLike[str]) -> int:
         tensor = decode_record(name, record)
         if record.bits is not None:
             tensor = dequantize(tensor, _scale_of(name, records))
-        return len(zlib.compress(memoryview(tensor.float().flatten().numpy()).cast("B"), 6))
+        return len(zlib.compress(tensor.float().flatten().numpy().data, 6))
 
     with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:
         return sum(pool.map(squeezed, records.items()))

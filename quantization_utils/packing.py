@@ -238,7 +238,7 @@ def _zstd(plain: np.ndarray | bytes) -> bytes:
     cost up to 15%, measured).
     """
     parameters = zstandard.ZstdCompressionParameters.from_level(1, strategy=zstandard.STRATEGY_FAST, min_match=7)
-    return zstandard.ZstdCompressor(compression_params=parameters).compress(memoryview(plain))
+    return zstandard.ZstdCompressor(compression_params=parameters).compress(memoryview(plain) if isinstance(plain, bytes) else plain.data)
 
 
 def _unzstd(frame: bytes | bytearray | memoryview, size: int) -> np.ndarray:
