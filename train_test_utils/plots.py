@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
-from .table import Line, float_line, megabytes, significant
+from .table import Line, float_line, is_reduced, significant
 
 INK, FAINT = "#222222", "#8a8a8a"
 FAMILIES = {"float": (INK, "D"), "ptq": ("#D55E00", "s"), "qat": ("#0072B2", "o")}  # by the beginning of a row's name
@@ -32,7 +32,7 @@ class Picture:
 
 def draw_all(lines: Sequence[Line], curves: Mapping[str, Sequence[Mapping[str, Any]]], folder: Path) -> list[Picture]:
     """Draw what the rows have data for."""
-    drawn = [draw_size(lines, folder), draw_pruning(lines, folder), draw_latency(lines, folder), draw_curves(curves, folder)]
+    drawn = [draw_size(lines, folder), draw_pruning(lines, folder), draw_latency(lines, folder), draw_curves(curves, lines, folder)]
     return [picture for picture in drawn if picture is not None]
 
 
@@ -53,15 +53,16 @@ def draw_size(lines: Sequence[Line], folder: Path) -> Picture | None:
         if not pruned:
             labels.append((x, y, line.name, colour))
     _size_axis(axes, [p.mean("file_bytes") or 0.0 for p in points])
-    axes.margins(x=0.12, y=0.1)
+    axes.margins(y=0.1)
     _accuracy_axis(axes)
     reference = float_line(points, points[0])
     if reference is not None:
         axes.axhline(reference.mean("test_accuracy_pct") or 0.0, color=FAINT, linewidth=0.8, linestyle=(0, (4, 4)), zorder=1)
     _label(axes, labels)
+    dashed = " Dashed: the float model." if reference is not None else ""
     hollow = " Small hollow marks: pruned rows." if any(p.pruning for p in points) else ""
-    return _save(figure, folder / "accuracy_vs_size.png", "Accuracy against file size",
-                 f"Each mark is a saved file, reloaded and measured; better is up and left. Dashed: the float model.{hollow}")  # fmt: skip
+    return _save(figure, lines, folder / "accuracy_vs_size.png", "Accuracy against file size",
+                 f"Each mark is a saved file, reloaded and measured; better is up and left.{dashed}{hollow}")  # fmt: skip
 
 
 def draw_pruning(lines: Sequence[Line], folder: Path) -> Picture | None:
@@ -90,14 +91,15 @@ def draw_pruning(lines: Sequence[Line], folder: Path) -> Picture | None:
         if start_y is not None:
             axes.plot(0, start_y, marker=family(base)[1], color=family(base)[0], markersize=8, zorder=4)
         axes.set_title(base, loc="left", fontsize=11, fontweight="bold", color=family(base)[0])
-        axes.set_xlabel("pruned share of the chosen layers' weights or filters (%)")
+        axes.set_xlabel("pruned (%)")
         axes.set_xlim(-4, 100)
-        _accuracy_axis(axes)
+        _accuracy_axis(axes, "" if axes is not panels[0] else "test accuracy (%)")
     _same_limits(panels)
     for axes, by_score in zip(panels, groups.values(), strict=True):
         _end_labels(axes, [_end(score, members) for score, members in by_score.items()])
-    return _save(figure, folder / "accuracy_vs_pruned.png", "Accuracy against what is pruned",
-                 "At 0%: the same quantization without pruning. Scores that end in “filters” remove whole filters.")  # fmt: skip
+    return _save(figure, lines, folder / "accuracy_vs_pruned.png", "Accuracy against what is pruned",
+                 "Share of the chosen layers' weights, or of their filters where the score's name says so, that is pruned; at 0% the same "
+                 "quantization without pruning.")  # fmt: skip
 
 
 def draw_latency(lines: Sequence[Line], folder: Path) -> Picture | None:
@@ -127,11 +129,11 @@ def draw_latency(lines: Sequence[Line], folder: Path) -> Picture | None:
     axes.set_xlabel("milliseconds for one image")
     left_out = f" {len(timed) - len(shown)} pruned rows are left out." if len(shown) < len(timed) else ""
     where = ", ".join(p for p in (shown[0].text("device"), f"{shown[0].text('threads')} threads" if shown[0].text("threads") else "") if p)
-    return _save(figure, folder / "latency.png", "Latency, one image",
+    return _save(figure, lines, folder / "latency.png", "Latency, one image",
                  f"Mark: median, thin line to the 90th percentile. Black bar: the float model, measured in turns with it. {where}.{left_out}")  # fmt: skip
 
 
-def draw_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]], folder: Path) -> Picture | None:
+def draw_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]], lines: Sequence[Line], folder: Path) -> Picture | None:
     """Training loss and accuracy by epoch."""
     fields = [f for f in ("train_loss", "train_accuracy_pct") if any(f in r for records in curves.values() for r in records)]
     if not fields:
@@ -157,7 +159,7 @@ def draw_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]], folder: Path)
         else:
             _accuracy_axis(axes, "accuracy on training batches (%)")
         _end_labels(axes, ends)
-    return _save(figure, folder / "training_curves.png", "Training",
+    return _save(figure, lines, folder / "training_curves.png", "Training",
                  "Of augmented images, during the epoch. Rows start from the model they descend from. Thin: pruned rows.")  # fmt: skip
 
 
@@ -194,9 +196,10 @@ def _accuracy_axis(axes: Axes, label: str = "test accuracy (%)") -> None:
 
 def _size_axis(axes: Axes, sizes: Sequence[float]) -> None:
     steps = [m * 10.0**e for e in range(2, 12) for m in (1, 2, 5)]
-    low, high = min(sizes) / 1.3, max(sizes) * 1.3
-    axes.set_xticks([s for s in steps if low <= s <= high] or [sizes[0]])
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: megabytes(v)))
+    low, high = min(sizes) / 1.5, max(sizes) * 1.5
+    axes.set_xlim(low, high)
+    axes.set_xticks([s for s in steps if low <= s <= high])
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v / 1e6:g} MB" if v >= 1e5 else f"{v / 1e3:g} kB"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.tick_params(axis="x", which="minor", length=0)
     axes.set_xlabel("file size (logarithmic)")
@@ -209,57 +212,57 @@ def _same_limits(panels: Sequence[Axes]) -> None:
 
 
 def _end_labels(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
-    """Names of curves at their right ends, moved apart where they would overlap (outside the panel, to the right)."""
+    """Names of curves to the right of the panel, beside their ends, moved apart where they would overlap."""
+    ends = sorted(ends, key=lambda end: end[1])
     low, high = axes.get_ylim()
-    space = 0.06 * (high - low)
-    placed = float("inf")
-    positions = []
-    for x, y, text, colour in sorted(ends, key=lambda end: -end[1]):
-        placed = min(y, placed - space)
-        positions.append([x, y, placed, text, colour])
-    lowest = low
-    for entry in reversed(positions):  # nothing below the panel
-        entry[2] = max(entry[2], lowest)
-        lowest = entry[2] + space
-    for x, y, at, text, colour in positions:
-        axes.annotate(text, (x, y), (1.02, at), textcoords=("axes fraction", "data"), fontsize=9, color=colour, va="center",
-                      annotation_clip=False, arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "alpha": 0.5})  # fmt: skip
+    places = spread([end[1] for end in ends], 0.058 * (high - low), low, high)
+    for (x, y, text, colour), place in zip(ends, places, strict=True):
+        _annotate(axes, text, (x, y), (1.03, place), ("axes fraction", "data"), "left", colour)
 
 
 def _label(axes: Axes, labels: Sequence[tuple[float, float, str, str]]) -> None:
-    """Names beside their marks: the first of some places that covers no other name and no mark, else the least bad."""
-    figure = axes.figure
-    figure.draw_without_rendering()
-    renderer = figure.canvas.get_renderer()  # type: ignore[union-attr]
-    taken = [axes.transData.transform((x, y)) for x, y, _, _ in labels]
-    frame = axes.get_window_extent(renderer)
-    boxes: list[Any] = []
-    for x, y, text, colour in labels:
-        best = None
-        for dx, dy, ha in _PLACES:
-            note = axes.annotate(text, (x, y), (dx, dy), textcoords="offset points", ha=ha, va="center", fontsize=9, color=colour,
-                                 annotation_clip=False, zorder=5)  # fmt: skip
-            box = note.get_window_extent(renderer)
-            # Points of the layout are not final, but offsets are: what is clear here stays clear.
-            bad = 3 * sum(box.overlaps(other) for other in boxes) + sum(box.padded(6).contains(*p) for p in taken)
-            bad += 2 * (box.x1 > frame.x1 or box.x0 < frame.x0 or box.y0 < frame.y0 or box.y1 > frame.y1 + 10)
-            if best is None or bad < best[0]:
-                if best is not None:
-                    best[1].remove()
-                best = (bad, note, box)
-            else:
-                note.remove()
-            if bad == 0:
-                break
-        assert best is not None
-        boxes.append(best[2])
+    """Names beside their marks: of marks about as far right, in a column beside them, moved apart vertically."""
+    axes.figure.draw_without_rendering()  # type: ignore[union-attr]
+    to_fraction = axes.transData + axes.transAxes.inverted()
+    columns: list[list[tuple[Any, ...]]] = []
+    for x, y, text, colour in sorted(labels):
+        across, up = to_fraction.transform((x, y))
+        if not columns or across - columns[-1][-1][0] > 0.06:
+            columns.append([])
+        columns[-1].append((across, up, (x, y), text, colour))
+    for column in columns:
+        column.sort(key=lambda mark: mark[1])
+        left = max(mark[0] for mark in column) > 0.72  # there is no room on the right
+        across = min(mark[0] for mark in column) - 0.04 if left else max(mark[0] for mark in column) + 0.04
+        for mark, up in zip(column, spread([m[1] for m in column], 0.042, 0.0, 1.0), strict=True):
+            _annotate(axes, mark[3], mark[2], (across, up), "axes fraction", "right" if left else "left", mark[4])
 
 
-_PLACES = [(9, 0, "left"), (-9, 0, "right"), (0, 12, "center"), (0, -12, "center"), (9, 11, "left"), (9, -11, "left"), (-9, 11, "right"),
-           (-9, -11, "right"), (14, 22, "left"), (14, -22, "left"), (-14, 22, "right"), (-14, -22, "right"), (20, 33, "left"),
-           (20, -33, "left"), (-20, -33, "right"), (-20, 33, "right")]  # fmt: skip
+def spread(wanted: Sequence[float], space: float, low: float, high: float) -> list[float]:
+    """Positions nearest to the ascending `wanted` (least squares) that are `space` apart and, if they fit, in [low, high]."""
+    blocks: list[tuple[float, int]] = []  # (mean, count) of wanted[i] - i · space, which has to ascend
+    for i, y in enumerate(wanted):
+        mean, count = y - i * space, 1
+        while blocks and blocks[-1][0] > mean:
+            before, many = blocks.pop()
+            mean, count = (before * many + mean * count) / (many + count), many + count
+        blocks.append((mean, count))
+    flat = [mean for mean, count in blocks for _ in range(count)]
+    top = high - (len(wanted) - 1) * space
+    return [max(low, min(mean, top)) + i * space for i, mean in enumerate(flat)]
 
 
-def _save(figure: Figure, path: Path, title: str, caption: str) -> Picture:
+def _annotate(axes: Axes, text: str, mark: Any, place: Any, coordinates: Any, side: str, colour: str) -> None:
+    line = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "alpha": 0.6, "relpos": (1.0 if side == "right" else 0.0, 0.5),
+            "shrinkA": 1, "shrinkB": 4}  # fmt: skip
+    axes.annotate(text, mark, place, textcoords=coordinates, ha=side, va="center", fontsize=9, color=colour, arrowprops=line,
+                  annotation_clip=False, zorder=5, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8})  # fmt: skip
+
+
+def _save(figure: Figure, lines: Sequence[Line], path: Path, title: str, caption: str) -> Picture:
+    """Write the picture, headed by what it is about, so that it can stand alone."""
+    heads = dict.fromkeys(f"{line.text('model')} on {line.text('dataset')}" for line in lines if line.text("model"))
+    budgets = dict.fromkeys(f"budget {line.budget:g}" for line in lines if is_reduced(line))
+    figure.suptitle(" · ".join([title, *heads, *budgets]), x=0.01, ha="left", fontsize=10, color=FAINT)
     figure.savefig(path)
     return Picture(path, title, caption)

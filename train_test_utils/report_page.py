@@ -13,7 +13,7 @@ STYLE = """
 :root { color-scheme: light; --ink: #1d1d1f; --soft: #6b6b70; --rule: #e4e4e8; --tint: #f6f6f8; }
 * { box-sizing: border-box; }
 body { font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; color: var(--ink); margin: 0 auto;
-  max-width: 1080px; padding: 40px 24px 64px; }
+  max-width: 1400px; padding: 40px 24px 64px; }
 h1 { font-size: 30px; line-height: 1.2; margin: 0 0 8px; } h2 { font-size: 20px; margin: 48px 0 4px; }
 p { margin: 6px 0; max-width: 72ch; } .soft { color: var(--soft); font-size: 14px; }
 .badges { display: flex; flex-wrap: wrap; gap: 6px; margin: 12px 0; }
@@ -26,12 +26,12 @@ p { margin: 6px 0; max-width: 72ch; } .soft { color: var(--soft); font-size: 14p
 table { border-collapse: collapse; width: 100%; font-size: 14px; font-variant-numeric: tabular-nums; }
 th { text-align: right; font-weight: 600; color: var(--soft); border-bottom: 2px solid var(--rule); padding: 6px 10px; white-space: nowrap;
   cursor: pointer; user-select: none; vertical-align: bottom; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; } th:hover { color: var(--ink); }
+th:last-child, th:first-child, td:first-child { text-align: left; } th:first-child, td:first-child { padding-left: 0; } th:hover { color: var(--ink); }
 th[aria-sort=ascending]::after { content: " ↑"; } th[aria-sort=descending]::after { content: " ↓"; }
 td { text-align: right; border-bottom: 1px solid var(--rule); padding: 5px 10px; white-space: nowrap; }
-td.what { color: var(--soft); text-align: left; white-space: normal; min-width: 220px; font-size: 13px; }
+td.what { color: var(--soft); text-align: left; white-space: normal; min-width: 280px; font-size: 13px; }
 tr:hover td { background: var(--tint); } .mark { display: inline-block; width: 10px; height: 10px; margin-right: 8px; border-radius: 2px; }
-img { width: 100%; height: auto; margin-top: 8px; } figure { margin: 0; }
+img { max-width: min(100%, 1000px); height: auto; margin-top: 8px; } figure { margin: 0; }
 pre { background: var(--tint); border-radius: 8px; padding: 12px 14px; overflow-x: auto; font-size: 13px; }
 @media print { th { cursor: auto; } figure, tr { break-inside: avoid; } }
 """
@@ -86,7 +86,7 @@ def _headline(lines: Sequence[Line]) -> str:
     latency, faster = best.mean("latency_ms_p50_batch1"), best.mean("float_latency_ms_p50_batch1/latency_ms_p50_batch1")
     cards = []
     if accuracy is not None and float_accuracy is not None:
-        cards.append((f"{accuracy:.2f}%", f"test accuracy; float {float_accuracy:.2f}% ({accuracy - float_accuracy:+.2f} points)"))
+        cards.append((f"{accuracy:.2f}%", f"test accuracy; float {float_accuracy:.2f}% ({accuracy - float_accuracy:+.2f} points)".replace("-", "−")))
     if size and smaller:
         cards.append((megabytes(size), f"file on disk, {significant(smaller)}× smaller than float"))
     if latency and faster:
@@ -117,13 +117,13 @@ def _table(lines: Sequence[Line]) -> str:
             cells.append(f'<td data-v="{"" if mean is None else mean}">{escape(column.cell(line))}</td>')
         cells.append(f'<td class="what">{escape(_what(line))}</td>')
         rows.append(f"<tr>{''.join(cells)}</tr>")
-    known = [("float", "float"), ("after training", "ptq"), ("during training", "qat")]
+    known = [("float", "float"), ("ternary after training", "ptq"), ("ternary during training", "qat")]
     key = " ".join(f'<span class="mark" style="background:{FAMILIES[f][0]}"></span>{t} &nbsp;' for t, f in known)
     key += f'<span class="mark" style="background:{OTHER[0]}"></span>other'
     spread = " ± is the standard deviation over seeds." if any(len(line.rows) > 1 for line in lines) else ""
     meanings = "; ".join(f"<b>{escape(c.title)}</b>: {escape(c.meaning)}" for c in COLUMNS)
     return (
-        f'<p class="soft">Ternary weights: {key}</p><div class="scroll"><table><thead><tr>{head}</tr></thead>'
+        f'<p class="soft">{key}</p><div class="scroll"><table><thead><tr>{head}</tr></thead>'
         f'<tbody>{"".join(rows)}</tbody></table></div><p class="soft">{meanings}.{spread}</p>'
     )
 

@@ -117,14 +117,14 @@ def significant(value: float, digits: int = 3) -> str:
 
 
 def megabytes(size: float) -> str:
-    """MB = 10^6 bytes; kB below a hundredth of that."""
-    return f"{significant(size / 1e6)} MB" if size >= 1e4 else f"{significant(size / 1e3)} kB"
+    """MB = 10^6 bytes; kB below a tenth of that."""
+    return f"{significant(size / 1e6)} MB" if size >= 1e5 else f"{significant(size / 1e3)} kB"
 
 
 COLUMNS = (
     Column("test accuracy", "share of all test images, measured on the model reloaded from its file", "test_accuracy_pct",
-           lambda v: f"{v:.2f}%" if v else "0.00%", with_std=True),
-    Column("file", "bytes on disk, 1 MB = 10^6 bytes", "file_bytes", megabytes),
+           lambda v: f"{v:.2f}%", with_std=True),
+    Column("file", "bytes on disk, 1 MB = 10⁶ bytes", "file_bytes", megabytes),
     Column("smaller", "float file / this file", "float_file_bytes/file_bytes", lambda v: f"{significant(v)}×"),
     Column("zeros", "weights of linear and convolution layers that are exactly 0", "zero_fraction", lambda v: f"{100 * v:.1f}%"),
     Column("latency", "one image, median", "latency_ms_p50_batch1", lambda v: f"{significant(v)} ms"),

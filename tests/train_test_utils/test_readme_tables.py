@@ -1,0 +1,91 @@
+"""README tables: generated between their markers, checked, and refused with one sentence where they cannot be."""
+
+import json
+
+import pytest
+
+from train_test_utils.readme_tables import with_tables
+from train_test_utils.report import main
+
+EXPERIMENTS = [
+    {"model": "vit", "dataset": "cifar10", "row": name, "seed": 0, "budget": 0.02, "test_accuracy_pct": accuracy, "file_bytes": size,
+     "float_file_bytes": 1_000_000, "device": "some CPU", "command": "python3 vit_experiments.py --budget 0.02"}
+    for name, accuracy, size in (("float", 80.123, 1_000_000), ("qat_all", 79.0, 50_000))
+]  # fmt: skip
+LATENCY = [
+    {"model": "alexnet", "batch": 1, "engine": "ours", "p50_ms": 0.5, "ratio": 2.0, "device": "some CPU", "detail": {"p90": 0.7}},
+    {"model": "alexnet", "batch": 1, "engine": "a|b", "p50_ms": 1.0, "ratio": None, "device": "some CPU", "detail": {"p90": 1.5}},
+    {"model": "alexnet", "batch": 1, "engine": "ours", "p50_ms": 0.4, "ratio": 2.5, "device": "some CPU", "detail": {"p90": 0.6}},
+]
+
+
+@pytest.fixture
+def results(tmp_path):
+    for name, rows in (("cifar10/vit", EXPERIMENTS), ("latency/networks", LATENCY)):
+        path = tmp_path / "results" / f"{name}.jsonl"
+        path.parent.mkdir(parents=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path / "results"
+
+
+def marked(name_and_options, body="stale\n"):
+    return f"before\n<!-- table:{name_and_options} -->\n{body}<!-- /table -->\nafter\n"
+
+
+def test_rows_of_experiments(results):
+    text = with_tables(marked("cifar10/vit"), results)
+    lines = text.splitlines()
+    assert lines[0] == "before" and lines[-1] == "after" and "stale" not in text
+    assert lines[2].startswith("| row | test accuracy | file | smaller |") and lines[3].startswith("| --- | ---: |")
+    assert lines[4].startswith("| `float` | 80.12% | 1.00 MB | 1.00× |")
+    assert lines[5].startswith("| `qat_all` | 79.00% | 50.0 kB | 20.0× |")
+    assert "budget 0.02" in text and "seeds 0" in text and "device some CPU" in text and "**reduced budget**" in text
+    assert text.count("python3 vit_experiments.py --budget 0.02") == 1
+
+
+def test_only_some_rows(results):
+    text = with_tables(marked("cifar10/vit only=qat_*,ptq_*"), results)
+    assert "`qat_all`" in text and "`float`" not in text
+
+
+def test_any_other_lines_with_chosen_columns_and_only_the_last_of_repetitions(results):
+    columns = "columns=engine,p50_ms,ratio,detail.p90"
+    text = with_tables(marked(f"latency/networks {columns} last=model,batch,engine"), results)
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert table == ["| engine | p50 ms | ratio | p90 |", "| --- | ---: | ---: | ---: |",
+                     "| ours | 0.400 | 2.50 | 0.600 |", r"| a\|b | 1.00 | – | 1.50 |"]  # fmt: skip
+    assert "device some CPU" in text
+    assert len([line for line in with_tables(marked("latency/networks"), results).splitlines() if line.startswith("|")]) == 5
+
+
+def test_a_second_time_changes_nothing(results):
+    once = with_tables(marked("cifar10/vit") + marked("latency/networks"), results)
+    assert with_tables(once, results) == once
+
+
+@pytest.mark.parametrize("text, message", [
+    (marked("cifar10/gone"), "gone.jsonl, which is not there"),
+    (marked("cifar10/vit rows=float"), "not 'rows=float'"),
+    (marked("cifar10/vit only=nothing"), "would be empty"),
+    (marked("latency/networks columns=speed"), "no line has the field 'speed'"),
+    ("<!-- table:cifar10/vit -->\n", "needs a line <!-- /table -->"),
+    ("<!-- table:cifar10/vit -->\n" + marked("cifar10/vit"), "before the next one"),
+])  # fmt: skip
+def test_what_cannot_be(results, text, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message.replace("-", r"\-")):
+        with_tables(text, results)
+
+
+def test_the_command(results, tmp_path, capsys):
+    readme = tmp_path / "README.md"
+    readme.write_text(marked("cifar10/vit"))
+    command = ["--readme", str(readme), str(results)]
+    assert main([*command, "--check"]) == 1
+    assert "out of date" in capsys.readouterr().err and "stale" in readme.read_text()
+    assert main(command) == 0
+    assert main([*command, "--check"]) == 0
+    readme.write_text(readme.read_text().replace("79.00%", "79.50%"))
+    assert main([*command, "--check"]) == 1
+    readme.write_text(marked("gone"))
+    assert main(command) == 2
+    assert main(["--readme", str(tmp_path / "none.md"), str(results)]) == 2

@@ -1,0 +1,80 @@
+"""The table for the terminal, the page and its pictures, from whole tables and from almost nothing."""
+
+import json
+import re
+
+import pytest
+
+from train_test_utils.plots import spread
+from train_test_utils.report import format_table, main, print_table, write_report
+
+
+def rows(seeds=(0, 1), budget=0.02):
+    figures = {"float": (90.0, 44_800_000, 32), "ptq_all": (60.0, 2_350_000, 1.585), "qat_all": (89.0, 2_360_000, 1.585)}
+    figures |= {f"qat_all_{s}_{p}": (89 - p / 10, 2_000_000 - 9000 * p, 1.585) for s in ("l1", "random") for p in (30, 90)}
+    return [
+        {
+            "model": "resnet_18", "dataset": "digits", "row": name, "seed": seed, "budget": budget, "weight_bits": bits,
+            "test_accuracy_pct": accuracy + seed, "file_bytes": size, "float_file_bytes": 44_800_000, "zero_fraction": 0.33,
+            "latency_ms_p50_batch1": 2.0, "latency_ms_p90_batch1": 2.5, "float_latency_ms_p50_batch1": 5.0,
+            "device": "a <fast> CPU", "threads": 2, "command": "python3 resnet_18_experiments.py --quick",
+        }
+        for seed in seeds
+        for name, (accuracy, size, bits) in figures.items()
+    ]  # fmt: skip
+
+
+def test_the_terminal_table(capsys):
+    print_table(rows())
+    text = capsys.readouterr().out
+    (line,) = [line for line in text.splitlines() if line.startswith("qat_all ")]
+    assert re.split(r"\s{2,}", line) == ["qat_all", "89.50% ± 0.71%", "2.36 MB", "19.0×", "33.0%", "2.00 ms", "2.50×", "–"]
+    assert "resnet_18 on digits" in text and "budget 0.02" in text and "seeds 0, 1" in text
+    assert "less than the full recipes" in text
+
+
+def test_a_full_budget_is_not_called_reduced_and_budgets_are_told_apart():
+    assert "less than" not in format_table(rows(budget=1.0))
+    both = format_table(rows(budget=1.0) + rows())
+    assert "qat_all (budget 1)" in both and "qat_all (budget 0.02)" in both
+
+
+def test_the_report_of_a_whole_table(tmp_path):
+    (tmp_path / "qat_all-seed0").mkdir()
+    curves = [{"epoch": e, "train_loss": 1 / e, "train_accuracy_pct": 50 + e} for e in (1, 2, 3)]
+    (tmp_path / "qat_all-seed0" / "curves.jsonl").write_text("".join(json.dumps(c) + "\n" for c in curves))
+    paths = write_report(rows(), tmp_path)
+    names = ["report.html", "accuracy_vs_size.png", "accuracy_vs_pruned.png", "latency.png", "training_curves.png"]
+    assert [p.name for p in paths] == names
+    for path in paths[1:]:
+        assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
+    page = paths[0].read_text()
+    assert page.count("data:image/png;base64,") == 4
+    assert not re.search(r"""(src|href)=["'](?!data:)""", page)  # self-contained
+    assert "a &lt;fast&gt; CPU" in page and "<fast>" not in page
+    assert "89.50%" in page and "float 90.50% (−1.00 points)" in page and "19.0× smaller" in page
+    assert 'class="badge warn">budget 0.02' in page
+    assert page.count("<tr>") == 1 + 7
+
+
+@pytest.mark.parametrize("few", [[], [{"row": "x"}], [{"row": "qat_all", "test_accuracy_pct": 0.0, "file_bytes": 100, "model": "vit"}]])
+def test_almost_nothing_is_enough(tmp_path, few):
+    paths = write_report(few, tmp_path / "new")
+    assert paths[0].read_text().startswith("<!doctype html>")
+    format_table(few)
+
+
+def test_the_page_can_be_written_again_from_the_command_line(tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows()))
+    assert main([str(tmp_path)]) == 0
+    assert (tmp_path / "report.html").exists() and "qat_all" in capsys.readouterr().out
+    assert main([str(tmp_path / "nowhere")]) == 2
+    assert "has no rows" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wanted, low, high, expected", [
+    ([1.0, 5.0, 9.0], 0, 10, [1, 5, 9]), ([5.0, 5.0, 5.0], 0, 10, [4, 5, 6]), ([9.9, 9.9, 9.9], 0, 10, [8, 9, 10]),
+    ([0.0, 0.0, 7.0], 0, 10, [0, 1, 7]), ([0.0] * 3, 0, 1, [0, 1, 2]), ([], 0, 1, []),
+])  # fmt: skip
+def test_labels_are_moved_apart_and_no_further(wanted, low, high, expected):
+    assert spread(wanted, 1.0, low, high) == pytest.approx(expected)

@@ -1,0 +1,70 @@
+"""Lines of a table: what is one line, what is averaged, how values read."""
+
+import pytest
+
+from train_test_utils.table import COLUMNS, Line, circumstances, float_line, lines_of, megabytes, significant
+
+CELL = {column.title: column for column in COLUMNS}
+
+
+def row(name="qat_all", seed=0, **fields):
+    return {"model": "resnet_18", "dataset": "digits", "row": name, "seed": seed, "budget": 1.0} | fields
+
+
+def test_seeds_are_averaged_with_the_sample_standard_deviation():
+    (line,) = lines_of([row(seed=s, test_accuracy_pct=a) for s, a in enumerate((90.0, 91.0, 92.0))])
+    assert line.mean("test_accuracy_pct") == 91 and line.std("test_accuracy_pct") == 1
+    assert CELL["test accuracy"].cell(line) == "91.00% ± 1.00%"
+
+
+def test_a_row_done_again_replaces_the_earlier_one():
+    (line,) = lines_of([row(test_accuracy_pct=50.0), row(seed=1, test_accuracy_pct=70.0), row(test_accuracy_pct=60.0)])
+    assert sorted(line.values("test_accuracy_pct")) == [60, 70]
+
+
+@pytest.mark.parametrize("other", [{"budget": 0.02}, {"options": {"stem": "maxpool"}}, {"dataset": "cifar10"}])
+def test_different_conditions_are_never_averaged(other):
+    lines = lines_of([row("float", test_accuracy_pct=99.0), row(), row("float", **other), row(**other)])
+    assert len(lines) == 4
+    assert float_line(lines, lines[1]) is lines[0] and float_line(lines, lines[3]) is lines[2]
+
+
+def test_what_is_missing_is_a_dash():
+    (line,) = lines_of([row(file_bytes=None, zero_fraction=float("nan"), latency_ms_p50_batch1=2.0)])
+    cells = {title: column.cell(line) for title, column in CELL.items()}
+    assert cells.pop("latency") == "2.00 ms"
+    assert set(cells.values()) == {"–"}
+
+
+def test_quotients_are_taken_seed_by_seed():
+    (line,) = lines_of([row(seed=s, float_file_bytes=100 * k, file_bytes=k * k) for s, k in ((0, 1), (1, 10))])
+    assert line.values("float_file_bytes/file_bytes") == [100, 10]
+    assert CELL["smaller"].cell(line) == "55.0×"
+
+
+@pytest.mark.parametrize("fields, expected", [
+    ({"row": "qat_all_l1_30", "pruned": "30% of single weights of convolutions by l1"}, ("qat_all", "l1", 30)),
+    ({"row": "qat_all_taylor_5", "pruned": "5% of filters of all layers by taylor"}, ("qat_all", "taylor", 5)),
+    ({"row": "ptq_linear_l1_global_90"}, ("ptq_linear", "l1_global", 90)),
+    ({"row": "float_l2_filters_50"}, ("float", "l2_filters", 50)),
+    ({"row": "qat_all_8bit_ends", "pruned": ""}, None),
+])  # fmt: skip
+def test_what_a_line_prunes(fields, expected):
+    assert Line((fields,)).pruning == expected
+
+
+@pytest.mark.parametrize("value, text", [
+    (0, "0"), (0.12345, "0.123"), (1.0, "1.00"), (12.34, "12.3"), (123.4, "123"), (1234.0, "1,230"), (99.96, "100.0"), (-2.5, "-2.50"),
+])  # fmt: skip
+def test_significant_digits(value, text):
+    assert significant(value) == text
+
+
+def test_sizes():
+    assert megabytes(44_812_345) == "44.8 MB" and megabytes(2_356_000) == "2.36 MB" and megabytes(8123) == "8.12 kB"
+
+
+def test_circumstances_name_every_device_and_skip_the_unknown():
+    lines = lines_of([row(device="A", commit=""), row("float", seed=1, device="B", options={"stem": "maxpool"})])
+    found = circumstances(lines)
+    assert found == {"budget": "1", "seeds": "0, 1", "device": "A, B", "options": "stem=maxpool"}
