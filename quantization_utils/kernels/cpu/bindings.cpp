@@ -3,6 +3,7 @@
 #include <torch/library.h>
 #include <torch/torch.h>
 
+#include <chrono>
 #include <unordered_map>
 
 #include "linear.h"
@@ -141,6 +142,27 @@ at::Tensor linear_run(const at::Tensor& input, int64_t handle, int64_t n) {
   return out;
 }
 
+// Most multiply-adds a second on registers, and most bytes a second read from a buffer of `megabytes`, of ten tries each.
+std::tuple<double, double> machine_limits(const std::string& name, int64_t megabytes) {
+  const Kernels& k = isa(name);
+  const int threads = at::get_num_threads();
+  const int64_t part = (megabytes << 20) / threads;
+  std::vector<uint8_t> data(part * threads + 256);
+  for (size_t i = 0; i < data.size(); ++i) data[i] = (uint8_t)(i * 37 + i / 256);
+  double best[2] = {0, 0};
+  for (int what = 0; what < 2; ++what)
+    for (int attempt = 0; attempt < 10; ++attempt) {
+      std::atomic<int64_t> done{0};
+      const auto start = std::chrono::steady_clock::now();
+      ternary::parallel(threads, [&](ternary::Member& member) {
+        if (what == 0) done += k.peak_multiply_adds(200000, data.data());
+        for (int i = 0; what == 1 && i < 20; ++i) k.read_memory(data.data() + member.index() * part, part), done += part;
+      });
+      best[what] = std::max(best[what], done / std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+    }
+  return {best[0], best[1]};
+}
+
 void network_free(int64_t handle) { networks().remove(handle); }
 void linear_free(int64_t handle) { linears().remove(handle); }
 
@@ -153,6 +175,7 @@ TORCH_LIBRARY(ternary, m) {
   m.def("network_create(str isa, str algorithm, Tensor[] codes, Tensor[] gains, Tensor[] biases, Tensor[] pads, int[] meta, float[] residual_gains, int channels) -> int", network_create);
   m.def("network_shape(int handle, int batch, int height, int width) -> int[]", network_shape);
   m.def("network_describe(int handle, int batch, int height, int width) -> str", network_describe);
+  m.def("machine_limits(str isa, int megabytes) -> (float, float)", machine_limits);
   m.def("network_free(int handle) -> ()", network_free);
   m.def("linear_create(str isa, Tensor codes, Tensor scale, Tensor? bias, bool is_ternary, int act_bits) -> int", linear_create);
   m.def("linear_free(int handle) -> ()", linear_free);

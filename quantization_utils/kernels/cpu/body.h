@@ -6,47 +6,44 @@ typedef int32_t ints __attribute__((vector_size(LANES * 4), aligned(4), may_alia
 typedef float floats __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef uint8_t bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
 
+// Loops over pixels and vectors, unrolled by the preprocessor: with indices that are constants from the start the compiler
+// keeps the accumulators in registers (an ordinary loop is unrolled too late for that, and they pass through the stack).
+#define EACH(I, COUNT, N, ...) if constexpr (N < COUNT) { constexpr int I = N; __VA_ARGS__ }
+#define EACH_PIXEL(...) EACH(p, P, 0, __VA_ARGS__) EACH(p, P, 1, __VA_ARGS__) EACH(p, P, 2, __VA_ARGS__) \
+                        EACH(p, P, 3, __VA_ARGS__) EACH(p, P, 4, __VA_ARGS__) EACH(p, P, 5, __VA_ARGS__)
+#define EACH_VECTOR(...) EACH_J(0, __VA_ARGS__) EACH_J(1, __VA_ARGS__) EACH_J(2, __VA_ARGS__) EACH_J(3, __VA_ARGS__)
+#define EACH_J(N, ...) if constexpr (N < J) { constexpr int j = N; __VA_ARGS__ }
+
 // P pixels x J vectors of channels in registers; K in the inner loop. The widest has 24 accumulators of AVX-512's 32.
 template <Weights W, int P, int J>
 static void tile_kernel(const Tile& t, int32_t* out) {
   vec acc[P][J];
-  for (int p = 0; p < P; ++p)
-    for (int j = 0; j < J; ++j) acc[p][j] = load_ints(t.init + j * LANES);
+  EACH_PIXEL(EACH_VECTOR(acc[p][j] = load_ints(t.init + j * LANES);))
   const uint8_t* w = t.weights;
   const uint8_t* a[P];
+  EACH_PIXEL(a[p] = t.pixels[p];)
   for (int run = 0; run < t.runs; ++run) {
-    for (int p = 0; p < P; ++p) a[p] = t.pixels[p] + run * t.run_stride;
-    if constexpr (W == Weights::kTwoBit) {
-      for (int64_t g = 0; g < t.groups; ++g) {
+    for (int64_t g = 0; g < t.groups; ++g) {
+      vec b[J];
+      if constexpr (W == Weights::kTwoBit) {
         vec codes[J];
-        for (int j = 0; j < J; ++j) codes[j] = load_weights(w + j * LANES * 4);
-        w += J * LANES * 4;
-#define TERNARY_PLANE(S)                                                             \
-  {                                                                                  \
-    vec b[J];                                                                        \
-    for (int j = 0; j < J; ++j) b[j] = plane<S>(codes[j]);                           \
-    for (int p = 0; p < P; ++p) {                                                    \
-      const vec x = broadcast(a[p] + g * 16 + 4 * S);                                \
-      for (int j = 0; j < J; ++j) acc[p][j] = dot<W>(acc[p][j], x, b[j]);            \
-    }                                                                                \
-  }
+        EACH_VECTOR(codes[j] = load_weights(w + j * LANES * 4);)
+#define TERNARY_PLANE(S)                                          \
+  EACH_VECTOR(b[j] = plane<S>(codes[j]);)                         \
+  EACH_PIXEL(const vec x = broadcast(a[p] + g * 16 + 4 * S);      \
+             EACH_VECTOR(acc[p][j] = dot<W>(acc[p][j], x, b[j]);))
         TERNARY_PLANE(0) TERNARY_PLANE(1) TERNARY_PLANE(2) TERNARY_PLANE(3)
 #undef TERNARY_PLANE
+      } else {
+        EACH_VECTOR(b[j] = load_weights(w + j * LANES * 4);)
+        EACH_PIXEL(const vec x = broadcast(a[p] + g * 4);
+                   EACH_VECTOR(acc[p][j] = dot<W>(acc[p][j], x, b[j]);))
       }
-    } else {
-      for (int64_t g = 0; g < t.groups; ++g) {
-        vec b[J];
-        for (int j = 0; j < J; ++j) b[j] = load_weights(w + j * LANES * 4);
-        w += J * LANES * 4;
-        for (int p = 0; p < P; ++p) {
-          const vec x = broadcast(a[p] + g * 4);
-          for (int j = 0; j < J; ++j) acc[p][j] = dot<W>(acc[p][j], x, b[j]);
-        }
-      }
+      w += J * LANES * 4;
     }
+    EACH_PIXEL(a[p] += t.run_stride;)
   }
-  for (int p = 0; p < P; ++p)
-    for (int j = 0; j < J; ++j) store_ints(out + (p * J + j) * LANES, acc[p][j]);
+  EACH_PIXEL(EACH_VECTOR(store_ints(out + (p * J + j) * LANES, acc[p][j]);))
 }
 
 template <Weights W, int P>
@@ -88,49 +85,64 @@ static void multiply(Weights weights, const Tile& t, int32_t* acc) {
 static constexpr float kRound = 12582912.0f;
 
 template <typename T>
-static inline T load_part(const void* from, int bytes) {
+static inline T load_part(const void* from, int size) {
   T value = {};
-  __builtin_memcpy(&value, from, bytes);
+  __builtin_memcpy(&value, from, size);
   return value;
 }
 
-static void finish(const Epilogue& e, const Output& o, const int32_t* acc, int pixels, int channels) {
+enum class Residual { kNone, kBytes, kFloats };
+
+template <Residual R, bool BYTES, bool ROW_SCALE>
+static void finish_kind(const Epilogue& e, const Output& o, const int32_t* acc, int pixels, int channels) {
   const int vectors = (channels + LANES - 1) / LANES;
-  for (int p = 0; p < pixels; ++p) {
-    for (int j = 0; j < vectors; ++j, acc += LANES) {
+  const floats top = floats{} + (float)e.out_max;
+  for (int j = 0; j < vectors; ++j) {
+    const int n = channels - j * LANES < LANES ? channels - j * LANES : LANES;
+    const floats channel_gain = *(const floats*)(e.gain + j * LANES), bias = *(const floats*)(e.bias + j * LANES);
+    for (int p = 0; p < pixels; ++p) {
       if (!o.out[p]) continue;
-      const int n = channels - j * LANES < LANES ? channels - j * LANES : LANES;
-      floats gain = *(const floats*)(e.gain + j * LANES);
-      if (o.has_row_scale) gain = gain * o.row_scale[p];
-      floats y = __builtin_convertvector(*(const ints*)acc >> e.shift, floats) * gain;
-      y = y + *(const floats*)(e.bias + j * LANES);
-      if (o.has_residual) {
-        floats r;
-        if (o.residual_is_float) {
-          const float* from = (const float*)o.residual[p] + j * LANES;
-          r = n == LANES ? *(const floats*)from : load_part<floats>(from, n * 4);
-        } else {
-          const uint8_t* from = (const uint8_t*)o.residual[p] + j * LANES;
-          r = bytes_to_floats(n == LANES ? *(const bytes*)from : load_part<bytes>(from, n));
-        }
-        y = y + r * e.residual_gain;
+      floats gain = channel_gain;
+      if constexpr (ROW_SCALE) gain = gain * o.row_scale[p];
+      floats y = __builtin_convertvector(*(const ints*)(acc + (p * vectors + j) * LANES) >> e.shift, floats) * gain;
+      y = y + bias;
+      if constexpr (R == Residual::kFloats) {
+        const float* from = (const float*)o.residual[p] + j * LANES;
+        y = y + (n == LANES ? *(const floats*)from : load_part<floats>(from, n * 4)) * e.residual_gain;
+      } else if constexpr (R == Residual::kBytes) {
+        const uint8_t* from = (const uint8_t*)o.residual[p] + j * LANES;
+        y = y + bytes_to_floats(n == LANES ? *(const bytes*)from : load_part<bytes>(from, n)) * e.residual_gain;
       }
-      if (e.relu) y = y > 0.0f ? y : floats{};
-      if (e.out_max == 0) {
+      if constexpr (BYTES) {  // the clamp is the ReLU
+        y = y > 0.0f ? y : floats{};
+        y = y < top ? y : top;
+        const bytes q = ints_to_bytes((ints)(y + kRound) & 255);
+        uint8_t* to = (uint8_t*)o.out[p] + j * LANES;
+        if (n == LANES) *(bytes*)to = q;
+        else __builtin_memcpy(to, &q, n);
+      } else {
+        if (e.relu) y = y > 0.0f ? y : floats{};
         float* to = (float*)o.out[p] + j * LANES;
         if (n == LANES) *(floats*)to = y;
         else __builtin_memcpy(to, &y, n * 4);
-        continue;
       }
-      const floats top = floats{} + (float)e.out_max;
-      y = y > 0.0f ? y : floats{};
-      y = y < top ? y : top;
-      const bytes q = ints_to_bytes((ints)(y + kRound) & 255);
-      uint8_t* to = (uint8_t*)o.out[p] + j * LANES;
-      if (n == LANES) *(bytes*)to = q;
-      else __builtin_memcpy(to, &q, n);
     }
   }
+}
+
+static void finish(const Epilogue& e, const Output& o, const int32_t* acc, int pixels, int channels) {
+  const bool to_bytes = e.out_max != 0;
+  if (o.has_row_scale) return finish_kind<Residual::kNone, false, true>(e, o, acc, pixels, channels);
+  if (!o.has_residual) {
+    if (to_bytes) return finish_kind<Residual::kNone, true, false>(e, o, acc, pixels, channels);
+    return finish_kind<Residual::kNone, false, false>(e, o, acc, pixels, channels);
+  }
+  if (o.residual_is_float) {
+    if (to_bytes) return finish_kind<Residual::kFloats, true, false>(e, o, acc, pixels, channels);
+    return finish_kind<Residual::kFloats, false, false>(e, o, acc, pixels, channels);
+  }
+  if (to_bytes) return finish_kind<Residual::kBytes, true, false>(e, o, acc, pixels, channels);
+  return finish_kind<Residual::kBytes, false, false>(e, o, acc, pixels, channels);
 }
 
 // Winograd F(2x2,3x3): V = B^T d B with B^T = [1 0 -1 0; 0 1 1 0; 0 -1 1 0; 0 1 0 -1], in bytes modulo 256. Activations are at
@@ -239,5 +251,31 @@ static void add_row(const uint8_t* in, int n, int32_t* inout) {
   for (int i = 0; i < n; ++i) inout[i] += in[i];
 }
 
+// What the machine can do at most, for benchmarks: the multiply-adds of `dot` on registers alone, and reading memory.
+static int64_t peak_multiply_adds(int64_t iterations, const uint8_t* data) {
+  constexpr int P = PIXELS, J = VECTORS;
+  vec acc[P][J];
+  vec b[J];
+  const vec x = load_weights(data);
+  EACH_VECTOR(b[j] = load_weights(data + j * LANES * 4);)
+  EACH_PIXEL(EACH_VECTOR(acc[p][j] = load_ints((const int32_t*)data + p * J + j);))  // all different: nothing to merge
+  for (int64_t i = 0; i < iterations; ++i) {
+    EACH_PIXEL(EACH_VECTOR(acc[p][j] = dot<Weights::kSmall>(acc[p][j], x, b[j]);))
+  }
+  int32_t out[LANES], keep = 0;
+  EACH_PIXEL(EACH_VECTOR(store_ints(out, acc[p][j]); keep ^= out[0];))
+  volatile int32_t sink = keep;
+  (void)sink;
+  return iterations * P * J * LANES * 4;
+}
+
+static void read_memory(const uint8_t* data, int64_t bytes) {
+  ints sum[4] = {};
+  for (int64_t i = 0; i + (int64_t)sizeof(sum) <= bytes; i += sizeof(sum))
+    for (int k = 0; k < 4; ++k) sum[k] ^= ((const ints*)(data + i))[k];
+  volatile int32_t sink = (sum[0] ^ sum[1] ^ sum[2] ^ sum[3])[0];
+  (void)sink;
+}
+
 static const Kernels table = {ISA_NAME, LANES, VECTORS, PIXELS, multiply, finish, winograd_input, winograd_output,
-                              image_row, quantize_row, max_row, add_row};
+                              image_row, quantize_row, max_row, add_row, peak_multiply_adds, read_memory};

@@ -69,6 +69,8 @@ struct Kernels {
   float (*quantize_row)(const float* x, int64_t k, int code_max, uint8_t* out);
   void (*max_row)(const uint8_t* in, int n, uint8_t* inout);    // inout = max(inout, in)
   void (*add_row)(const uint8_t* in, int n, int32_t* inout);    // inout += in
+  int64_t (*peak_multiply_adds)(int64_t iterations, const uint8_t* data);  // benchmark: how many were done; data: 256 bytes
+  void (*read_memory)(const uint8_t* data, int64_t bytes);                 // benchmark
 };
 
 const Kernels* avx512vnni_kernels();  // nullptr where not compiled in or the processor lacks it

@@ -1,0 +1,185 @@
+"""Latency of packed models beside other engines: one process, the same threads, the same images, engines in turn.
+
+    python3 -m venv peers && peers/bin/pip install -r benchmarks/requirements.txt
+    peers/bin/python benchmarks/latency_vs_peers.py [--cases alexnet resnet_18 vit fc] [--batches 1 32] [--rounds 30]
+
+In every round each engine runs a few times, in a new order; a round's figure is the median of its runs, so slow spells of a
+shared machine meet all engines alike. Ratios are medians of per-round ratios with a bootstrap interval of 95%. "flushed":
+64 MiB are written between runs, so weights come from memory. The direct limit counts the multiply-adds of the plain
+algorithm, without padding taps, at the measured rate of the processor. Appends to results/latency/peers.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+import random
+import sys
+import time
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benchmarks import peers
+from benchmarks.record import append_record
+
+KINDS = {"float": peers.FLOAT, "int8": peers.INT8, "2bit": peers.TWO_BIT}
+
+
+def float_model(case: str) -> nn.Module:
+    import models
+
+    torch.manual_seed(0)
+    if case == "fc":
+        return nn.Sequential(nn.Linear(9216, 4096, bias=False), nn.ReLU(), nn.Linear(4096, 4096, bias=False)).eval()
+    model = models.build(case, 10).eval()
+    return model.requires_grad_(False)
+
+
+def packed_model(model: nn.Module, case: str, act_bits: int) -> nn.Module:
+    from quantization_utils import absmean
+    from quantization_utils.bit_layers import BitLinear, PackedLinear
+    from quantization_utils.transform import calibrate_, pack_, quantize_
+
+    packed = quantize_(copy.deepcopy(model), absmean, act_bits=8 if case in ("vit", "fc") else act_bits)
+    if case == "fc":  # layers alone: activations quantized per token
+        return nn.Sequential(*(PackedLinear.from_bit_layer(m, 8) if isinstance(m, BitLinear) else m for m in packed))
+    calibrate_(packed, torch.rand(32, 3, 32, 32))
+    return pack_(packed)
+
+
+def multiply_adds(model: nn.Module, x: Tensor) -> int:
+    """Of one forward pass, convolutions without the taps that fall on padding; attention products left out."""
+    total = 0
+
+    def count(layer: nn.Module, args: Any, out: Tensor) -> None:
+        nonlocal total
+        if isinstance(layer, nn.Linear):
+            total += out.numel() * layer.in_features
+            return
+        ones = torch.ones_like(args[0][:1, :1])
+        kernel = torch.ones(1, 1, *layer.kernel_size)
+        taps = torch.nn.functional.conv2d(ones, kernel, stride=layer.stride, padding=layer.padding).sum()
+        total += int(taps) * layer.in_channels * layer.out_channels * len(out)
+
+    hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    model(x)
+    for hook in hooks:
+        hook.remove()
+    return total
+
+
+def prepare(case: str, batch: int, wanted: list[str], act_bits: int) -> tuple[dict[str, peers.Run], dict[str, str], int]:
+    """Engines that run here, why the others do not, multiply-adds."""
+    model = float_model(case)
+    x = torch.rand(batch, 9216) if case == "fc" else torch.rand(batch, 3, 32, 32)
+    packed = packed_model(model, case, act_bits)
+    engines: dict[str, peers.Run] = {"ours": lambda: packed(x)}
+    missing: dict[str, str] = {}
+    for builder in (b for kind in KINDS.values() for b in kind):
+        if wanted and builder.__name__ not in wanted or (builder in peers.TWO_BIT and case != "fc"):
+            continue
+        if builder is peers.ort_int8_dynamic and case not in ("vit", "fc"):
+            continue  # dynamic quantization is for transformers; convolutions have the static engine
+        try:
+            layout = torch.channels_last if case in ("alexnet", "resnet_18") and "torch" in builder.__name__ else torch.contiguous_format
+            adapted = copy.deepcopy(model).to(memory_format=layout) if x.dim() == 4 else model
+            run = builder(adapted, x.contiguous(memory_format=layout) if x.dim() == 4 else x)
+            run()
+            engines[builder.__name__] = run
+        except Exception as error:  # an engine that is absent or fails is a line in the table, not the end of it
+            missing[builder.__name__] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error) else ''}"
+            if os.environ.get("DEBUG"):
+                traceback.print_exc()
+    return engines, missing, multiply_adds(model, x)
+
+
+def measure(engines: dict[str, peers.Run], rounds: int, flushed: bool) -> dict[str, np.ndarray]:
+    """Milliseconds of each engine: (rounds, runs)."""
+    waste = np.zeros(64 << 20, dtype=np.uint8)
+    runs = {name: [] for name in engines}
+    order = list(engines)
+    repetitions = {name: 5 for name in engines}
+    for round_index in range(rounds + 1):
+        random.Random(round_index).shuffle(order)
+        for name in order:
+            run, times = engines[name], []
+            for _ in range(2 if not flushed else 0):
+                run()
+            for _ in range(repetitions[name]):
+                if flushed:
+                    waste += 1
+                start = time.perf_counter()
+                run()
+                times.append((time.perf_counter() - start) * 1e3)
+            if round_index > 0:  # the first warms up
+                runs[name].append(times)
+    return {name: np.array(times) for name, times in runs.items()}
+
+
+def ratio(theirs: np.ndarray, ours: np.ndarray) -> list[float]:
+    """Median of the rounds' ratios of medians and a bootstrap interval of 95%."""
+    ratios = np.median(theirs, 1) / np.median(ours, 1)
+    picks = np.random.default_rng(0).integers(0, len(ratios), (2000, len(ratios)))
+    medians = np.median(ratios[picks], 1)
+    return [round(float(v), 2) for v in (np.median(ratios), np.quantile(medians, 0.025), np.quantile(medians, 0.975))]
+
+
+def report(case: str, batch: int, flushed: bool, times: dict[str, np.ndarray], limit_ms: float) -> dict[str, Any]:
+    """Print one table; return its figures."""
+    ours = times["ours"]
+    print(f"\n{case}, batch {batch}{', caches flushed' if flushed else ''}; direct limit {limit_ms:.3f} ms")
+    engines = {}
+    for name, t in sorted(times.items(), key=lambda item: np.median(item[1])):
+        engines[name] = {"p50_ms": round(float(np.median(t)), 4), "p90_ms": round(float(np.quantile(t, 0.9)), 4), "ratio": ratio(t, ours)}
+        r = engines[name]["ratio"]
+        print(f"  {name:22} p50 {engines[name]['p50_ms']:9.3f} ms   p90 {engines[name]['p90_ms']:9.3f}   {r[0]:6.2f}× of ours ({r[1]} – {r[2]})")
+    best = {}
+    for kind, builders in KINDS.items():
+        names = [b.__name__ for b in builders if b.__name__ in engines]
+        if names:
+            best[kind] = min(names, key=lambda n: engines[n]["p50_ms"])
+            print(f"  best {kind:6} {best[kind]}: {engines[best[kind]]['ratio'][0]}×")
+    percent = 100 * limit_ms / engines["ours"]["p50_ms"]
+    print(f"  of the direct limit: {percent:.0f}%", flush=True)
+    return {"case": case, "batch": batch, "flushed": flushed, "engines": engines, "best": best, "limit_ms": limit_ms, "of_direct_limit_pct": round(percent, 1)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", default=["fc", "alexnet", "resnet_18", "vit"], choices=["fc", "alexnet", "resnet_18", "vit"])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 32])
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--engines", nargs="+", default=[], help="names of peers; all by default")
+    parser.add_argument("--act-bits", type=int, default=6, help="activations of AlexNet and ResNet-18")
+    parser.add_argument("--no-flushed", action="store_true")
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    from quantization_utils.kernels import cpu
+
+    isa = cpu.choose_isa("cpu")
+    peak, bandwidth = torch.ops.ternary.machine_limits(isa, 13)
+    print(f"{isa}, {torch.get_num_threads()} threads: {peak / 1e9:.0f} G multiply-adds/s; reading 13 MiB {bandwidth / 1e9:.0f} GB/s")
+    torch.set_grad_enabled(False)
+    for case in args.cases:
+        for batch in args.batches:
+            engines, missing, work = prepare(case, batch, args.engines, args.act_bits)
+            for name, why in missing.items():
+                print(f"  {name} cannot run: {why}")
+            for flushed in [False] if args.no_flushed or batch > 1 else [False, True]:
+                times = measure(engines, max(3, args.rounds // (1 if batch == 1 else 3)), flushed)
+                figures = report(case, batch, flushed, times, work / peak * 1e3)
+                append_record("latency/peers", {**figures, "missing": missing, "multiply_adds": work, "isa": isa, "threads": torch.get_num_threads(),
+                                                "peak_multiply_adds_per_s": peak, "read_13MiB_bytes_per_s": bandwidth, "act_bits": args.act_bits})  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
