@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from quantization_utils.bit_layers import BitConv2d, BitLinear, PackedConv2d, PackedLinear
 from quantization_utils.network import IMAGE, PackedNetwork
 from quantization_utils.packing import Bits, entropy_bits
+from quantization_utils.storage import _is_float16  # the writer's own rule, so that the bound is one of that very file
 
 LOG2_3 = math.log2(3)
+CPU_BATCH_MACS = 2e10  # of the large batch on a CPU: a few tenths of a second a call
 
 
 # Time
@@ -49,20 +51,20 @@ def throughput(
 
 def latency_beside(
     float_model: nn.Module, packed_model: nn.Module, device: torch.device | str = "cpu", image_size: int = 32,
-    batch: int = 256, seconds: float = 6.0, threads: int | None = None,
+    batch: int | None = None, seconds: float = 6.0, threads: int | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """The two models' times in one interleaved run, as fields of a row.
 
     latency_ms_p50_batch1, latency_ms_p90_batch1, throughput_images_per_s, throughput_batch and the first three again with
-    `float_` before them. `batch` is halved until a call of the slower model takes less than an eighth of `seconds`;
-    warm-up and measurement together take about `seconds` (a model for which one image takes seconds takes longer).
+    `float_` before them. `batch`: None takes 256 on a GPU, and on a CPU the power of two of 4 … 256 that comes to about
+    2·10^10 multiply-adds, the same whatever else the machine does. Warm-up and measurement together take about `seconds`;
+    each model is called at least three times, so a slow one takes longer.
     """
     models = [float_model, packed_model]
+    if batch is None:
+        limit = CPU_BATCH_MACS / max(count_macs(float_model, image_size), 1) if torch.device(device).type == "cpu" else 256
+        batch = 2 ** int(math.log2(min(max(limit, 4), 256)))
     single = _times(models, _images(1, image_size, device), 0.4 * seconds, 400, threads)
-    slowest = max(_quantile(times, 0.5) for times in single)
-    on_gpu = torch.device(device).type == "cuda"  # there one image takes almost as long as many
-    while batch > 8 and not on_gpu and batch * slowest > seconds / 8:
-        batch //= 2
     many = _times(models, _images(batch, image_size, device), 0.6 * seconds, 50, threads)
     fields: dict[str, Any] = {"throughput_batch": batch}
     for prefix, times_1, times_n in zip(("float_", ""), single, many, strict=True):
@@ -95,7 +97,7 @@ def _times(
             for model in models:
                 call(model)
         began = time.monotonic()
-        while len(times[-1]) < repeats and (time.monotonic() - began < 0.9 * seconds or len(times[-1]) < 3):
+        while min(map(len, times)) < 3 or (len(times[-1]) < repeats and time.monotonic() - began < 0.9 * seconds):
             for model, own, estimate in zip(models, times, first, strict=True):
                 block = max(1, min(10, round(seconds / 40 / estimate)))
                 if block > 1 or len(models) > 1 and estimate < seconds / 20:
@@ -200,15 +202,14 @@ def weight_bits(model: nn.Module) -> float:
 def ideal_bytes(model: nn.Module) -> int:
     """Shannon's bound: entropy of each layer's codes, and the other tensors' bytes as a file holds them.
 
-    As `quantization_utils.inspection.FileReport.ideal_bytes`; a float32 tensor of float16 numbers counts half.
+    As `quantization_utils.inspection.FileReport.ideal_bytes`; a float32 tensor that is stored as float16 counts half.
     """
     bits = 0.0
     for tensor in _tensors(model):
         if tensor.dtype == torch.int8:
             bits += entropy_bits(tensor)
         else:
-            half = tensor.dtype == torch.float32 and torch.equal(tensor.half().float(), tensor)
-            bits += 8 * tensor.nbytes / (2 if half else 1)
+            bits += 8 * tensor.nbytes / (2 if _is_float16(tensor.contiguous()) else 1)
     return math.ceil(bits / 8)
 
 

@@ -1,5 +1,6 @@
 """Multiply-adds, zeros, bits and the shape of timings; no test depends on how fast anything is."""
 
+import itertools
 import math
 
 import pytest
@@ -92,21 +93,32 @@ def test_ideal_bytes_are_those_of_the_file(tmp_path, make):
     assert measure.ideal_bytes(loaded) == math.ceil(inspect_file(path).ideal_bytes)
 
 
-def test_latency_beside_names_and_order():
-    class Counting(nn.Module):
-        calls = 0
+def test_latency_beside_takes_turns():
+    order = []
+
+    class Model(nn.Module):
+        def __init__(self, name):
+            super().__init__()
+            self.name = name
 
         def forward(self, x):
-            self.calls += 1
             assert not torch.is_grad_enabled() and not self.training and x.min() >= 0 and x.max() <= 1
+            order.append(self.name)
             return x.mean((2, 3))
 
-    models = Counting(), Counting()
-    fields = measure.latency_beside(*models, seconds=0.05, batch=16)
+    fields = measure.latency_beside(Model("float"), Model("packed"), seconds=0.2, batch=16)
     for name in ("latency_ms_p50_batch1", "latency_ms_p90_batch1", "throughput_images_per_s"):
         assert fields[name] > 0 and fields[f"float_{name}"] > 0
     assert fields["latency_ms_p90_batch1"] >= fields["latency_ms_p50_batch1"]
-    assert abs(models[0].calls - models[1].calls) <= 40  # they take turns: no more than some blocks apart
+    runs = [len(list(group)) for _, group in itertools.groupby(order)]
+    assert set(order) == {"float", "packed"} and max(runs) <= 11  # ten measured calls and the one before them
+
+
+@pytest.mark.parametrize("macs, batch", [(1, 256), (140_186_624, 128), (555_422_720, 32), (17_000_000_000, 4)])
+def test_the_large_batch_on_a_cpu(monkeypatch, macs, batch):
+    monkeypatch.setattr(measure, "count_macs", lambda model, image_size: macs)
+    model = nn.Flatten()
+    assert measure.latency_beside(model, model, seconds=0.0)["throughput_batch"] == batch
 
 
 def test_few_calls_are_enough_and_threads_are_put_back():

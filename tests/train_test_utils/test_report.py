@@ -53,6 +53,7 @@ def test_the_report_of_a_whole_table(tmp_path):
     assert not re.search(r"""(src|href)=["'](?!data:)""", page)  # self-contained
     assert "a &lt;fast&gt; CPU" in page and "<fast>" not in page
     assert "89.50%" in page and "float 90.50% (−1.00 points)" in page and "19.0× smaller" in page
+    assert "Every weight at 1.58 bits: <b>qat_all</b>" in page
     assert 'class="badge warn">budget 0.02' in page
     assert page.count("<tr>") == 1 + 7
 
