@@ -6,6 +6,13 @@ typedef int32_t ints __attribute__((vector_size(LANES * 4), aligned(4), may_alia
 typedef float floats __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef uint8_t bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
 
+template <typename T>
+static inline T load_part(const void* from, int size) {
+  T value = {};
+  __builtin_memcpy(&value, from, size);
+  return value;
+}
+
 // Loops over pixels and vectors, unrolled by the preprocessor: with indices that are constants from the start the compiler
 // keeps the accumulators in registers (an ordinary loop is unrolled too late for that, and they pass through the stack).
 #define EACH(I, COUNT, N, ...) if constexpr (N < COUNT) { constexpr int I = N; __VA_ARGS__ }
@@ -14,9 +21,47 @@ typedef uint8_t bytes __attribute__((vector_size(LANES), aligned(1), may_alias))
 #define EACH_VECTOR(...) EACH_J(0, __VA_ARGS__) EACH_J(1, __VA_ARGS__) EACH_J(2, __VA_ARGS__) EACH_J(3, __VA_ARGS__)
 #define EACH_J(N, ...) if constexpr (N < J) { constexpr int j = N; __VA_ARGS__ }
 
+// One pixel and 2-bit weights (a linear layer at batch 1): the weights' bits are used where they stand, see kernels.h.
+template <int J>
+static void row_kernel(const Tile& t, int32_t* out) {
+  vec acc[4][J];
+  EACH_VECTOR(acc[0][j] = acc[1][j] = acc[2][j] = vec{}; acc[3][j] = load_ints(t.init + j * LANES);)
+  const vec ones = (vec)(ints{} + 0x01010101);
+  vec lanes = vec{};  // lane l: the sum of the activations of group l % 4
+  const uint8_t* w = t.weights;
+  for (int run = 0; run < t.runs; ++run) {
+    const uint8_t* a = t.pixels[0] + run * t.run_stride;
+    for (int64_t g = 0; g < t.groups; ++g) {
+      vec codes[J];
+      EACH_VECTOR(codes[j] = load_weights(w + j * LANES * 4);)
+      w += J * LANES * 4;
+#define TERNARY_PLANE(S)                                 \
+  {                                                      \
+    const vec x = broadcast(a + g * 16 + 4 * S);         \
+    EACH_VECTOR(acc[S][j] = dot<Weights::kSmall>(acc[S][j], x, in_place<S>(codes[j]));) \
+  }
+      TERNARY_PLANE(0) TERNARY_PLANE(1) TERNARY_PLANE(2) TERNARY_PLANE(3)
+#undef TERNARY_PLANE
+    }
+    const int64_t bytes_a_run = (int64_t)t.groups * 16;
+    for (int64_t i = 0; i < bytes_a_run; i += LANES * 4) {
+      const int64_t left = bytes_a_run - i;
+      const ints x = load_part<ints>(a + i, left < LANES * 4 ? (int)left : LANES * 4);
+      lanes = dot<Weights::kSmall>(lanes, (vec)x, ones);
+    }
+  }
+  int32_t by_lane[LANES], sum[4] = {0, 0, 0, 0};
+  store_ints(by_lane, lanes);
+  for (int l = 0; l < LANES; ++l) sum[l % 4] += by_lane[l];
+  EACH_VECTOR(const ints y0 = (ints)acc[0][j] - 2 * sum[0]; const ints y1 = (ints)acc[1][j] - 8 * sum[1];
+              const ints y2 = (ints)acc[2][j] - 32 * sum[2];
+              store_ints(out + j * LANES, (vec)((ints)acc[3][j] + y0 * 64 + y1 * 16 + y2 * 4));)
+}
+
 // P pixels x J vectors of channels in registers; K in the inner loop. The widest has 24 accumulators of AVX-512's 32.
 template <Weights W, int P, int J>
 static void tile_kernel(const Tile& t, int32_t* out) {
+  if constexpr (W == Weights::kTwoBit && P == 1) return row_kernel<J>(t, out);
   vec acc[P][J];
   EACH_PIXEL(EACH_VECTOR(acc[p][j] = load_ints(t.init + j * LANES);))
   const uint8_t* w = t.weights;
@@ -83,13 +128,6 @@ static void multiply(Weights weights, const Tile& t, int32_t* acc) {
 // Adding and removing 1.5 * 2^23 rounds a float of magnitude < 2^22 to the nearest integer, ties to even, as rint does; the
 // low bits of the sum are that integer. Values are clamped first (the bounds are integers, so the order does not matter).
 static constexpr float kRound = 12582912.0f;
-
-template <typename T>
-static inline T load_part(const void* from, int size) {
-  T value = {};
-  __builtin_memcpy(&value, from, size);
-  return value;
-}
 
 enum class Residual { kNone, kBytes, kFloats };
 

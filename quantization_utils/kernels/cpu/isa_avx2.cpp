@@ -28,8 +28,11 @@ static inline vec broadcast(const uint8_t* p) {
 }
 template <int S>
 static inline vec plane(vec codes) {
-  return _mm256_and_si256(S == 3 ? codes : _mm256_slli_epi32(codes, 6 - 2 * S), _mm256_set1_epi8((char)0xC0));
+  const vec top = _mm256_and_si256(S == 3 ? codes : _mm256_slli_epi32(codes, 6 - 2 * S), _mm256_set1_epi8((char)0xC0));
+  return S == 3 ? top : _mm256_xor_si256(top, _mm256_set1_epi8((char)0x80));
 }
+template <int S>
+static inline vec in_place(vec codes) { return _mm256_and_si256(codes, _mm256_set1_epi8((char)(3 << 2 * S))); }
 template <Weights W>
 static inline vec dot(vec acc, vec a, vec w) {
   if constexpr (W != Weights::kInt8)

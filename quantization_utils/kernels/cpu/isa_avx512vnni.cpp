@@ -28,8 +28,12 @@ static inline vec broadcast(const uint8_t* p) {
 }
 template <int S>
 static inline vec plane(vec codes) {  // shifting 32-bit lanes is fine: the AND drops what crossed a byte's border
-  return _mm512_and_si512(S == 3 ? codes : _mm512_slli_epi32(codes, 6 - 2 * S), _mm512_set1_epi8((char)0xC0));
+  const vec mask = _mm512_set1_epi8((char)0xC0);
+  if (S == 3) return _mm512_and_si512(codes, mask);
+  return _mm512_ternarylogic_epi32(_mm512_slli_epi32(codes, 6 - 2 * S), mask, _mm512_set1_epi8((char)0x80), 0x6A);  // (x & mask) ^ 128
 }
+template <int S>
+static inline vec in_place(vec codes) { return _mm512_and_si512(codes, _mm512_set1_epi8((char)(3 << 2 * S))); }
 template <Weights>
 static inline vec dot(vec acc, vec a, vec w) { return _mm512_dpbusd_epi32(acc, a, w); }
 static inline __m512 bytes_to_floats_(__m128i b) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(b)); }

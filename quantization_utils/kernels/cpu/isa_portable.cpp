@@ -25,8 +25,11 @@ static inline vec broadcast(const uint8_t* p) {
 template <int S>
 static inline vec plane(vec codes) {
   typedef uint32_t uvec __attribute__((vector_size(16)));
-  return (vec)(((uvec)codes << (6 - 2 * S)) & 0xC0C0C0C0u);
+  const uvec top = ((uvec)codes << (6 - 2 * S)) & 0xC0C0C0C0u;
+  return (vec)(S == 3 ? top : top ^ 0x80808080u);
 }
+template <int S>
+static inline vec in_place(vec codes) { return codes & (vec{} + (int32_t)(0x03030303u << 2 * S)); }
 // Bytes 0 and 2 (1 and 3) as 16-bit halves would be as fast only with a multiply-add of halves; four plain products are
 // exact for every kind of weight.
 template <Weights>

@@ -12,13 +12,17 @@ constexpr int kMaxPixels = 8;     // upper limit of any instruction set's pixels
 constexpr int kMaxChannels = 64;  // upper limit of any instruction set's channels per tile
 
 // How weights are stored. The product's accumulators, and why they cannot overflow:
-//   kTwoBit: each weight in {-1,0,1} is a 2-bit two's complement number; four input groups share a byte and are moved to
-//            the top two bits by shift and AND, so that the signed byte is 64 * w: no subtraction, no correction.
+//   kTwoBit: four input groups share a byte, two bits each: the last (bits 6-7) in two's complement, the others as w + 2, which
+//            is two's complement with the upper bit turned over. Several pixels: a group is moved to the top two bits (shift,
+//            AND, and for the others XOR 128, one instruction on AVX-512), so that the signed byte is 64 * w. One pixel: the
+//            bits are used where they stand (AND only), with an accumulator each, (w + 2) * 1, 4, 16, and w * 64; then twice
+//            the sum of the group's activations is taken off. |sum(48 * a)| over a quarter of K is below 64 * 255 * K too.
 //            acc = 64 * sum(w * a): |acc| <= 64 * 255 * K < 2^31 for K < 131,000 (checked when packing).
 //            Pair sums of AVX2's 16-bit vpmaddubsw: 2 * 255 * 64 = 32,640 <= 32,767, so it never saturates.
 //   kSmall:  signed bytes with |w| <= 64 (Winograd's |u| <= 9): pair sums <= 32,640 as above.
 //   kInt8:   signed bytes, |w| <= 127: |acc| <= 127 * 255 * K < 2^31 for K < 66,000 (checked). On AVX2 the pairs would
 //            saturate (64,770), so they are widened to 16 bits first.
+constexpr uint8_t kTwoBitZeros = 0x2A;  // four zero weights of kTwoBit
 enum class Weights : int { kTwoBit, kSmall, kInt8 };
 
 struct Tile {

@@ -50,7 +50,7 @@ Panels pack_panels(const Kernels& isa, Weights kind, int n, int runs, int run_by
   const int blocks = (n + p.block - 1) / p.block;
   const int padded = (n + isa.lanes - 1) / isa.lanes * isa.lanes;
   p.block_bytes = (int64_t)runs * p.groups * p.block * 4;
-  p.bytes.assign((size_t)runs * p.groups * padded * 4 + 64, 0);
+  p.bytes.assign((size_t)runs * p.groups * padded * 4 + 64, kind == Weights::kTwoBit ? kTwoBitZeros : 0);
   p.init.assign((size_t)blocks * p.block, 0);
   for (int b = 0; b < blocks; ++b) {
     const int width = std::min(padded - b * p.block, p.block);
@@ -62,7 +62,7 @@ Panels pack_panels(const Kernels& isa, Weights kind, int n, int runs, int run_by
             const int i = g * group + k;
             if (i >= run_bytes) break;
             const int w = weight(b * p.block + ch, run, i);
-            if (kind == Weights::kTwoBit) out[ch * 4 + k % 4] |= (uint8_t)((w & 3) << (2 * (k / 4)));
+            if (kind == Weights::kTwoBit) out[ch * 4 + k % 4] ^= (uint8_t)((w & 3) << (2 * (k / 4)));
             else out[ch * 4 + k] = (uint8_t)w;
           }
   }
