@@ -6,8 +6,9 @@
     <!-- table:latency/networks columns=model,batch,engine,p50_ms last=model,batch,engine -->      any other lines
     <!-- /table -->
 
-Options after the name: `only=float,qat_*` (row names, as a shell matches names), `columns=` (fields, `a.b` for nested
-ones; without it, all that are plain values), `last=` (of lines that agree in these fields the last counts).
+Options after the name: `only=float,qat_*` (row names, as a shell matches names), `columns=` (fields, `a.b` and `a.0` for
+nested ones, `field:title` with underscores for spaces; without it, all that are plain values), `last=` (of lines that agree
+in these fields the last counts).
 """
 
 from __future__ import annotations
@@ -74,15 +75,17 @@ def _experiments(rows: Sequence[Mapping[str, Any]]) -> str:
 def _anything(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None) -> str:
     if columns is None:
         columns = [k for k in dict.fromkeys(k for r in rows for k in r) if k not in BESIDE and not _nested(rows, k)]
+    titles = [c.partition(":")[2] or c.rpartition(".")[2] for c in columns]
+    columns = [c.partition(":")[0] for c in columns]
     missing = [c for c in columns if all(_get(row, c) is None for row in rows)]
     if missing:
         raise ValueError(f"no line has the field {missing[0]!r}")
     body = [[_text(_get(row, c)) for c in columns] for row in rows]
     numbers = [all(isinstance(_get(row, c), (int, float, type(None))) for row in rows) for c in columns]
     left = next((i for i, number in enumerate(numbers) if number), len(numbers))
-    devices = dict.fromkeys(f"device {row['device']}" for row in rows if row.get("device"))
-    commits = dict.fromkeys(f"commit {row['commit']}" for row in rows if row.get("commit"))
-    return _table([c.rpartition(".")[2].replace("_", " ") for c in columns], body, left) + _notes([*devices, *commits], rows)
+    beside = {field: dict.fromkeys(str(row[field]) for row in rows if row.get(field)) for field in ("device", "commit")}
+    notes = [f"{field} {', '.join(values)}" for field, values in beside.items() if values]
+    return _table([title.replace("_", " ") for title in titles], body, left) + _notes(notes, rows)
 
 
 def _table(head: Sequence[str], body: Sequence[Sequence[str]], left: int) -> str:
@@ -113,7 +116,10 @@ def _nested(rows: Sequence[Mapping[str, Any]], field: str) -> bool:
 def _get(row: Mapping[str, Any], field: str) -> Any:
     value: Any = row
     for part in field.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
+        if isinstance(value, list):
+            value = value[int(part)] if part.isdigit() and int(part) < len(value) else None
+        else:
+            value = value.get(part) if isinstance(value, Mapping) else None
     return value
 
 

@@ -13,9 +13,9 @@ EXPERIMENTS = [
     for name, accuracy, size in (("float", 80.123, 1_000_000), ("qat_all", 79.0, 50_000))
 ]  # fmt: skip
 LATENCY = [
-    {"model": "alexnet", "batch": 1, "engine": "ours", "p50_ms": 0.5, "ratio": 2.0, "device": "some CPU", "detail": {"p90": 0.7}},
+    {"model": "alexnet", "batch": 1, "engine": "ours", "p50_ms": 0.5, "ratio": 2.0, "device": "some CPU", "detail": {"p90": 0.7, "range": [1, 2]}},
     {"model": "alexnet", "batch": 1, "engine": "a|b", "p50_ms": 1.0, "ratio": None, "device": "some CPU", "detail": {"p90": 1.5}},
-    {"model": "alexnet", "batch": 1, "engine": "ours", "p50_ms": 0.4, "ratio": 2.5, "device": "some CPU", "detail": {"p90": 0.6}},
+    {"model": "alexnet", "batch": 1, "engine": "ours", "p50_ms": 0.4, "ratio": 2.5, "device": "some CPU", "detail": {"p90": 0.6, "range": [3, 4]}},
 ]
 
 
@@ -56,6 +56,13 @@ def test_any_other_lines_with_chosen_columns_and_only_the_last_of_repetitions(re
                      "| ours | 0.400 | 2.50 | 0.600 |", r"| a\|b | 1.00 | – | 1.50 |"]  # fmt: skip
     assert "device some CPU" in text
     assert len([line for line in with_tables(marked("latency/networks"), results).splitlines() if line.startswith("|")]) == 5
+
+
+def test_titles_and_members_of_lists(results):
+    text = with_tables(marked("latency/networks columns=engine:the_engine,detail.range.1:at_most"), results)
+    assert [line for line in text.splitlines() if line.startswith("|")] == [
+        "| the engine | at most |", "| --- | ---: |", "| ours | 2 |", r"| a\|b | – |", "| ours | 4 |",
+    ]  # fmt: skip
 
 
 def test_a_second_time_changes_nothing(results):
