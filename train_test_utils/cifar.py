@@ -1,0 +1,222 @@
+"""CIFAR-10 and CIFAR-100: found on the disk in either usual layout, or downloaded, and checked.
+
+Reference: A. Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", technical report, 2009.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import socket
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .data import IMAGE_SIZE, ImageDataset, Split
+
+SERVER_PATIENCE_SECONDS = 30.0  # without a byte, before the mirror is asked
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a data set comes from and what it must be."""
+
+    name: str
+    torchvision: str  # name of the class in torchvision.datasets
+    mirror: str  # data set repository on the Hugging Face Hub
+    label: str  # label column there
+    classes: int
+    train_digest: str | None = None  # of the 50,000 training images with labels, in any order; see `digest`
+    test_digest: str | None = None
+    train_count: int = 50_000
+    test_count: int = 10_000
+
+
+SOURCES = {
+    source.name: source
+    for source in (
+        Source(
+            "cifar10", "CIFAR10", "uoft-cs/cifar10", "label", 10,
+            train_digest="d17523651dcffdf1be45e6671e5077f61b15cbf5376a64e556c870e6fb6066d3",
+            test_digest="ab21d127e2bbf4b95f1588dcadf3c8502b8fedb328dd5315bc7fa51b5ab965c0",
+        ),
+        Source(
+            "cifar100", "CIFAR100", "uoft-cs/cifar100", "fine_label", 100,
+            train_digest="6f97a7cebe378765c1f498386fa556b4e2b231efc135c5a49c46ceb4c92b1b33",
+            test_digest="fcc850d7d1db11ca3367b03e77876b010b39f658a11decaf8ff5d13fba8201bd",
+        ),
+    )  # fmt: skip
+}
+
+
+def load_cifar(source: Source, data_dir: Path) -> ImageDataset:
+    """Read from `data_dir`, or download there: from the set's own server through torchvision, else from the Hub's mirror.
+
+    Layouts: torchvision's (`cifar-10-batches-py`), and Parquet as on the Hub (`train-*.parquet`, `test-*.parquet` in
+    `<data_dir>/<name>` or deeper; `img` {bytes, path} in any encoding that Pillow reads, and the label column).
+
+    Raises:
+        ValueError: what lies there is incomplete or corrupt.
+        FileNotFoundError: it does not lie there and cannot be downloaded.
+    """
+    found = _read(source, data_dir)
+    if found is None:
+        _download(source, data_dir)
+        found = _read(source, data_dir)
+        assert found is not None, "a finished download is found"
+    train, test, class_names = found
+    for which, split, count, known in (
+        ("training", train, source.train_count, source.train_digest),
+        ("test", test, source.test_count, source.test_digest),
+    ):
+        if len(split) != count:
+            raise ValueError(f"the {which} split of {source.name} in {data_dir} has {len(split)} images instead of {count}: {AGAIN}")
+        if known is not None and digest(split) != known:
+            raise ValueError(f"the {which} images of {source.name} in {data_dir} are not those of {source.name}: {AGAIN}")
+    return ImageDataset(source.name, class_names, train, test)
+
+
+AGAIN = "delete its files there, and the next start downloads them again"
+
+
+def digest(split: Split) -> str:
+    """A checksum of the set of (label, image) pairs that does not depend on their order: the sum of their SHA-256 modulo 2^256."""
+    total = 0
+    for image, label in zip(split.images.numpy(), split.labels.tolist(), strict=True):
+        total += int.from_bytes(hashlib.sha256(bytes([label]) + image.tobytes()).digest(), "big")
+    return f"{total % 2**256:064x}"
+
+
+def _read(source: Source, data_dir: Path) -> tuple[Split, Split, tuple[str, ...]] | None:
+    """(training, test, class names) from whichever layout is there, or None."""
+    for root in (data_dir, data_dir / source.name):
+        if (root / _torchvision_class(source).base_folder).is_dir():
+            return _read_torchvision(source, root)
+    files = {which: sorted((data_dir / source.name).rglob(f"{which}-*.parquet")) for which in ("train", "test")}
+    if not any(files.values()):
+        return None
+    for which, paths in files.items():
+        if not paths:
+            raise FileNotFoundError(f"there is no {which}-*.parquet in {data_dir / source.name}: {AGAIN}")
+        _check_shards(paths)
+    names = _class_names(files["train"][0], source)
+    return _read_parquet(files["train"], source), _read_parquet(files["test"], source), names
+
+
+def _torchvision_class(source: Source):  # type: ignore[no-untyped-def]  # torchvision has no types
+    from torchvision import datasets
+
+    return getattr(datasets, source.torchvision)
+
+
+def _read_torchvision(source: Source, root: Path) -> tuple[Split, Split, tuple[str, ...]]:
+    try:
+        train, test = (_torchvision_class(source)(root, train=which) for which in (True, False))
+    except Exception as error:  # torchvision raises what its checksums, pickle and the disk do
+        raise ValueError(f"{source.name} in {root} is incomplete or corrupt ({error}): {AGAIN}") from error
+    splits = (
+        Split(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)) for part in (train, test)
+    )
+    return *splits, tuple(train.classes)
+
+
+def _check_shards(paths: list[Path]) -> None:
+    """Files named …-00000-of-00003 must be all there."""
+    expected = paths[0].stem.rpartition("-of-")[2]
+    if expected.isdigit() and int(expected) != len(paths):
+        raise ValueError(f"{paths[0].parent} has {len(paths)} of {int(expected)} files {paths[0].name[:5]}…: {AGAIN}")
+
+
+def _read_parquet(paths: list[Path], source: Source) -> Split:
+    import pyarrow
+    from pyarrow import parquet
+
+    images, labels = [], []
+    for path in paths:
+        try:
+            table = parquet.read_table(path, columns=["img", source.label])
+            encoded = [cell["bytes"] for cell in table["img"].to_pylist()]
+            with ThreadPoolExecutor() as pool:  # Pillow decodes without holding the interpreter
+                images += pool.map(_decode, encoded)
+            labels += table[source.label].to_pylist()
+        except (pyarrow.ArrowException, KeyError, TypeError, OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()
+            raise ValueError(f"{path} cannot be read ({reason[0] if reason else type(error).__name__}): {AGAIN}") from error
+    return Split(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels))
+
+
+def _decode(encoded: bytes) -> np.ndarray:
+    pixels = np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
+    if pixels.shape != (IMAGE_SIZE, IMAGE_SIZE, 3):
+        raise ValueError(f"an image has {pixels.shape[1]}×{pixels.shape[0]} pixels instead of {IMAGE_SIZE}×{IMAGE_SIZE}")
+    return pixels
+
+
+def _class_names(path: Path, source: Source) -> tuple[str, ...]:
+    """The names in the file's `huggingface` metadata, or the numbers."""
+    import json
+
+    from pyarrow import parquet
+
+    metadata = (parquet.read_schema(path).metadata or {}).get(b"huggingface", b"{}")
+    names = json.loads(metadata).get("info", {}).get("features", {}).get(source.label, {}).get("names")
+    return tuple(names) if names else tuple(str(i) for i in range(source.classes))
+
+
+def _download(source: Source, data_dir: Path) -> None:
+    """To `data_dir`, from the server of the data set's author or, if that fails, from the mirror.
+
+    Raises:
+        FileNotFoundError: neither could be reached.
+    """
+    data_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        with _patience(SERVER_PATIENCE_SECONDS):
+            _torchvision_class(source)(data_dir, download=True)
+        return
+    except Exception as error:  # whatever it is, the mirror may do better
+        first = _reason(error)
+        print(f"{source.name}: the author's server failed ({first}); trying the mirror on the Hub", file=sys.stderr)
+        # What torchvision left of an interrupted download would be taken for the data next time.
+        _remove_leftovers(source, data_dir)
+    try:
+        from huggingface_hub import snapshot_download
+
+        snapshot_download(
+            source.mirror, repo_type="dataset", allow_patterns="*.parquet", local_dir=data_dir / source.name
+        )
+    except Exception as error:
+        raise FileNotFoundError(
+            f"{source.name} is not in {data_dir} and cannot be downloaded, neither from its author's server ({first}) nor from "
+            f"the Hub ({_reason(error)}): connect to a network, or put the files there (see --data-dir)"
+        ) from error
+
+
+def _remove_leftovers(source: Source, data_dir: Path) -> None:
+    import shutil
+
+    (data_dir / _torchvision_class(source).filename).unlink(missing_ok=True)
+    shutil.rmtree(data_dir / _torchvision_class(source).base_folder, ignore_errors=True)
+
+
+@contextmanager
+def _patience(seconds: float) -> Iterator[None]:
+    """torchvision sets no time limit for its connections."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
