@@ -26,6 +26,7 @@ QAT = Ternary(absmean_fitted, act_bits=8)
 ROWS = [
     #   name                    starts from  then transformed by                            then trained with
     Row("float",                None,        [],                                            SCRATCH),
+    Row("float_finetuned",      "float",     [],                                            FINETUNE),
     # After training, weights only
     Row("ptq_linear",           "float",     [LINEAR],                                      None),
     Row("ptq_all_per_tensor",   "float",     [Ternary(absmean_per_tensor)],                 None),

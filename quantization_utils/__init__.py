@@ -5,9 +5,10 @@
 """
 
 from .quantizers import absmean, absmean_fitted, absmean_per_tensor, absmedian, int8_absmax, mse_optimal, twn
+from .storage import ModelFileError, load_model, save_model
 from .transform import calibrate_, pack_, quantize_
 
 __all__ = [
-    "absmean", "absmean_fitted", "absmean_per_tensor", "absmedian", "calibrate_", "int8_absmax", "mse_optimal",
-    "pack_", "quantize_", "twn",
+    "ModelFileError", "absmean", "absmean_fitted", "absmean_per_tensor", "absmedian", "calibrate_", "int8_absmax",
+    "load_model", "mse_optimal", "pack_", "quantize_", "save_model", "twn",
 ]  # fmt: skip

@@ -13,6 +13,7 @@ from models.normalize import Normalize
 from models.select import Selection, select_layers
 
 from .bit_layers import BitConv2d, BitLinear, PackedConv2d, PackedLinear, Quantized, StaticQuantizer
+from .dead_channels import remove_dead_channels
 from .network import NotANetwork, PackedNetwork, to_nodes
 from .quantizers import Quantizer, absmean
 
@@ -79,14 +80,14 @@ def calibrate_(model: nn.Module, images: Tensor, batch_size: int = 128) -> nn.Mo
 def pack_(model: nn.Module) -> nn.Module:
     """Turn a quantized model into its integer inference form, in place; return the model.
 
-    A calibrated chain network whose layers are all quantized becomes a `PackedNetwork` (the object itself changes class);
-    any other model keeps its modules and has its quantized layers replaced by packed ones. Packing twice changes nothing.
+    A calibrated chain network whose layers are all quantized becomes a `PackedNetwork` (the object itself changes class),
+    without the channels that pruning has silenced; any other model keeps its modules and has its quantized layers replaced by packed ones. Packing twice changes nothing.
     """
     model.eval()
     if isinstance(model, PackedNetwork):
         return model
     try:
-        nodes = to_nodes(model)
+        nodes = remove_dead_channels(to_nodes(model))
     except NotANetwork:
         _pack_layers(model)
         return model.requires_grad_(False)

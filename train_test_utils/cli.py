@@ -22,6 +22,8 @@ class Arguments:
     seeds: tuple[int, ...]
     quick: bool
     budget: float
+    holdout: float
+    measure_again: bool
     device: torch.device
     precision: torch.dtype
     compile: bool
@@ -41,6 +43,8 @@ def parse_arguments(model_name: str, words: list[str]) -> Arguments:
     add("--seeds", nargs="+", type=int, default=[0])
     add("--quick", action="store_true", help="handwritten digits and a few rows: minutes on a CPU, nothing to download")
     add("--budget", type=float, metavar="FRACTION", help="scale every recipe's optimizer steps; recorded in the rows (default: 1, with --quick 0.1)")
+    add("--holdout", type=float, default=0.0, metavar="FRACTION", help="measure on this part of the training split, left out of training, not on the test split: for choosing")
+    add("--measure-again", action="store_true", help="pack and measure rows again that are done, without training them")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--precision", default="auto", choices=["auto", "fp32", "fp16", "bf16"])
     add("--out", type=Path, default=Path("runs"))
@@ -55,7 +59,7 @@ def parse_arguments(model_name: str, words: list[str]) -> Arguments:
         return Arguments(
             dataset=tuple(given.dataset or (["digits"] if given.quick else ["cifar10", "cifar100"])),
             data_dir=given.data_dir, only=tuple(given.only), list=given.list, seeds=tuple(given.seeds),
-            quick=given.quick, budget=budget, device=device, precision=pick_precision(given.precision, device),
+            quick=given.quick, budget=budget, holdout=given.holdout, measure_again=given.measure_again, device=device, precision=pick_precision(given.precision, device),
             compile=device.type == "cuda", out=given.out, wandb=given.wandb, options=parse_options(given.options),
         )  # fmt: skip
     except ValueError as error:

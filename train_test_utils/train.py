@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -50,6 +51,7 @@ def train(
     budget: float = 1.0,
     teacher: nn.Module | None = None,
     state_path: Path | None = None,
+    title: str = "",
     on_epoch: Callable[[dict[str, Any]], None] = lambda record: None,
 ) -> nn.Module:
     """Train `model` in place by `recipe` and return it, in evaluation mode.
@@ -78,7 +80,10 @@ def train(
         torch.autocast(device.type, setup.precision) if setup.precision != torch.float32 else nullcontext()
     )
     order, order_epoch, saved_at, epoch_began = None, -1, time.monotonic(), time.monotonic()
-    progress = tqdm(total=steps, initial=start, unit="step", leave=False, disable=rank > 0, mininterval=1.0)
+    progress = tqdm(
+        total=steps * recipe.batch_size, initial=start * recipe.batch_size, unit=" images", unit_scale=True, desc=title,
+        leave=False, disable=rank > 0, mininterval=1.0 if sys.stderr.isatty() else 60.0,
+    )  # fmt: skip
 
     for step in range(start, steps):
         epoch, position = divmod(step, steps_per_epoch)
@@ -117,8 +122,8 @@ def train(
         due = state_path is not None and time.monotonic() - saved_at > CHECKPOINT_SECONDS
         if step % LOOK_EVERY == 0 or last_of_epoch or due:
             record = _look(sums, position + 1, epoch + 1, lr, state_path)
-            progress.set_postfix(loss=f"{record['train_loss']:.3f}", acc=f"{record['train_accuracy_pct']:.1f}%", lr=f"{lr:.2g}")
-        progress.update()
+            progress.set_postfix(refresh=False, loss=f"{record['train_loss']:.3f}", acc=f"{record['train_accuracy_pct']:.1f}%", lr=f"{lr:.2g}")
+        progress.update(recipe.batch_size)
         if last_of_epoch:
             now = time.monotonic()
             on_epoch(record | {"step": step + 1, "seconds": round(now - epoch_began, 1)})
