@@ -1,0 +1,343 @@
+"""Data sets: every layout and every damage, on small stand-ins; augmentation against a plain loop."""
+
+from __future__ import annotations
+
+import http.server
+import io
+import json
+import pickle
+import tarfile
+import threading
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from train_test_utils import cifar
+from train_test_utils.cifar import Source, load_cifar
+from train_test_utils.data import GREY, ImageDataset, Split, augment, epoch_order, load_dataset, to_float
+
+TINY = Source("cifar10", "CIFAR10", "someone/cifar10", "label", 10, train_count=20, test_count=10)
+PIXELS = np.random.default_rng(0).integers(0, 256, (30, 32, 32, 3), dtype=np.uint8)
+LABELS = [i % 10 for i in range(30)]
+
+
+def encoded(pixels: np.ndarray, kind: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, kind, **({"lossless": True} if kind == "WEBP" else {}))
+    return file.getvalue()
+
+
+def write_parquet(path: Path, pixels: np.ndarray, labels: list[int], kind: str = "PNG") -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cells = [{"bytes": encoded(p, kind), "path": None} for p in pixels]
+    parquet.write_table(pyarrow.table({"img": cells, "label": labels}), path)
+
+
+def write_hub_layout(folder: Path, kind: str = "PNG") -> None:
+    write_parquet(folder / "plain_text" / "train-00000-of-00002.parquet", PIXELS[:10], LABELS[:10], kind)
+    write_parquet(folder / "plain_text" / "train-00001-of-00002.parquet", PIXELS[10:20], LABELS[10:20], kind)
+    write_parquet(folder / "plain_text" / "test-00000-of-00001.parquet", PIXELS[20:], LABELS[20:], kind)
+
+
+def expected(which: slice) -> torch.Tensor:
+    return torch.from_numpy(PIXELS[which]).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_parquet_as_on_the_hub(tmp_path, kind):
+    write_hub_layout(tmp_path / "cifar10", kind)
+    data = load_cifar(TINY, tmp_path)
+    assert torch.equal(data.train.images, expected(slice(20)))
+    assert torch.equal(data.test.images, expected(slice(20, 30)))
+    assert data.train.labels.tolist() == LABELS[:20]
+    assert len(data.class_names) == 10
+
+
+def write_torchvision_layout(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The layout of torchvision with two images in each of ten files; its checksums are those of these files."""
+    import hashlib
+
+    from torchvision import datasets
+
+    def batch(which: slice) -> bytes:
+        flat = PIXELS[which].transpose(0, 3, 1, 2).reshape(-1, 3072)
+        return pickle.dumps({"data": flat, "labels": LABELS[which]})
+
+    names = [f"data_batch_{i}" for i in range(1, 6)]
+    files = {n: batch(slice(4 * i, 4 * i + 4)) for i, n in enumerate(names)} | {"test_batch": batch(slice(20, 30))}
+    files["batches.meta"] = pickle.dumps({"label_names": [f"class {i}" for i in range(10)]})
+    folder = root / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    sums = {}
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+        sums[name] = hashlib.md5(content).hexdigest()
+    monkeypatch.setattr(datasets.CIFAR10, "train_list", [[n, sums[n]] for n in names])
+    monkeypatch.setattr(datasets.CIFAR10, "test_list", [["test_batch", sums["test_batch"]]])
+    monkeypatch.setattr(datasets.CIFAR10, "meta", {"filename": "batches.meta", "key": "label_names", "md5": sums["batches.meta"]})
+    archive = root / "cifar-10-python.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(folder, "cifar-10-batches-py")
+    monkeypatch.setattr(datasets.CIFAR10, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
+    return archive
+
+
+@pytest.mark.parametrize("below", ["", "cifar10"])
+def test_torchvisions_layout(tmp_path, monkeypatch, below):
+    write_torchvision_layout(tmp_path / below, monkeypatch)
+    data = load_cifar(TINY, tmp_path)
+    assert torch.equal(data.train.images, expected(slice(20)))
+    assert data.class_names[3] == "class 3"
+
+
+def test_a_damaged_file_in_torchvisions_layout(tmp_path, monkeypatch):
+    write_torchvision_layout(tmp_path, monkeypatch)
+    path = tmp_path / "cifar-10-batches-py" / "data_batch_3"
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="incomplete or corrupt"):
+        load_cifar(TINY, tmp_path)
+
+
+class Server:
+    """A web server on loopback for the files of a folder; `requests` are the paths sent."""
+
+    def __init__(self, folder: Path, answers: dict[str, bytes] | None = None) -> None:
+        self.requests: list[str] = []
+        outer = self
+
+        class Handler(http.server.SimpleHTTPRequestHandler):
+            def do_GET(self) -> None:  # noqa: N802  # the name that http.server calls
+                self._answer(True)
+
+            def do_HEAD(self) -> None:  # noqa: N802
+                self._answer(False)
+
+            def _answer(self, with_body: bool) -> None:
+                path = self.path.partition("?")[0]
+                if with_body:
+                    outer.requests.append(path)
+                body = (answers or {}).get(path)
+                if body is None and (folder / path.lstrip("/")).is_file():
+                    body = (folder / path.lstrip("/")).read_bytes()
+                self.send_response(404 if body is None else 200)
+                self.send_header("Content-Length", str(len(body or b"")))
+                self.send_header("Content-Type", "application/json" if path.startswith("/api/") else "application/octet-stream")
+                self.send_header("ETag", '"' + "0" * 40 + '"')
+                self.send_header("X-Repo-Commit", "1" * 40)
+                self.end_headers()
+                if with_body:
+                    self.wfile.write(body or b"")
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(folder)))
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+
+def test_download_from_the_authors_server_once(tmp_path, monkeypatch):
+    from torchvision import datasets
+
+    write_torchvision_layout(tmp_path / "there", monkeypatch)
+    server = Server(tmp_path / "there")
+    monkeypatch.setattr(datasets.CIFAR10, "url", f"{server.url}/cifar-10-python.tar.gz")
+    for _ in range(2):
+        assert torch.equal(load_cifar(TINY, tmp_path / "here").train.images, expected(slice(20)))
+    assert server.requests.count("/cifar-10-python.tar.gz") == 1
+
+
+def test_download_from_the_mirror_when_the_server_sends_rubbish(tmp_path, monkeypatch, capsys):
+    import huggingface_hub
+    from torchvision import datasets
+
+    (tmp_path / "origin").mkdir()
+    (tmp_path / "origin" / "cifar-10-python.tar.gz").write_bytes(b"an hour later")
+    write_hub_layout(tmp_path / "hub")
+    files = sorted(p.relative_to(tmp_path / "hub").as_posix() for p in (tmp_path / "hub").rglob("*.parquet"))
+    info = json.dumps({"id": TINY.mirror, "sha": "1" * 40, "siblings": [{"rfilename": f} for f in files]}).encode()
+    tree = json.dumps([{"type": "file", "path": f, "size": (tmp_path / "hub" / f).stat().st_size, "oid": "0" * 40} for f in files]).encode()
+    hub = Server(
+        tmp_path / "hub",
+        {f"/api/datasets/{TINY.mirror}/revision/main": info, f"/api/datasets/{TINY.mirror}/tree/{'1' * 40}": tree}
+        | {f"/datasets/{TINY.mirror}/resolve/{'1' * 40}/{f}": (tmp_path / "hub" / f).read_bytes() for f in files},
+    )
+    monkeypatch.setattr(datasets.CIFAR10, "url", f"{Server(tmp_path / 'origin').url}/cifar-10-python.tar.gz")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", partial(huggingface_hub.snapshot_download, endpoint=hub.url))
+    data = load_cifar(TINY, tmp_path / "here")
+    assert torch.equal(data.test.images, expected(slice(20, 30)))
+    assert "trying the mirror" in capsys.readouterr().err
+
+
+def test_no_network_says_where_to_put_the_files(tmp_path, monkeypatch):
+    import huggingface_hub
+    from torchvision import datasets
+
+    monkeypatch.setattr(datasets.CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", partial(huggingface_hub.snapshot_download, endpoint="http://127.0.0.1:9"))
+    with pytest.raises(FileNotFoundError, match="cannot be downloaded.*--data-dir"):
+        load_cifar(TINY, tmp_path)
+
+
+def test_what_is_wrong_with_parquet_files_is_said(tmp_path):
+    write_hub_layout(tmp_path / "cifar10")
+    folder = tmp_path / "cifar10" / "plain_text"
+    with pytest.raises(ValueError, match="20 images instead of 21"):
+        load_cifar(replace(TINY, train_count=21), tmp_path)
+    with pytest.raises(ValueError, match="test images .* are not those of"):
+        load_cifar(replace(TINY, test_digest="0" * 64), tmp_path)
+    second = folder / "train-00001-of-00002.parquet"
+    content = second.read_bytes()
+    second.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match="train-00001-of-00002.parquet cannot be read"):
+        load_cifar(TINY, tmp_path)
+    second.unlink()
+    with pytest.raises(ValueError, match="has 1 of 2 files"):
+        load_cifar(TINY, tmp_path)
+    write_parquet(second, PIXELS[10:20], [*LABELS[10:19], 10])
+    with pytest.raises(ValueError, match="has the label 10; labels go from 0 to 9"):
+        load_cifar(TINY, tmp_path)
+    write_parquet(second, np.zeros((10, 32, 31, 3), np.uint8), LABELS[10:20])
+    with pytest.raises(ValueError, match="31×32 pixels instead of 32×32"):
+        load_cifar(TINY, tmp_path)
+    (folder / "test-00000-of-00001.parquet").unlink()
+    with pytest.raises(FileNotFoundError, match="no test-"):
+        load_cifar(TINY, tmp_path)
+
+
+def test_the_digest_forgets_order_but_not_which_label_an_image_has():
+    split = Split(expected(slice(20)).contiguous(), torch.tensor(LABELS[:20]))
+    turned = split[torch.arange(19, -1, -1)]
+    assert cifar.digest(turned) == cifar.digest(split)
+    assert cifar.digest(Split(split.images, turned.labels)) != cifar.digest(split)
+
+
+def write_images(folder: Path, count: int, shade: int) -> None:
+    folder.mkdir(parents=True)
+    for i in range(count):
+        Image.new("RGB", (40, 50), (shade, i, 0)).save(folder / f"{i:02}.png")
+
+
+def test_a_folder_of_class_folders(tmp_path):
+    for name, shade in (("cat", 10), ("dog", 200)):
+        write_images(tmp_path / name, 10, shade)
+    data = load_dataset(str(tmp_path))
+    assert data.class_names == ("cat", "dog")
+    assert (len(data.train), len(data.test)) == (16, 4)
+    assert data.train.images.shape[1:] == (3, 32, 32)
+    assert data.test.images[:, 0, 0, 0].tolist() == [10, 10, 200, 200]
+    assert data.test.images[:, 1, 0, 0].tolist() == [4, 9, 4, 9]
+
+
+def test_a_folder_with_its_own_test_split(tmp_path):
+    for which, count in (("train", 3), ("test", 2)):
+        for name in ("a", "b"):
+            write_images(tmp_path / which / name, count, 0)
+    data = load_dataset(str(tmp_path))
+    assert (len(data.train), len(data.test)) == (6, 4)
+    write_images(tmp_path / "test" / "c", 1, 0)
+    with pytest.raises(ValueError, match=r"differ \(c\)"):
+        load_dataset(str(tmp_path))
+
+
+def test_folders_that_are_no_data_set(tmp_path):
+    write_images(tmp_path / "one" / "cat", 5, 0)
+    with pytest.raises(ValueError, match="at least two"):
+        load_dataset(str(tmp_path / "one"))
+    write_images(tmp_path / "one" / "dog", 4, 0)
+    with pytest.raises(ValueError, match="'dog' .* fewer than 5"):
+        load_dataset(str(tmp_path / "one"))
+    (tmp_path / "one" / "dog" / "x.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="x.png cannot be read as an image"):
+        load_dataset(str(tmp_path / "one"))
+    with pytest.raises(ValueError, match="unknown data set 'cifar11': choose cifar10, cifar100, digits"):
+        load_dataset("cifar11")
+
+
+def test_digits():
+    data = load_dataset("digits")
+    assert len(data.train) + len(data.test) == 1797
+    assert data.train.labels.bincount(minlength=10).min() > 130
+    assert not data.flip
+    # Nearest neighbour on pixels gets nearly all: the labels belong to the images, in both splits.
+    train, test = (s.images[:, 0].flatten(1).float() for s in (data.train, data.test))
+    nearest = torch.cdist(test, train).argmin(1)
+    assert (data.train.labels[nearest] == data.test.labels).float().mean() > 0.97
+
+
+def test_held_out_images_are_training_images_and_no_longer_trained_on():
+    data = load_dataset("digits")
+    part = data.held_out(0.1)
+    assert (len(part.train), len(part.test)) == (1298, 144)
+    rows = {image.numpy().tobytes() for image in data.train.images}
+    train = [image.numpy().tobytes() for image in part.train.images]
+    held = [image.numpy().tobytes() for image in part.test.images]
+    assert set(train) | set(held) == rows
+    assert len(train) + len(held) == len(data.train)
+    assert part.fingerprint != data.fingerprint
+    with pytest.raises(ValueError, match="leaves no images"):
+        data.held_out(1.0)
+
+
+def test_epochs_have_their_own_orders():
+    orders = [tuple(epoch_order(100, seed, epoch).tolist()) for seed in (0, 1) for epoch in (0, 1)]
+    assert len(set(orders)) == 4
+    assert all(sorted(o) == list(range(100)) for o in orders)
+    assert torch.equal(epoch_order(100, 1, 1), epoch_order(100, 1, 1))
+
+
+def test_augmented_images_are_shifted_mirrored_and_blanked_ones():
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (40, 3, 9, 7), dtype=torch.uint8)
+    images[images == GREY] += 1
+    torch.manual_seed(1)
+    out = augment(images, crop_padding=2, flip=True, cutout=3)
+    seen = set()
+    for image, result in zip(images, out, strict=True):
+        padded = torch.nn.functional.pad(image[None].float(), (2, 2, 2, 2), mode="reflect")[0]
+        blank = (result == GREY).all(0)
+        match = [
+            (dy, dx, mirrored)
+            for dy in range(5) for dx in range(5) for mirrored in (False, True)
+            for crop in [padded[:, dy : dy + 9, dx : dx + 7]]
+            if torch.where(blank, result.float(), crop.flip(2) if mirrored else crop).equal(result.float())
+        ]  # fmt: skip
+        assert len(match) == 1
+        assert 0 < blank.sum() <= 9
+        seen |= set(match)
+    assert len(seen) > 20
+    assert {mirrored for *_, mirrored in seen} == {False, True}
+
+
+def test_no_augmentation_is_the_image():
+    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    assert torch.equal(augment(images, crop_padding=0, flip=False, cutout=0), images)
+
+
+def test_to_float_hits_both_ends():
+    assert to_float(torch.tensor([0, 51, 255], dtype=torch.uint8)).tolist() == pytest.approx([0.0, 0.2, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "said"),
+    [
+        (torch.zeros(2, 3, 32, 32), [0, 1], "not uint8"),
+        (torch.zeros(2, 1, 32, 32, dtype=torch.uint8), [0, 1], "not uint8"),
+        (torch.zeros(2, 3, 32, 32, dtype=torch.uint8), [0, -1], "has the label -1"),
+        (torch.zeros(2, 3, 32, 32, dtype=torch.uint8), [0], "2 images and 1 labels"),
+    ],
+)
+def test_a_data_set_is_checked(images, labels, said):
+    good = Split(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match=said):
+        ImageDataset("it", ("a", "b"), Split(images, torch.tensor(labels)), good)
