@@ -27,6 +27,7 @@ class Arguments:
     device: torch.device
     precision: torch.dtype
     compile: bool
+    checkpoint_seconds: float
     out: Path
     wandb: str
     options: dict[str, Any]
@@ -47,6 +48,7 @@ def parse_arguments(model_name: str, words: list[str]) -> Arguments:
     add("--measure-again", action="store_true", help="pack and measure rows again that are done, without training them")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--precision", default="auto", choices=["auto", "fp32", "fp16", "bf16"])
+    add("--checkpoint-seconds", type=float, default=60.0, help="how often an unfinished training is saved")
     add("--out", type=Path, default=Path("runs"))
     add("--wandb", default="online", choices=["online", "offline", "disabled"])
     add("--options", nargs="+", default=[], metavar="KEY=VALUE", help="options of the model's constructor, e.g. stem=maxpool")
@@ -59,7 +61,8 @@ def parse_arguments(model_name: str, words: list[str]) -> Arguments:
         return Arguments(
             dataset=tuple(given.dataset or (["digits"] if given.quick else ["cifar10", "cifar100"])),
             data_dir=given.data_dir, only=tuple(given.only), list=given.list, seeds=tuple(given.seeds),
-            quick=given.quick, budget=budget, holdout=given.holdout, measure_again=given.measure_again, device=device, precision=pick_precision(given.precision, device),
+            quick=given.quick, budget=budget, holdout=given.holdout, measure_again=given.measure_again,
+            checkpoint_seconds=given.checkpoint_seconds, device=device, precision=pick_precision(given.precision, device),
             compile=device.type == "cuda", out=given.out, wandb=given.wandb, options=parse_options(given.options),
         )  # fmt: skip
     except ValueError as error:

@@ -141,10 +141,11 @@ class Run:
         model = self.transformed(self.start())
         began = time.monotonic()
         if self.row.recipe is not None:
-            setup = Setup(self.arguments.device, self.arguments.precision, self.arguments.compile)
+            args = self.arguments
+            setup = Setup(args.device, args.precision, args.compile, args.checkpoint_seconds)
             teacher = self.parent.trained().to(setup.device) if self.parent and self.row.recipe.distill else None
             train(
-                model, self.data, self.row.recipe, setup, seed=self.seed, budget=self.arguments.budget, teacher=teacher,
+                model, self.data, self.row.recipe, setup, seed=self.seed, budget=args.budget, teacher=teacher,
                 state_path=self.folder / "last.pt", title=f"{self.row.name} seed {self.seed}", on_epoch=logbook.epoch,
             )  # fmt: skip
         seconds = round(time.monotonic() - began, 1)

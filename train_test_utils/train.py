@@ -24,7 +24,6 @@ from .checkpoint import load_state, save_state
 from .data import ImageDataset, augment, epoch_order, to_float
 from .recipe import Recipe
 
-CHECKPOINT_SECONDS = 60.0
 LOOK_EVERY = 20  # steps between two looks at the loss: each makes a GPU wait
 
 
@@ -39,6 +38,7 @@ class Setup:
     device: torch.device
     precision: torch.dtype = torch.float32  # of the autocast regions
     compile: bool = False
+    checkpoint_seconds: float = 60.0  # between two states that an interrupted run can continue from
 
 
 def train(
@@ -119,7 +119,7 @@ def train(
         sums[:3] += torch.stack([loss.detach(), (logits.argmax(1) == labels).sum(), torch.ones_like(loss) * len(labels)])
         sums[3] = torch.where(torch.isfinite(loss.detach()) | (sums[3] >= 0), sums[3], step)
         last_of_epoch = position == steps_per_epoch - 1 or step == steps - 1
-        due = state_path is not None and time.monotonic() - saved_at > CHECKPOINT_SECONDS
+        due = state_path is not None and time.monotonic() - saved_at > setup.checkpoint_seconds
         if step % LOOK_EVERY == 0 or last_of_epoch or due:
             record = _look(sums, position + 1, epoch + 1, lr, state_path)
             progress.set_postfix(refresh=False, loss=f"{record['train_loss']:.3f}", acc=f"{record['train_accuracy_pct']:.1f}%", lr=f"{lr:.2g}")
