@@ -1,7 +1,7 @@
 """AlexNet on CIFAR-10 and CIFAR-100: 1.58-bit weights and pruning.
 
     python3 alexnet_experiments.py                                # both data sets, every row
-    python3 alexnet_experiments.py --quick                        # handwritten digits, minutes on a CPU, nothing to download
+    python3 alexnet_experiments.py --quick                        # handwritten digits, minutes on a CPU, no download
     python3 alexnet_experiments.py --options batch_norm=false     # the earlier study's network
 """
 

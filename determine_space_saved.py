@@ -56,8 +56,10 @@ def print_models(show_layers: bool) -> None:
         for title, name, options in MODELS:
             report = measure_model(name, options, folder)
             sizes = (report.float_bytes, report.file_bytes, report.log2_3_bytes, report.ideal_bytes)
-            print(f"{title:<13}{report.weights:>12,}{megabytes(sizes[0]):>15}" + "".join(f"{megabytes(s):>14}" for s in sizes[1:])
-                  + f"{report.file_bytes / report.ideal_bytes:>14.3f}{report.float_bytes / report.file_bytes:>8.1f}×")  # fmt: skip
+            print(f"{title:<13}{report.weights:>12,}{megabytes(sizes[0]):>15}"
+                  + "".join(f"{megabytes(s):>14}" for s in sizes[1:])
+                  + f"{report.file_bytes / report.ideal_bytes:>14.3f}"
+                  + f"{report.float_bytes / report.file_bytes:>8.1f}×")  # fmt: skip
             if show_layers:
                 print_layers(report)
     print("log2(3) and entropy: the same codes at 1.585 bits, and at Shannon's bound; all sizes but float32's with the "
@@ -69,7 +71,8 @@ def print_layers(report: FileReport) -> None:
     for layer in report.layers:
         shape, weights = "×".join(map(str, layer.shape)), max(layer.weights, 1)
         print(f"  {layer.name:<52}{shape:<20}{layer.encoding:<12}{layer.file_bytes:>12,}"
-              f"{8 * layer.file_bytes / weights:>12.3f}{layer.ideal_bits / weights:>9.3f}{layer.zeros / weights:>8.1%}")  # fmt: skip
+              f"{8 * layer.file_bytes / weights:>12.3f}{layer.ideal_bits / weights:>9.3f}"
+              f"{layer.zeros / weights:>8.1%}")  # fmt: skip
     count = sum(layer.weights for layer in report.others)
     print(f"  {f'{len(report.others)} tensors stored as they are, {count:,} numbers':<84}{report.other_bytes:>12,}")
 
@@ -80,7 +83,8 @@ def print_file(path: str) -> None:
     print(f"{path}: {report.kind}, {report.file_bytes:,} bytes, SHA-256 of the file and of {hashed} tensors verified")
     print_layers(report)
     print(f"  {report.weights:,} packed weights, {report.zero_fraction:.1%} zeros, "
-          f"{8 * (report.file_bytes - report.other_bytes) / max(report.weights, 1):.3f} bits each, all of the header counted")  # fmt: skip
+          f"{8 * (report.file_bytes - report.other_bytes) / max(report.weights, 1):.3f} bits each, all of the header "
+          "counted")  # fmt: skip
     sizes = {
         "this file": report.file_bytes, "ideal: entropy of the codes": report.ideal_bytes,
         "ideal: log2(3) bits": report.log2_3_bytes, "int8": report.bytes_at(1, 4), "float16": report.bytes_at(2, 2),

@@ -1,7 +1,7 @@
 """ResNet-18 on CIFAR-10 and CIFAR-100: 1.58-bit weights and pruning.
 
     python3 resnet_18_experiments.py                            # both data sets, every row
-    python3 resnet_18_experiments.py --quick                    # handwritten digits, minutes on a CPU, nothing to download
+    python3 resnet_18_experiments.py --quick                    # handwritten digits, minutes on a CPU, no download
     python3 resnet_18_experiments.py --options stem=maxpool     # the earlier study's stem, a quarter of the work
     torchrun --nproc_per_node=4 resnet_18_experiments.py --only "qat*"
 """

@@ -3,7 +3,7 @@
     python3 vit_experiments.py                                      # google/vit-base-patch16-224-in21k, every row
     python3 vit_experiments.py --options checkpoint=FOLDER          # any ViT checkpoint: a folder, or a name on the Hub
     python3 vit_experiments.py --options checkpoint=none            # the compact ViT for 32×32 images, from scratch
-    python3 vit_experiments.py --quick                              # handwritten digits, minutes on a CPU, nothing to download
+    python3 vit_experiments.py --quick                              # handwritten digits, minutes on a CPU, no download
 """
 
 from dataclasses import replace

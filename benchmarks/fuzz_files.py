@@ -45,8 +45,10 @@ from quantization_utils.storage import ModelFileError, load_model, save_model
 SECONDS_PER_FILE = 20
 MEMORY_BYTES = 1 << 30  # address space beyond what the process has before it reads
 JSON_KEYS = ("constructor", "normalization", "tensors", "network", "modules", "metadata")
-NASTY = [0, -1, 1, 3, 255, 256, 2**16, 2**31, 2**32, 2**40, 2**63, 2**64, 10**19, -(2**63), 0.5, 1e-45, 1e308, -1e39, True,
-         None, "", "x", "../../etc/passwd", "https://example.org/x", [], {}, [2**40] * 4, [1] * 9, {"a": 1}]  # fmt: skip
+NASTY = [0, -1, 1, 3, 255, 256, 2**16, 2**31, 2**32, 2**40, 2**63, 2**64, 10**19, -(2**63), 0.5, 1e-45, 1e308, -1e39,
+         True,
+         None, "", "x", "../../etc/passwd", "https://example.org/x", [], {}, [2**40] * 4, [1] * 9,
+         {"a": 1}]  # fmt: skip
 
 
 def small_models() -> dict[str, nn.Module]:
@@ -159,9 +161,11 @@ def _rehash(header: dict[str, Any], body: bytes | bytearray) -> None:
     listed = metadata.get("tensors") if isinstance(metadata, dict) else None
     for name, entry in header.items():
         offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
-        if isinstance(listed, dict) and isinstance(listed.get(name), dict) and isinstance(offsets, list):
-            if len(offsets) == 2 and all(type(o) is int and 0 <= o <= len(body) for o in offsets):
-                listed[name]["sha256"] = hashlib.sha256(body[offsets[0] : offsets[1]]).hexdigest()
+        known = isinstance(listed, dict) and isinstance(listed.get(name), dict)
+        if not known or not isinstance(offsets, list) or len(offsets) != 2:
+            continue
+        if all(type(o) is int and 0 <= o <= len(body) for o in offsets):
+            listed[name]["sha256"] = hashlib.sha256(body[offsets[0] : offsets[1]]).hexdigest()
 
 
 def _join(header: dict[str, Any], body: bytes) -> bytes:
@@ -283,7 +287,8 @@ def main() -> int:
                 shutil.copytree(folder, Path(options.keep) / name, dirs_exist_ok=True)
         counts = figures["outcomes"]
         bad += counts.get("failure", 0)
-        print(f"{name:<12}{options.files:>8}{counts.get('refused', 0):>9}{counts.get('sound', 0):>7}{counts.get('failure', 0):>9}"
+        print(f"{name:<12}{options.files:>8}{counts.get('refused', 0):>9}{counts.get('sound', 0):>7}"
+              f"{counts.get('failure', 0):>9}"
               f"{figures['slowest_seconds']:>11}{figures['memory_growth_mb']:>12}", flush=True)  # fmt: skip
         for failure in figures["failures"]:
             print(f"    {failure}")

@@ -2,9 +2,9 @@
 
     python3 benchmarks/kernels.py [--batches 1 32]
 
-Convolutions and linear layers of the study's models and odd shapes between them (no shape may fall off a cliff). The limit
-of a shape is the larger of its multiply-adds at the measured `vpdpbusd` rate and its 2-bit weights at the measured reading
-rate; Winograd may pass it. Appends to results/latency/kernels.jsonl.
+Convolutions and linear layers of the study's models and odd shapes between them (no shape may fall off a cliff). The
+limit of a shape is the larger of its multiply-adds at the measured `vpdpbusd` rate and its 2-bit weights at the
+measured reading rate; Winograd may pass it. Appends to results/latency/kernels.jsonl.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from quantization_utils.network import Node
 CONVOLUTIONS = [
     (64, 64, 32, 3, 1), (64, 128, 32, 3, 2), (64, 128, 32, 1, 2), (128, 128, 16, 3, 1), (256, 256, 8, 3, 1),
     (512, 512, 4, 3, 1), (64, 192, 16, 3, 1), (192, 384, 8, 3, 1), (384, 256, 8, 3, 1), (256, 256, 8, 3, 1),
-    (16, 16, 32, 3, 1), (17, 33, 31, 3, 1), (63, 65, 15, 3, 1), (97, 97, 9, 3, 1), (100, 64, 32, 1, 1), (257, 257, 7, 3, 1),
+    (16, 16, 32, 3, 1), (17, 33, 31, 3, 1), (63, 65, 15, 3, 1), (97, 97, 9, 3, 1), (100, 64, 32, 1, 1),
+    (257, 257, 7, 3, 1),
     (64, 64, 33, 5, 1), (64, 64, 33, 7, 2), (128, 1, 16, 3, 1),
 ]  # fmt: skip
 #        inputs (channels, side), outputs
@@ -38,15 +39,32 @@ def ternary(*shape: int) -> torch.Tensor:
 
 def stem(channels: int) -> Node:
     """Makes 6-bit activations of the wanted number of channels from an image."""
-    return Node("conv", -1, codes=ternary(channels, 1, 1, 1), gain=torch.rand(channels), bias=torch.zeros(channels), relu=True, out_max=63)
+    return Node(
+        "conv",
+        -1,
+        codes=ternary(channels, 1, 1, 1),
+        gain=torch.rand(channels),
+        bias=torch.zeros(channels),
+        relu=True,
+        out_max=63,
+    )
 
 
 def layer(shape: tuple[int, ...]) -> tuple[Node, int]:
     if len(shape) == 3:
         c, side, n = shape
-        return Node("linear", 0, codes=ternary(n, c * side * side), gain=torch.rand(n), bias=torch.rand(n), relu=True, out_max=63), side
+        return Node(
+            "linear",
+            0,
+            codes=ternary(n, c * side * side),
+            gain=torch.rand(n),
+            bias=torch.rand(n),
+            relu=True,
+            out_max=63,
+        ), side
     c, n, size, kernel, stride = shape
-    node = Node("conv", 0, codes=ternary(n, c, kernel, kernel), gain=torch.rand(n) / 100, bias=torch.rand(n), relu=True, out_max=63,
+    node = Node("conv", 0, codes=ternary(n, c, kernel, kernel), gain=torch.rand(n) / 100, bias=torch.rand(n),
+                relu=True, out_max=63,
                 kernel=(kernel, kernel), stride=(stride, stride), padding=(kernel // 2, kernel // 2))  # fmt: skip
     return node, size
 
@@ -57,7 +75,10 @@ def main() -> None:
     args = parser.parse_args()
     isa = cpu.choose_isa("cpu")
     peak, reading = torch.ops.ternary.machine_limits(isa, 13)
-    print(f"{isa}, {torch.get_num_threads()} threads: {peak / 1e9:.0f} G multiply-adds/s; reading 13 MiB {reading / 1e9:.0f} GB/s")
+    print(
+        f"{isa}, {torch.get_num_threads()} threads: {peak / 1e9:.0f} G multiply-adds/s; reading 13 MiB "
+        f"{reading / 1e9:.0f} GB/s"
+    )
     rows = []
     for batch in args.batches:
         for shape in CONVOLUTIONS + LINEAR:
@@ -69,9 +90,20 @@ def main() -> None:
             limit = 1e6 * max(row["multiply_adds"] / peak, node.codes.numel() / 4 / reading)
             row |= {"shape": shape, "batch": batch, "of_limit_pct": round(100 * limit / micros, 1)}
             rows.append(row)
-            print(f"batch {batch:3} {node.op:6} {shape!s:24} {row['algorithm']:8} {micros:9.1f} µs (direct {row['direct_us']:9.1f})"
-                  f" {row['multiply_adds'] / micros / 1e3:7.1f} G/s {row['of_limit_pct']:6.1f}% of the limit", flush=True)  # fmt: skip
-    append_record("latency/kernels", {"isa": isa, "threads": torch.get_num_threads(), "peak_multiply_adds_per_s": peak, "read_13MiB_bytes_per_s": reading, "shapes": rows})
+            print(f"batch {batch:3} {node.op:6} {shape!s:24} {row['algorithm']:8} {micros:9.1f} µs (direct "
+                  f"{row['direct_us']:9.1f})"
+                  f" {row['multiply_adds'] / micros / 1e3:7.1f} G/s {row['of_limit_pct']:6.1f}% of the "
+                  "limit", flush=True)  # fmt: skip
+    append_record(
+        "latency/kernels",
+        {
+            "isa": isa,
+            "threads": torch.get_num_threads(),
+            "peak_multiply_adds_per_s": peak,
+            "read_13MiB_bytes_per_s": reading,
+            "shapes": rows,
+        },
+    )
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
     python3 benchmarks/kill_training.py [--kills 20] [--script resnet_18_experiments.py]
 
 The rows are a float model, one quantized after training and one during it, on the handwritten digits. Weights must be
-identical byte for byte, packed files and rows too, but for what measures time. Appends to results/files/kill_training.jsonl.
+identical byte for byte, packed files and rows too, but for what measures time. Appends to
+results/files/kill_training.jsonl.
 """
 
 from __future__ import annotations
@@ -26,7 +27,14 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.record import append_record
 
 ROWS = ("float", "ptq_all", "qat_all")
-TIMED = ("latency", "throughput", "seconds", "started_at", "command", "commit")  # parts of names of fields that may differ
+TIMED = (
+    "latency",
+    "throughput",
+    "seconds",
+    "started_at",
+    "command",
+    "commit",
+)  # parts of names of fields that may differ
 
 
 def command(script: str, out: Path) -> list[str]:
@@ -44,7 +52,10 @@ def outcome(out: Path) -> dict[str, object]:
         for path in sorted(folder.rglob("*.safetensors"))
     }
     lines = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
-    return {"files": files, "rows": [{k: v for k, v in line.items() if not any(t in k for t in TIMED)} for line in lines]}
+    return {
+        "files": files,
+        "rows": [{k: v for k, v in line.items() if not any(t in k for t in TIMED)} for line in lines],
+    }
 
 
 def main() -> int:
@@ -67,7 +78,9 @@ def main() -> int:
             )
             try:
                 # Later moments too, while kills are left; then it may finish.
-                _, errors = run.communicate(timeout=randomness.uniform(2, 0.7 * seconds) if kills < args.kills else None)
+                _, errors = run.communicate(
+                    timeout=randomness.uniform(2, 0.7 * seconds) if kills < args.kills else None
+                )
             except subprocess.TimeoutExpired:
                 os.killpg(run.pid, signal.SIGKILL)
                 run.communicate()
@@ -77,8 +90,14 @@ def main() -> int:
                 sys.exit(f"start {starts} failed: {errors.decode().strip().splitlines()[-1]}")
             break
         same = outcome(whole) == outcome(broken)
-    print(f"{args.script}: killed {kills} times in {starts} starts; {'identical' if same else 'DIFFERENT'} weights and rows")
-    append_record("files/kill_training", {"script": args.script, "kills": kills, "starts": starts, "identical": same, "seed": args.seed})
+    print(
+        f"{args.script}: killed {kills} times in {starts} starts; {'identical' if same else 'DIFFERENT'} weights and "
+        "rows"
+    )
+    append_record(
+        "files/kill_training",
+        {"script": args.script, "kills": kills, "starts": starts, "identical": same, "seed": args.seed},
+    )
     return 0 if same else 1
 
 

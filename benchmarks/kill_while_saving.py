@@ -138,7 +138,7 @@ def small_file_system(megabytes: int) -> Iterator[tuple[Path, bool]]:
     """(folder, whether it is a small tmpfs of its own)."""
     with tempfile.TemporaryDirectory() as folder:
         command = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", folder]
-        mounted = os.geteuid() == 0 and subprocess.run(command, capture_output=True).returncode == 0
+        mounted = os.geteuid() == 0 and subprocess.run(command, capture_output=True, check=False).returncode == 0
         try:
             yield Path(folder), mounted
         finally:
@@ -157,8 +157,10 @@ def main() -> int:
         dir=Path(__file__).resolve().parent
     ) as folder:  # a real disk, if the project is on one
         killed = kill_while_saving(options.kills, Path(folder), options.width)
-    print(f"{killed['kills']} kills while saving {killed['file_bytes'] / 1e6:.1f} MB: {killed['mid_save']} in the middle of a save; "
-          f"found the first version {killed['first']} times, the second {killed['second']}, broken {killed['broken']}")  # fmt: skip
+    print(f"{killed['kills']} kills while saving {killed['file_bytes'] / 1e6:.1f} MB: {killed['mid_save']} in the "
+          "middle of a save; "
+          f"found the first version {killed['first']} times, the second {killed['second']}, broken "
+          f"{killed['broken']}")  # fmt: skip
     with small_file_system(32) as (folder, mounted):
         full = save_on_full_disk(options.full, folder, options.width, mounted)
     print(f"{full['saves']} saves on a full disk ({full['how']}): {full['refused']} refused in a sentence, "

@@ -3,10 +3,11 @@
     python3 -m venv peers && peers/bin/pip install -r benchmarks/requirements.txt
     peers/bin/python benchmarks/latency_vs_peers.py [--cases alexnet resnet_18 vit fc] [--batches 1 32] [--rounds 30]
 
-In every round each engine runs a few times, in a new order; a round's figure is the median of its runs, so slow spells of a
-shared machine meet all engines alike. Ratios are medians of per-round ratios with a bootstrap interval of 95%. "flushed":
-64 MiB are written between runs, so weights come from memory. The direct limit counts the multiply-adds of the plain
-algorithm, without padding taps, at the measured rate of the processor. Appends to results/latency/peers.jsonl.
+In every round each engine runs a few times, in a new order; a round's figure is the median of its runs, so slow spells
+of a shared machine meet all engines alike. Ratios are medians of per-round ratios with a bootstrap interval of 95%.
+"flushed": 64 MiB are written between runs, so weights come from memory. The direct limit counts the multiply-adds of
+the plain algorithm, without padding taps, at the measured rate of the processor. Appends to
+results/latency/peers.jsonl.
 """
 
 from __future__ import annotations
@@ -77,7 +78,9 @@ def multiply_adds(model: nn.Module, x: Tensor) -> int:
     return total
 
 
-def prepare(case: str, batch: int, wanted: list[str], act_bits: int) -> tuple[dict[str, peers.Run], dict[str, str], int]:
+def prepare(
+    case: str, batch: int, wanted: list[str], act_bits: int
+) -> tuple[dict[str, peers.Run], dict[str, str], int]:
     """Engines that run here, why the others do not, multiply-adds."""
     model = float_model(case)
     x = torch.rand(batch, 9216) if case == "fc" else torch.rand(batch, 3, 32, 32)
@@ -85,18 +88,24 @@ def prepare(case: str, batch: int, wanted: list[str], act_bits: int) -> tuple[di
     engines: dict[str, peers.Run] = {"ours": lambda: packed(x)}
     missing: dict[str, str] = {}
     for builder in (b for kind in KINDS.values() for b in kind):
-        if wanted and builder.__name__ not in wanted or (builder in peers.TWO_BIT and case != "fc"):
+        if (wanted and builder.__name__ not in wanted) or (builder in peers.TWO_BIT and case != "fc"):
             continue
         if builder is peers.ort_int8_dynamic and case not in ("vit", "fc"):
             continue  # dynamic quantization is for transformers; convolutions have the static engine
         try:
-            layout = torch.channels_last if case in ("alexnet", "resnet_18") and "torch" in builder.__name__ else torch.contiguous_format
+            layout = (
+                torch.channels_last
+                if case in ("alexnet", "resnet_18") and "torch" in builder.__name__
+                else torch.contiguous_format
+            )
             adapted = copy.deepcopy(model).to(memory_format=layout) if x.dim() == 4 else model
             run = builder(adapted, x.contiguous(memory_format=layout) if x.dim() == 4 else x)
             run()
             engines[builder.__name__] = run
         except Exception as error:  # an engine that is absent or fails is a line in the table, not the end of it
-            missing[builder.__name__] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error) else ''}"
+            missing[builder.__name__] = (
+                f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error) else ''}"
+            )
             if os.environ.get("DEBUG"):
                 traceback.print_exc()
     return engines, missing, multiply_adds(model, x)
@@ -107,7 +116,7 @@ def measure(engines: dict[str, peers.Run], rounds: int, flushed: bool) -> dict[s
     waste = np.zeros(64 << 20, dtype=np.uint8)
     runs = {name: [] for name in engines}
     order = list(engines)
-    repetitions = {name: 5 for name in engines}
+    repetitions = dict.fromkeys(engines, 5)
     for round_index in range(rounds + 1):
         random.Random(round_index).shuffle(order)
         for name in order:
@@ -139,9 +148,16 @@ def report(case: str, batch: int, flushed: bool, times: dict[str, np.ndarray], l
     print(f"\n{case}, batch {batch}{', caches flushed' if flushed else ''}; direct limit {limit_ms:.3f} ms")
     engines = {}
     for name, t in sorted(times.items(), key=lambda item: np.median(item[1])):
-        engines[name] = {"p50_ms": round(float(np.median(t)), 4), "p90_ms": round(float(np.quantile(t, 0.9)), 4), "ratio": ratio(t, ours)}
+        engines[name] = {
+            "p50_ms": round(float(np.median(t)), 4),
+            "p90_ms": round(float(np.quantile(t, 0.9)), 4),
+            "ratio": ratio(t, ours),
+        }
         r = engines[name]["ratio"]
-        print(f"  {name:22} p50 {engines[name]['p50_ms']:9.3f} ms   p90 {engines[name]['p90_ms']:9.3f}   {r[0]:6.2f}× of ours ({r[1]} – {r[2]})")
+        print(
+            f"  {name:22} p50 {engines[name]['p50_ms']:9.3f} ms   p90 {engines[name]['p90_ms']:9.3f}   {r[0]:6.2f}× "
+            f"of ours ({r[1]} – {r[2]})"
+        )
     best = {}
     for kind, builders in KINDS.items():
         names = [b.__name__ for b in builders if b.__name__ in engines]
@@ -150,12 +166,25 @@ def report(case: str, batch: int, flushed: bool, times: dict[str, np.ndarray], l
             print(f"  best {kind:6} {best[kind]}: {engines[best[kind]]['ratio'][0]}×")
     percent = 100 * limit_ms / engines["ours"]["p50_ms"]
     print(f"  of the direct limit: {percent:.0f}%", flush=True)
-    return {"case": case, "batch": batch, "flushed": flushed, "engines": engines, "best": best, "limit_ms": limit_ms, "of_direct_limit_pct": round(percent, 1)}
+    return {
+        "case": case,
+        "batch": batch,
+        "flushed": flushed,
+        "engines": engines,
+        "best": best,
+        "limit_ms": limit_ms,
+        "of_direct_limit_pct": round(percent, 1),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", default=["fc", "alexnet", "resnet_18", "vit"], choices=["fc", "alexnet", "resnet_18", "vit"])
+    parser.add_argument(
+        "--cases",
+        nargs="+",
+        default=["fc", "alexnet", "resnet_18", "vit"],
+        choices=["fc", "alexnet", "resnet_18", "vit"],
+    )
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 32])
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--engines", nargs="+", default=[], help="names of peers; all by default")
@@ -167,7 +196,10 @@ def main() -> None:
 
     isa = cpu.choose_isa("cpu")
     peak, bandwidth = torch.ops.ternary.machine_limits(isa, 13)
-    print(f"{isa}, {torch.get_num_threads()} threads: {peak / 1e9:.0f} G multiply-adds/s; reading 13 MiB {bandwidth / 1e9:.0f} GB/s")
+    print(
+        f"{isa}, {torch.get_num_threads()} threads: {peak / 1e9:.0f} G multiply-adds/s; reading 13 MiB "
+        f"{bandwidth / 1e9:.0f} GB/s"
+    )
     torch.set_grad_enabled(False)
     for case in args.cases:
         for batch in args.batches:
@@ -177,8 +209,10 @@ def main() -> None:
             for flushed in [False] if args.no_flushed or batch > 1 else [False, True]:
                 times = measure(engines, max(3, args.rounds // (1 if batch == 1 else 3)), flushed)
                 figures = report(case, batch, flushed, times, work / peak * 1e3)
-                append_record("latency/peers", {**figures, "missing": missing, "multiply_adds": work, "isa": isa, "threads": torch.get_num_threads(),
-                                                "peak_multiply_adds_per_s": peak, "read_13MiB_bytes_per_s": bandwidth, "act_bits": args.act_bits})  # fmt: skip
+                append_record("latency/peers", {**figures, "missing": missing, "multiply_adds": work, "isa": isa,
+                                                "threads": torch.get_num_threads(),
+                                                "peak_multiply_adds_per_s": peak, "read_13MiB_bytes_per_s": bandwidth,
+                                                "act_bits": args.act_bits})  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -103,7 +103,8 @@ def network_with_zeros(zero_fraction: float, filters: bool, bits: str | int = "t
         drawn = (width, 1, 1, 1) if filters else shape
         codes *= torch.rand(drawn, generator=generator) >= zero_fraction
         nodes.append(Node("conv", index - 1, codes=codes, gain=torch.rand(width, generator=generator),
-                          bias=torch.rand(width, generator=generator), relu=True, out_max=255, kernel=(3, 3), padding=(1, 1)))  # fmt: skip
+                          bias=torch.rand(width, generator=generator), relu=True, out_max=255, kernel=(3, 3),
+                          padding=(1, 1)))  # fmt: skip
         channels = width
     nodes.append(Node("avg_pool", len(nodes) - 1, gain=torch.ones(1), out_max=255))
     codes = torch.randint(-1, 2, (10, channels), generator=generator, dtype=torch.int8)
@@ -122,7 +123,8 @@ def sizes(folder: str) -> list[dict[str, Any]]:
             rows.append({"zeros": "filters" if filters else "single", "zero_fraction": round(report.zero_fraction, 4),
                          "bits_per_weight": round(8 * sum(x.file_bytes for x in report.layers) / report.weights, 4),
                          "entropy_bits": round(sum(x.ideal_bits for x in report.layers) / report.weights, 4),
-                         "file_bytes": report.file_bytes, "file_over_ideal": round(report.file_bytes / report.ideal_bytes, 4)})  # fmt: skip
+                         "file_bytes": report.file_bytes,
+                         "file_over_ideal": round(report.file_bytes / report.ideal_bytes, 4)})  # fmt: skip
     return rows
 
 
@@ -133,15 +135,18 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         vit, rows = vit_b_16(options.repeats, folder), sizes(folder)
     print(
-        f"ViT-B/16: {vit['codes_mb']:.1f}M codes, file {vit['file_bytes'] / 1e6:.2f} MB ({vit['file_bytes'] / vit['ideal_bytes']:.3f} of ideal)"
+        f"ViT-B/16: {vit['codes_mb']:.1f}M codes, file {vit['file_bytes'] / 1e6:.2f} MB "
+        f"({vit['file_bytes'] / vit['ideal_bytes']:.3f} of ideal)"
     )
     for step in ("pack_", "save_model", "load_model"):
         print(
-            f"    {step:<12}{vit[f'{step}_seconds']:>7.2f} s  at most {vit[f'{step}_peak_mb']:>6.0f} MB more than before"
+            f"    {step:<12}{vit[f'{step}_seconds']:>7.2f} s  at most {vit[f'{step}_peak_mb']:>6.0f} MB more than "
+            "before"
         )
     print(f"{'zeros':<10}{'fraction':>9}{'bits/weight':>13}{'entropy':>9}{'file bytes':>12}{'file/ideal':>12}")
     for row in rows:
-        print(f"{row['zeros']:<10}{row['zero_fraction']:>9.3f}{row['bits_per_weight']:>13.3f}{row['entropy_bits']:>9.3f}"
+        print(f"{row['zeros']:<10}{row['zero_fraction']:>9.3f}{row['bits_per_weight']:>13.3f}"
+              f"{row['entropy_bits']:>9.3f}"
               f"{row['file_bytes']:>12,}{row['file_over_ideal']:>12.3f}")  # fmt: skip
     append_record("files/pack_speed", {"vit": vit, "sizes": rows, "threads": torch.get_num_threads()})
     good = vit["pack__seconds"] + vit["save_model_seconds"] < 5 and vit["load_model_seconds"] < 1

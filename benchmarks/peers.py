@@ -1,7 +1,8 @@
 """Other engines for the same float model: each builder returns a function that runs one fixed batch.
 
-Integer engines get what their own tools make of the float model: onnxruntime static QDQ (per channel, unsigned activations,
-signed weights), OpenVINO through nncf.quantize with its default preset. They all see the same images for calibration.
+Integer engines get what their own tools make of the float model: onnxruntime static QDQ (per channel, unsigned
+activations, signed weights), OpenVINO through nncf.quantize with its default preset. They all see the same images for
+calibration.
 """
 
 from __future__ import annotations
@@ -137,7 +138,7 @@ def openvino_int8(model: nn.Module, x: Tensor) -> Run:
 
 
 def ort_2bit(model: nn.Module, x: Tensor) -> Run:
-    """Only for chains of linear layers and ReLUs: MatMulNBits with 2-bit weights and int8 activations, blocks of 128."""
+    """Only for chains of linear layers and ReLUs: MatMulNBits, 2-bit weights and int8 activations, blocks of 128."""
     from onnx import TensorProto, helper, numpy_helper, save
 
     nodes, initializers, value = [], [], "x"
@@ -148,13 +149,18 @@ def ort_2bit(model: nn.Module, x: Tensor) -> Run:
         else:
             n, k, block = layer.out_features, layer.in_features, 128
             packed = np.random.default_rng(i).integers(0, 256, (n, k // block, block // 4), dtype=np.uint8)
-            initializers += [numpy_helper.from_array(packed, f"w{i}"), numpy_helper.from_array(np.full((n, k // block), 0.01, np.float32), f"s{i}")]
-            nodes.append(helper.make_node("MatMulNBits", [value, f"w{i}", f"s{i}"], [out], domain="com.microsoft", K=k, N=n, bits=2,
+            initializers += [
+                numpy_helper.from_array(packed, f"w{i}"),
+                numpy_helper.from_array(np.full((n, k // block), 0.01, np.float32), f"s{i}"),
+            ]
+            nodes.append(helper.make_node("MatMulNBits", [value, f"w{i}", f"s{i}"], [out], domain="com.microsoft",
+                                          K=k, N=n, bits=2,
                                           block_size=block, accuracy_level=4))  # fmt: skip
         value = out
     shape = [len(x), next(m.out_features for m in reversed(list(model)) if isinstance(m, nn.Linear))]
     graph = helper.make_graph(nodes, "linear", [helper.make_tensor_value_info("x", TensorProto.FLOAT, list(x.shape))],
-                              [helper.make_tensor_value_info(value, TensorProto.FLOAT, shape)], initializers)  # fmt: skip
+                              [helper.make_tensor_value_info(value, TensorProto.FLOAT, shape)],
+                              initializers)  # fmt: skip
     opsets = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]
     path = str(Path(tempfile.mkdtemp()) / "two_bit.onnx")
     save(helper.make_model(graph, opset_imports=opsets, ir_version=10), path)

@@ -27,7 +27,7 @@ def append_record(name: str, figures: dict[str, Any]) -> Path:
 def circumstances() -> dict[str, Any]:
     """Commit, command, versions, device, time."""
     commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
     ).stdout.strip()
     packages = {name: version(name) for name in ("torch", "numpy", "zstandard", "transformers")}
     return {
@@ -44,7 +44,8 @@ def _relative(arguments: list[str]) -> list[str]:
 
 def _processor() -> str:
     try:
-        names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     except OSError:
         names = []
     return f"{names[0] if names else platform.machine()}, {len(names) or '?'} threads"

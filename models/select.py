@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import Union
 
 from torch import nn
 
-Selection = Union[None, type, str, Sequence[Union[type, str]]]
+Selection = type | str | Sequence[type | str] | None
 
 
 def select_layers(model: nn.Module, only: Selection = None, keep: Sequence[str] = ()) -> list[tuple[str, nn.Module]]:

@@ -62,7 +62,8 @@ def vit(
             raise ValueError(f"the width of the compact ViT is a multiple of 64 (one attention head), not {width}")
         network = ViTForImageClassification(
             ViTConfig(
-                hidden_size=width, num_hidden_layers=depth, num_attention_heads=width // 64, intermediate_size=4 * width,
+                hidden_size=width, num_hidden_layers=depth, num_attention_heads=width // 64,
+                intermediate_size=4 * width,
                 image_size=32, patch_size=patch_size, num_labels=num_classes,
                 hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
             )
@@ -94,7 +95,8 @@ def _from_checkpoint(checkpoint: str, num_classes: int) -> tuple[nn.Module, list
     except OSError as error:
         raise FileNotFoundError(
             f"the ViT checkpoint {checkpoint!r} is not a local folder and the Hub can't be reached for it: "
-            "name a local folder with --options checkpoint=FOLDER, or train the compact ViT with --options checkpoint=none"
+            "name a local folder with --options checkpoint=FOLDER, or train the compact ViT with --options "
+            "checkpoint=none"
         ) from error
     if config.model_type != "vit":
         raise ValueError(f"{checkpoint!r} is a {config.model_type} checkpoint: name one of a ViT")

@@ -1,11 +1,12 @@
-"""The two states of a quantized layer: trainable (`BitLinear`, `BitConv2d`) and packed (`PackedLinear`, `PackedConv2d`).
+"""The two states of a quantized layer: trainable (BitLinear, BitConv2d) and packed (PackedLinear, PackedConv2d).
 
-Trainable layers keep a float weight and quantize it in every forward pass; the gradient passes straight through (Y. Bengio,
-N. Léonard, A. Courville, "Estimating or Propagating Gradients Through Stochastic Neurons", arXiv 1308.3432). In evaluation
-they equal a dense layer with the ternary values exactly. Packed layers hold the codes alone.
+Trainable layers keep a float weight and quantize it in every forward pass; the gradient passes straight through (Y.
+Bengio, N. Léonard, A. Courville, "Estimating or Propagating Gradients Through Stochastic Neurons", arXiv 1308.3432). In
+evaluation they equal a dense layer with the ternary values exactly. Packed layers hold the codes alone.
 
-Activations are quantized by a layer's own `DynamicQuantizer` (signed, scale from the data: per token for linear layers as in
-BitNet b1.58, per image for convolutions), or, in a calibrated chain network, by a `StaticQuantizer` where a node ends.
+Activations are quantized by a layer's own `DynamicQuantizer` (signed, scale from the data: per token for linear layers
+as in BitNet b1.58, per image for convolutions), or, in a calibrated chain network, by a `StaticQuantizer` where a node
+ends.
 """
 
 from __future__ import annotations
@@ -186,7 +187,7 @@ class _PackedLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense float32 weight, for code that asks a layer for it (transformers reads the patch embedding's dtype)."""
+        """The dense float32 weight, for code that asks a layer for it (transformers reads its dtype)."""
         return dequantize(self.codes, self.scale)
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
@@ -233,7 +234,7 @@ class PackedConv2d(_PackedLayer):
         if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
             raise ValueError("only convolutions with zero padding, given as numbers, can be packed")
         bias = None if layer.bias is None else layer.bias.detach().clone()
-        geometry = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation, "groups": layer.groups}
+        geometry = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups")}
         return cls(*layer.quantized_weight(), bias, layer.weight_bits, act_bits, geometry=geometry)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 """A packed convolution network: a short list of nodes, made from a calibrated chain network by torch.fx.
 
-A node is a convolution or linear layer with all that follows it up to the next quantizer: batch norm, residual addition,
-ReLU, requantization to 8, 6 or 4 bits. Batch norm and every scale fold into one gain and one bias per output channel, in
-units of the output's step; the ternary codes do not change. `kernels/reference.py` says exactly what a node computes.
+A node is a convolution or linear layer with all that follows it up to the next quantizer: batch norm, residual
+addition, ReLU, requantization to 8, 6 or 4 bits. Batch norm and every scale fold into one gain and one bias per output
+channel, in units of the output's step; the ternary codes do not change. `kernels/reference.py` says exactly what a node
+computes.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Node:
 
 
 class PackedNetwork(nn.Module):
-    """The integer inference form of a chain network: images float32 in [0, 1] (B, 3, H, W) → logits float32 (B, classes)."""
+    """The integer form of a chain network: images float32 in [0, 1] (B, 3, H, W) → logits float32 (B, classes)."""
 
     def __init__(self, nodes: list[Node], constructor: dict[str, Any] | None = None, backend: str = "auto") -> None:
         super().__init__()
@@ -83,7 +84,7 @@ class PackedNetwork(nn.Module):
 
 @dataclass
 class _Value:
-    """What an fx node stands for: finished (`index`, codes · `step`), or a node still open to batch norm, addition, ReLU."""
+    """What an fx node stands for: finished (codes of `index` · `step`), or open to batch norm, addition, ReLU."""
 
     index: int | None = None
     step: float = 1.0
@@ -91,7 +92,7 @@ class _Value:
 
 
 class NotANetwork(Exception):
-    """The model cannot be a list of nodes (a layer is float, or its activations are dynamic); it is packed layer by layer."""
+    """The model cannot be a list of nodes (a float layer, dynamic activations); it is packed layer by layer."""
 
 
 def to_nodes(model: nn.Module, image_size: int = 32) -> list[Node]:
@@ -162,7 +163,9 @@ class _Builder:
                 gain_N, bias_N, node.pad_values = self.fold_normalization(codes, scale_N, bias_N)
         return _Value(open=replace(node, gain=gain_N, bias=bias_N))
 
-    def fold_normalization(self, codes: Tensor, scale_N: Tensor, bias_N: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def fold_normalization(
+        self, codes: Tensor, scale_N: Tensor, bias_N: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Gain and bias of the first convolution for raw pixels p = 0 … 255, where its input was (p - mean_c) / std."""
         if self.normalize is None:
             return scale_N.double() / 255, bias_N, None

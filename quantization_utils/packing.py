@@ -51,14 +51,13 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Sequence
-from typing import Union
 
 import numpy as np
 import torch
 import zstandard
 from torch import Tensor
 
-Bits = Union[int, str]  # "ternary" or 8
+Bits = int | str  # "ternary" or 8
 
 ENCODINGS = {"ternary": ("trits", "trits+zstd", "gaps", "gaps+zstd"), 8: ("bytes", "bytes+zstd", "gaps", "gaps+zstd")}
 CODES_PER_BYTE = 256  # at most, see above
@@ -238,7 +237,9 @@ def _zstd(plain: np.ndarray | bytes) -> bytes:
     cost up to 15%, measured).
     """
     parameters = zstandard.ZstdCompressionParameters.from_level(1, strategy=zstandard.STRATEGY_FAST, min_match=7)
-    return zstandard.ZstdCompressor(compression_params=parameters).compress(memoryview(plain) if isinstance(plain, bytes) else plain.data)
+    return zstandard.ZstdCompressor(compression_params=parameters).compress(
+        memoryview(plain) if isinstance(plain, bytes) else plain.data
+    )
 
 
 def _unzstd(frame: bytes | bytearray | memoryview, size: int) -> np.ndarray:

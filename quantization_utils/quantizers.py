@@ -1,8 +1,8 @@
 """From a float weight to ternary codes and a scale: pure functions.
 
 A quantizer maps `weight` (N, ...) to `codes` int8 of the same shape, in {-1, 0, +1}, and `scale` float32 (N,), one per
-output channel, so that `weight ≈ codes · scale`. An entry that is exactly 0 is a pruned weight: its code is 0 and it does
-not enter the scale. Scales are positive and finite, also for a channel without a single weight left (scale 1).
+output channel, so that `weight ≈ codes · scale`. An entry that is exactly 0 is a pruned weight: its code is 0 and it
+does not enter the scale. Scales are positive and finite, also for a channel without a single weight left (scale 1).
 
 Legend: N output channels, K weights of a channel.
 """
@@ -46,7 +46,7 @@ def absmean_fitted(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def absmedian(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """As `absmean_fitted`, with the median of |w| for the threshold: half of the weights lie above twice the threshold."""
+    """As `absmean_fitted`, with the median of |w| in the place of the mean."""
     weight_NK = weight.flatten(1)
     magnitude_NK = weight_NK.abs().float()
     scale_N = magnitude_NK.where(weight_NK != 0, torch.nan).nanmedian(1).values.nan_to_num(1.0).clamp_min(TINY)
@@ -76,13 +76,14 @@ def mse_optimal(weight: Tensor) -> tuple[Tensor, Tensor]:
     count_K = torch.arange(1, weight_NK.shape[1] + 1, device=weight.device, dtype=torch.float64)
     gain_NK = magnitude_NK.double().cumsum(1).square() / count_K
     best_N1 = gain_NK.argmax(1, keepdim=True)
-    rank_NK = torch.empty_like(order_NK).scatter_(1, order_NK, torch.arange(len(count_K), device=weight.device).expand_as(order_NK))
+    position_K = torch.arange(len(count_K), device=weight.device)
+    rank_NK = torch.empty_like(order_NK).scatter_(1, order_NK, position_K.expand_as(order_NK))
     codes_NK = (weight_NK.sign() * (rank_NK <= best_N1)).to(torch.int8)
     return codes_NK.view_as(weight), _fitted_scale(weight, codes_NK.view_as(weight))
 
 
 def as_is(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The codes of a weight that is ternary already (0 or ± one value per channel), as post-training methods leave it."""
+    """The codes of a weight that is ternary already (0 or ± one value per channel), as post-training leaves it."""
     weight_NK = weight.flatten(1).float()
     scale_N = weight_NK.abs().amax(1)
     return weight_NK.sign().to(torch.int8).view_as(weight), scale_N.where(scale_N > 0, 1.0)

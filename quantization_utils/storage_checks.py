@@ -205,7 +205,8 @@ def _node_of(members: Any, index: int, where: str) -> Node:
     values["residual_gain"] = float(gain)
     require(isinstance(values["relu"], bool), f"{where} has a relu that is none")
     out_max = values["out_max"]
-    require(out_max is None or whole(out_max, 3, 255) and out_max & (out_max + 1) == 0, f"{where} has no such out_max")
+    all_ones = out_max is None or (whole(out_max, 3, 255) and out_max & (out_max + 1) == 0)
+    require(all_ones, f"{where} has no such out_max")
     require(
         values["weight_bits"] in ("ternary", 8) and type(values["weight_bits"]) in (str, int),
         f"{where} has no such bits",
@@ -248,6 +249,6 @@ def _output_shape(node: Node, held: dict[str, tuple[int, ...]], source: tuple[in
 def _sides(node: Node, source: tuple[int, ...], where: str) -> list[int]:
     sides = [(n + 2 * p - k) // s + 1 for n, p, k, s in
              zip(source[1:], node.padding, node.kernel, node.stride, strict=True)]  # fmt: skip
-    require(min(sides) >= 1 and all(n + 2 * p >= k for n, p, k in zip(source[1:], node.padding, node.kernel, strict=True)),
-            f"{where} has a kernel larger than its input")  # fmt: skip
+    fits = all(n + 2 * p >= k for n, p, k in zip(source[1:], node.padding, node.kernel, strict=True))
+    require(min(sides) >= 1 and fits, f"{where} has a kernel larger than its input")  # fmt: skip
     return sides

@@ -1,4 +1,4 @@
-"""The three verbs: `quantize_` makes layers trainable ternary, `calibrate_` fixes activation scales, `pack_` ends training."""
+"""`quantize_` makes layers trainable ternary, `calibrate_` fixes activation scales, `pack_` ends training."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def quantize_(
 
     The new layers take over the float weights, biases and pruning masks. `act_bits`: bits of each layer's input, scaled
     dynamically (see `calibrate_` for static scales); None leaves activations alone. `only`, `keep`: which layers
-    (`models.select.select_layers`); layers that are quantized already stay as they are, so that a second call with another
-    quantizer takes the rest.
+    (`models.select.select_layers`); layers that are quantized already stay as they are, so that a second call with
+    another quantizer takes the rest.
 
     Raises:
         ValueError: `act_bits` outside 2 … 8, or nothing to quantize.
@@ -56,10 +56,10 @@ def quantize_(
 def calibrate_(model: nn.Module, images: Tensor, batch_size: int = 128) -> nn.Module:
     """Give a quantized chain network static activation scales from unlabelled images (B, 3, H, W) in [0, 1], in place.
 
-    The quantizer of a layer's input moves to where the node before it ends (after its ReLU or average pool), so that all
-    readers of that tensor share it; the step is the one of least squared error on these images (60 clipping points are
-    tried). Inputs that come straight from the normalised image need none: pixels are 8-bit already. Models without ReLU
-    (transformers) keep their dynamic scales per token. Steps that exist stay and are only set anew.
+    The quantizer of a layer's input moves to where the node before it ends (after its ReLU or average pool), so that
+    all readers of that tensor share it; the step is the one of least squared error on these images (60 clipping points
+    are tried). Inputs that come straight from the normalised image need none: pixels are 8-bit already. Models without
+    ReLU (transformers) keep their dynamic scales per token. Steps that exist stay and are only set anew.
 
     Raises:
         ValueError: no images.
@@ -80,8 +80,9 @@ def calibrate_(model: nn.Module, images: Tensor, batch_size: int = 128) -> nn.Mo
 def pack_(model: nn.Module) -> nn.Module:
     """Turn a quantized model into its integer inference form, in place; return the model.
 
-    A calibrated chain network whose layers are all quantized becomes a `PackedNetwork` (the object itself changes class),
-    without the channels that pruning has silenced; any other model keeps its modules and has its quantized layers replaced by packed ones. Packing twice changes nothing.
+    A calibrated chain network whose layers are all quantized becomes a `PackedNetwork` (the object itself changes
+    class), without the channels that pruning has silenced; any other model keeps its modules and has its quantized
+    layers replaced by packed ones. Packing twice changes nothing.
     """
     model.eval()
     if isinstance(model, PackedNetwork):

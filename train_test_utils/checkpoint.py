@@ -1,4 +1,4 @@
-"""Files of a run: trained weights as safetensors, the state of an unfinished training as last.pt; both written atomically."""
+"""Files of a run, atomic: trained weights as safetensors, the state of an unfinished training as last.pt."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import nn
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends well: the old file or the new one, never half."""
+    """A temporary path beside `path` that takes its place when the block ends well: the old or the new, never half."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -47,7 +47,9 @@ def load_weights(model: nn.Module, path: Path) -> None:
         raise
     except Exception as error:  # safetensors and torch raise types of their own for damage and mismatch
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} is not a checkpoint of this model ({reason}): delete it to train the row again") from error
+        raise ValueError(
+            f"{path} is not a checkpoint of this model ({reason}): delete it to train the row again"
+        ) from error
 
 
 def save_state(state: dict[str, Any], path: Path) -> None:
@@ -63,6 +65,6 @@ def load_state(path: Path, map_location: torch.device) -> dict[str, Any] | None:
     try:
         return torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:
-        raise ValueError(f"{path} cannot be read ({str(error).splitlines()[0]}): delete it to start the row anew") from error
-
-
+        raise ValueError(
+            f"{path} cannot be read ({str(error).splitlines()[0]}): delete it to start the row anew"
+        ) from error

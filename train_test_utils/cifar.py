@@ -52,12 +52,13 @@ SOURCES = {
             train_digest="6f97a7cebe378765c1f498386fa556b4e2b231efc135c5a49c46ceb4c92b1b33",
             test_digest="fcc850d7d1db11ca3367b03e77876b010b39f658a11decaf8ff5d13fba8201bd",
         ),
-    )  # fmt: skip
-}
+    )
+}  # fmt: skip
 
 
 def load_cifar(source: Source, data_dir: Path) -> ImageDataset:
-    """Read from `data_dir`, or download there: from the set's own server through torchvision, else from the Hub's mirror.
+    """Read from `data_dir`, or download there: from the set's own server through torchvision, else from the Hub's
+    mirror.
 
     Layouts: torchvision's (`cifar-10-batches-py`), and Parquet as on the Hub (`train-*.parquet`, `test-*.parquet` in
     `<data_dir>/<name>` or deeper; `img` {bytes, path} in any encoding that Pillow reads, and the label column).
@@ -77,9 +78,13 @@ def load_cifar(source: Source, data_dir: Path) -> ImageDataset:
         ("test", test, source.test_count, source.test_digest),
     ):
         if len(split) != count:
-            raise ValueError(f"the {which} split of {source.name} in {data_dir} has {len(split)} images instead of {count}: {AGAIN}")
+            raise ValueError(
+                f"the {which} split of {source.name} in {data_dir} has {len(split)} images instead of {count}: {AGAIN}"
+            )
         if known is not None and digest(split) != known:
-            raise ValueError(f"the {which} images of {source.name} in {data_dir} are not those of {source.name}: {AGAIN}")
+            raise ValueError(
+                f"the {which} images of {source.name} in {data_dir} are not those of {source.name}: {AGAIN}"
+            )
     return ImageDataset(source.name, class_names, train, test)
 
 
@@ -87,7 +92,7 @@ AGAIN = "delete its files there, and the next start downloads them again"
 
 
 def digest(split: Split) -> str:
-    """A checksum of the set of (label, image) pairs that does not depend on their order: the sum of their SHA-256 modulo 2^256."""
+    """A checksum of the set of (label, image) pairs in any order: the sum of their SHA-256 modulo 2^256."""
     total = 0
     for image, label in zip(split.images.numpy(), split.labels.tolist(), strict=True):
         total += int.from_bytes(hashlib.sha256(bytes([label]) + image.tobytes()).digest(), "big")
@@ -122,7 +127,8 @@ def _read_torchvision(source: Source, root: Path) -> tuple[Split, Split, tuple[s
     except Exception as error:  # torchvision raises what its checksums, pickle and the disk do
         raise ValueError(f"{source.name} in {root} is incomplete or corrupt ({error}): {AGAIN}") from error
     splits = (
-        Split(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)) for part in (train, test)
+        Split(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets))
+        for part in (train, test)
     )
     return *splits, tuple(train.classes)
 
@@ -148,14 +154,18 @@ def _read_parquet(paths: list[Path], source: Source) -> Split:
             labels += table[source.label].to_pylist()
         except (pyarrow.ArrowException, KeyError, TypeError, OSError, ValueError) as error:
             reason = str(error).strip().splitlines()
-            raise ValueError(f"{path} cannot be read ({reason[0] if reason else type(error).__name__}): {AGAIN}") from error
+            raise ValueError(
+                f"{path} cannot be read ({reason[0] if reason else type(error).__name__}): {AGAIN}"
+            ) from error
     return Split(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels))
 
 
 def _decode(encoded: bytes) -> np.ndarray:
     pixels = np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
     if pixels.shape != (IMAGE_SIZE, IMAGE_SIZE, 3):
-        raise ValueError(f"an image has {pixels.shape[1]}×{pixels.shape[0]} pixels instead of {IMAGE_SIZE}×{IMAGE_SIZE}")
+        raise ValueError(
+            f"an image has {pixels.shape[1]}×{pixels.shape[0]} pixels instead of {IMAGE_SIZE}×{IMAGE_SIZE}"
+        )
     return pixels
 
 
@@ -194,7 +204,8 @@ def _download(source: Source, data_dir: Path) -> None:
         )
     except Exception as error:
         raise FileNotFoundError(
-            f"{source.name} is not in {data_dir} and cannot be downloaded, neither from its author's server ({first}) nor from "
+            f"{source.name} is not in {data_dir} and cannot be downloaded, neither from its author's server ({first}) "
+            "nor from "
             f"the Hub ({_reason(error)}): connect to a network, or put the files there (see --data-dir)"
         ) from error
 

@@ -1,4 +1,4 @@
-"""Data sets as tensors: a whole set is one uint8 tensor on the device, and augmentation happens there, batch by batch."""
+"""Data sets as tensors: a whole set is one uint8 tensor on the device; batches are augmented there."""
 
 from __future__ import annotations
 
@@ -67,13 +67,23 @@ class ImageDataset:
         """
         count = round(fraction * len(self.train))
         if not 0 < count < len(self.train):
-            raise ValueError(f"a held-out fraction of {fraction:g} leaves no images to train or to measure with: choose 0.1, say")
-        order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(seed)).to(self.train.labels.device)
-        return replace(self, name=f"{self.name}-heldout{fraction:g}", train=self.train[order[count:]], test=self.train[order[:count]])
+            raise ValueError(
+                f"a held-out fraction of {fraction:g} leaves no images to train or to measure with: choose 0.1, say"
+            )
+        order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(seed)).to(
+            self.train.labels.device
+        )
+        return replace(
+            self,
+            name=f"{self.name}-heldout{fraction:g}",
+            train=self.train[order[count:]],
+            test=self.train[order[:count]],
+        )
 
 
 def load_dataset(name: str, data_dir: str | Path = "data") -> ImageDataset:
-    """The data set `name`: "cifar10", "cifar100", "digits", or the path of a folder with a folder of images for each class.
+    """The data set `name`: "cifar10", "cifar100", "digits", or the path of a folder with a folder of images for each
+    class.
 
     CIFAR is read from `data_dir` where it lies there and else downloaded to it; see `cifar.load_cifar`.
 
@@ -88,11 +98,15 @@ def load_dataset(name: str, data_dir: str | Path = "data") -> ImageDataset:
         return load_digits()
     if Path(name).is_dir():
         return image_folder.load_image_folder(Path(name))
-    raise ValueError(f"unknown data set {name!r}: choose {', '.join([*cifar.SOURCES, 'digits'])}, or a folder with a folder of images for each class")
+    raise ValueError(
+        f"unknown data set {name!r}: choose {', '.join([*cifar.SOURCES, 'digits'])}, or a folder with a folder of "
+        "images for each class"
+    )
 
 
 def load_digits() -> ImageDataset:
-    """scikit-learn's 1,797 handwritten digits, 8×8 pixels in 17 greys, enlarged; every fifth image of a class is for testing.
+    """scikit-learn's 1,797 handwritten digits, 8×8 pixels in 17 greys, enlarged; every fifth image of a class is for
+    testing.
 
     Reference: E. Alpaydin, C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, 1998.
     """
@@ -122,16 +136,16 @@ def to_float(images: Tensor) -> Tensor:
 
 
 def epoch_order(count: int, seed: int, epoch: int, device: torch.device | str = "cpu") -> Tensor:
-    """The order of `count` images in an epoch: a permutation that depends on (seed, epoch) alone, the same on every device."""
+    """The order of `count` images in an epoch: a permutation that depends on (seed, epoch) alone, on any device."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     return torch.randperm(count, generator=generator).to(device)
 
 
 def augment(images: Tensor, *, crop_padding: int = 4, flip: bool = True, cutout: int = 0) -> Tensor:
-    """Random crops, mirror images and blanked squares, each image its own; uint8 (B, C, H, W) → the same, in NHWC memory.
+    """Random crops, mirror images and blanked squares, each image its own; uint8 (B, C, H, W), put out in NHWC memory.
 
-    A crop is a shift by up to `crop_padding` pixels, borders reflected; a square of `cutout` pixels a side has its centre
-    anywhere in the image. Random numbers come from PyTorch's generator of the images' device.
+    A crop is a shift by up to `crop_padding` pixels, borders reflected; a square of `cutout` pixels a side has its
+    centre anywhere in the image. Random numbers come from PyTorch's generator of the images' device.
 
     Reference: T. DeVries, G. W. Taylor, "Improved Regularization of CNNs with Cutout", arXiv 1708.04552.
     """
@@ -173,7 +187,9 @@ def _check(name: str, which: str, split: Split, classes: int) -> None:
     if len(images) == 0 or len(images) != len(labels):
         raise ValueError(f"the {which} split of {name} has {len(images)} images and {len(labels)} labels")
     if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != 3:
-        raise ValueError(f"the {which} images of {name} are {images.dtype} {tuple(images.shape)}, not uint8 (N, 3, H, W)")
+        raise ValueError(
+            f"the {which} images of {name} are {images.dtype} {tuple(images.shape)}, not uint8 (N, 3, H, W)"
+        )
     if labels.min() < 0 or labels.max() >= classes:
         wrong = int(labels[(labels < 0) | (labels >= classes)][0])
         raise ValueError(f"the {which} split of {name} has the label {wrong}; labels go from 0 to {classes - 1}")

@@ -10,7 +10,7 @@ from .data import Split, to_float
 
 @torch.inference_mode()
 def predict(model: nn.Module, images_u8: Tensor, batch_size: int = 250) -> Tensor:
-    """Logits float32 (N, classes) on the CPU for uint8 images (N, 3, H, W), on the device of the images, in evaluation mode."""
+    """Logits float32 (N, classes) on the CPU for uint8 images (N, 3, H, W), computed on the device of the images."""
     model.eval()
     return torch.cat([model(to_float(batch)).float().cpu() for batch in images_u8.split(batch_size)])
 

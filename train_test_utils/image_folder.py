@@ -26,13 +26,17 @@ def load_image_folder(folder: Path) -> ImageDataset:
         test, test_names = _read(folder / "test")
         if names != test_names:
             differ = ", ".join(sorted(set(names) ^ set(test_names)))
-            raise ValueError(f"the folders of classes in {folder}/train and {folder}/test differ ({differ}): make them the same")
+            raise ValueError(
+                f"the folders of classes in {folder}/train and {folder}/test differ ({differ}): make them the same"
+            )
         return ImageDataset(folder.name, names, train, test)
     everything, names = _read(folder)
     is_test = every_fifth_of_a_class(everything.labels)
     for label, name in enumerate(names):
         if not is_test[everything.labels == label].any():
-            raise ValueError(f"the class {name!r} in {folder} has fewer than 5 images, too few to keep some for testing: add images")
+            raise ValueError(
+                f"the class {name!r} in {folder} has fewer than 5 images, too few to keep some for testing: add images"
+            )
     return ImageDataset(folder.name, names, everything[~is_test], everything[is_test])
 
 
@@ -40,14 +44,21 @@ def _read(folder: Path) -> tuple[Split, tuple[str, ...]]:
     classes = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
     if len(classes) < 2:
         raise ValueError(f"{folder} has {len(classes)} folders of images: make one for each class, at least two")
-    files = [(path, label) for label, c in enumerate(classes) for path in sorted(c.rglob("*")) if path.suffix.lower() in EXTENSIONS]
+    files = [
+        (path, label)
+        for label, c in enumerate(classes)
+        for path in sorted(c.rglob("*"))
+        if path.suffix.lower() in EXTENSIONS
+    ]
     missing = [c.name for label, c in enumerate(classes) if all(at != label for _, at in files)]
     if missing:
         raise ValueError(f"there is no image in {folder / missing[0]}: add some, or remove the folder")
     with ThreadPoolExecutor() as pool:
         images = list(pool.map(_decode, [path for path, _ in files]))
     labels = torch.tensor([label for _, label in files])
-    return Split(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), labels), tuple(c.name for c in classes)
+    return Split(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), labels), tuple(
+        c.name for c in classes
+    )
 
 
 EXTENSIONS = frozenset(Image.registered_extensions())

@@ -20,7 +20,7 @@ from .wandb_mirror import Mirror
 
 
 def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The rows in a file, oldest first; [] if there is none. A line that is not a JSON object is skipped with a warning."""
+    """The rows in a file, oldest first; [] if there is none. What is no JSON object is skipped, with a warning."""
     try:
         lines = Path(path).read_bytes().split(b"\n")
     except FileNotFoundError:
@@ -80,7 +80,10 @@ def mend(path: Path) -> None:
                 aside.flush()
                 os.fsync(aside.fileno())
             file.truncate(len(kept + newline))
-            print(f"{path}: the last line was cut short (a kill?); its {len(tail)} bytes are now in {torn.name}", file=sys.stderr)
+            print(
+                f"{path}: the last line was cut short (a kill?); its {len(tail)} bytes are now in {torn.name}",
+                file=sys.stderr,
+            )
         file.flush()
         os.fsync(file.fileno())
 

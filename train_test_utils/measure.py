@@ -1,8 +1,8 @@
 """What a model costs: time, multiply-adds, zeros, bits. Sizes of files are `os.path.getsize`, nothing here.
 
 Times are of the whole model on images that are already on the device: no loader, `torch.inference_mode`, warm-up first,
-device synchronised, a fixed number of threads. The model and the float model beside it take turns within the same seconds,
-so that a clock or a neighbour on the machine that changes meets both.
+device synchronised, a fixed number of threads. The model and the float model beside it take turns within the same
+seconds, so that a clock or a neighbour on the machine that changes meets both.
 """
 
 from __future__ import annotations
@@ -55,14 +55,16 @@ def latency_beside(
 ) -> dict[str, Any]:  # fmt: skip
     """The two models' times in one interleaved run, as fields of a row.
 
-    latency_ms_p50_batch1, latency_ms_p90_batch1, throughput_images_per_s, throughput_batch and the first three again with
-    `float_` before them. `batch`: None takes 256 on a GPU, and on a CPU the power of two of 4 … 256 that comes to about
-    2·10^10 multiply-adds, the same whatever else the machine does. Warm-up and measurement together take about `seconds`;
-    each model is called at least three times, so a slow one takes longer.
+    latency_ms_p50_batch1, latency_ms_p90_batch1, throughput_images_per_s, throughput_batch and the first three again
+    with `float_` before them. `batch`: None takes 256 on a GPU, and on a CPU the power of two of 4 … 256 that comes to
+    about 2·10^10 multiply-adds, the same whatever else the machine does. Warm-up and measurement together take about
+    `seconds`; each model is called at least three times, so a slow one takes longer.
     """
     models = [float_model, packed_model]
     if batch is None:
-        limit = CPU_BATCH_MACS / max(count_macs(float_model, image_size), 1) if torch.device(device).type == "cpu" else 256
+        limit = (
+            CPU_BATCH_MACS / max(count_macs(float_model, image_size), 1) if torch.device(device).type == "cpu" else 256
+        )
         batch = 2 ** int(math.log2(min(max(limit, 4), 256)))
     single = _times(models, _images(1, image_size, device), 0.4 * seconds, 400, threads)
     many = _times(models, _images(batch, image_size, device), 0.6 * seconds, 50, threads)
@@ -100,7 +102,7 @@ def _times(
         while min(map(len, times)) < 3 or (len(times[-1]) < repeats and time.monotonic() - began < 0.9 * seconds):
             for model, own, estimate in zip(models, times, first, strict=True):
                 block = max(1, min(10, round(seconds / 40 / estimate)))
-                if block > 1 or len(models) > 1 and estimate < seconds / 20:
+                if block > 1 or (len(models) > 1 and estimate < seconds / 20):
                     call(model)
                 own.extend(call(model) for _ in range(block))
     return times
@@ -171,7 +173,9 @@ def _macs_of_nodes(network: PackedNetwork, image_size: int) -> int:
         if node.op in ("conv", "max_pool"):
             height, width = (
                 (size + 2 * pad - kernel) // stride + 1
-                for size, pad, kernel, stride in zip((height, width), node.padding, node.kernel, node.stride, strict=True)
+                for size, pad, kernel, stride in zip(
+                    (height, width), node.padding, node.kernel, node.stride, strict=True
+                )
             )
         else:
             height = width = 1
@@ -194,7 +198,7 @@ def code_zero_fraction(model: nn.Module) -> float:
 
 
 def weight_bits(model: nn.Module) -> float:
-    """Nominal bits of a weight of linear and convolution layers, on average: log2(3) ternary, 8, or 32 for float ones."""
+    """Nominal bits of a weight of linear and convolution layers, on average: log2(3) ternary, 8, or 32 if float."""
     sizes = [(w.numel(), {"ternary": LOG2_3, 8: 8.0, None: 32.0}[bits]) for w, bits in _weights(model)]
     return round(sum(n * bits for n, bits in sizes) / max(sum(n for n, _ in sizes), 1), 4)
 

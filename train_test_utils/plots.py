@@ -17,7 +17,12 @@ from .table import Line, float_line, is_reduced, significant
 INK, FAINT = "#222222", "#8a8a8a"
 FAMILIES = {"float": (INK, "D"), "ptq": ("#D55E00", "s"), "qat": ("#0072B2", "o")}  # by the beginning of a row's name
 OTHER = ("#009E73", "^")
-SCORE_STYLES = {"random": (FAINT, "o"), "l1": ("#E69F00", "s"), "l2_filters": ("#0072B2", "D"), "l1_global": ("#009E73", "^")}
+SCORE_STYLES = {
+    "random": (FAINT, "o"),
+    "l1": ("#E69F00", "s"),
+    "l2_filters": ("#0072B2", "D"),
+    "l1_global": ("#009E73", "^"),
+}
 FULL_LATENCY_LINES = 24  # more than these, and pruned rows are left out of the latency picture
 
 
@@ -32,7 +37,12 @@ class Picture:
 
 def draw_all(lines: Sequence[Line], curves: Mapping[str, Sequence[Mapping[str, Any]]], folder: Path) -> list[Picture]:
     """Draw what the rows have data for."""
-    drawn = [draw_size(lines, folder), draw_pruning(lines, folder), draw_latency(lines, folder), draw_curves(curves, lines, folder)]
+    drawn = [
+        draw_size(lines, folder),
+        draw_pruning(lines, folder),
+        draw_latency(lines, folder),
+        draw_curves(curves, lines, folder),
+    ]
     return [picture for picture in drawn if picture is not None]
 
 
@@ -49,7 +59,8 @@ def draw_size(lines: Sequence[Line], folder: Path) -> Picture | None:
         colour, marker = family(line.name)
         pruned = line.pruning is not None
         axes.errorbar(x, y, line.std("test_accuracy_pct"), color=colour, marker=marker, markersize=4.5 if pruned else 8,
-                      markerfacecolor="white" if pruned else colour, alpha=0.75 if pruned else 1, linestyle="", zorder=3)  # fmt: skip
+                      markerfacecolor="white" if pruned else colour, alpha=0.75 if pruned else 1, linestyle="",
+                      zorder=3)  # fmt: skip
         if not pruned:
             labels.append((x, y, line.name, colour))
     _size_axis(axes, [p.mean("file_bytes") or 0.0 for p in points])
@@ -57,12 +68,15 @@ def draw_size(lines: Sequence[Line], folder: Path) -> Picture | None:
     _accuracy_axis(axes)
     reference = float_line(points, points[0])
     if reference is not None:
-        axes.axhline(reference.mean("test_accuracy_pct") or 0.0, color=FAINT, linewidth=0.8, linestyle=(0, (4, 4)), zorder=1)
+        axes.axhline(
+            reference.mean("test_accuracy_pct") or 0.0, color=FAINT, linewidth=0.8, linestyle=(0, (4, 4)), zorder=1
+        )
     _label(axes, labels)
     dashed = " Dashed: the float model." if reference is not None else ""
     hollow = " Small hollow marks: pruned rows." if any(p.pruning for p in points) else ""
     return _save(figure, lines, folder / "accuracy_vs_size.png", "Accuracy against file size",
-                 f"Each mark is a saved file, reloaded and measured; better is up and left.{dashed}{hollow}")  # fmt: skip
+                 "Each mark is a saved file, reloaded and measured; better is up and "
+                 f"left.{dashed}{hollow}")  # fmt: skip
 
 
 def draw_pruning(lines: Sequence[Line], folder: Path) -> Picture | None:
@@ -86,7 +100,9 @@ def draw_pruning(lines: Sequence[Line], folder: Path) -> Picture | None:
             if start_y is not None:
                 points.insert(0, (0.0, start_y, 0.0))
             xs, ys, errors = zip(*points, strict=True)
-            axes.errorbar(xs, ys, errors if any(errors) else None, color=colour, marker=marker, markersize=5, linewidth=1.6)
+            axes.errorbar(
+                xs, ys, errors if any(errors) else None, color=colour, marker=marker, markersize=5, linewidth=1.6
+            )
             ends.append((xs[-1], ys[-1], score, colour))
         if start_y is not None:
             axes.plot(0, start_y, marker=family(base)[1], color=family(base)[0], markersize=8, zorder=4)
@@ -98,7 +114,8 @@ def draw_pruning(lines: Sequence[Line], folder: Path) -> Picture | None:
     for axes, by_score in zip(panels, groups.values(), strict=True):
         _end_labels(axes, [_end(score, members) for score, members in by_score.items()])
     return _save(figure, lines, folder / "accuracy_vs_pruned.png", "Accuracy against what is pruned",
-                 "Share of the chosen layers' weights, or of their filters where the score's name says so, that is pruned; at 0% the same "
+                 "Share of the chosen layers' weights, or of their filters where the score's name says so, that is "
+                 "pruned; at 0% the same "
                  "quantization without pruning.")  # fmt: skip
 
 
@@ -108,7 +125,11 @@ def draw_latency(lines: Sequence[Line], folder: Path) -> Picture | None:
     timed = [line for line in lines if line.mean(field)]
     if not timed:
         return None
-    shown = timed if len(timed) <= FULL_LATENCY_LINES else [line for line in timed if line.pruning is None] or timed[:FULL_LATENCY_LINES]
+    shown = (
+        timed
+        if len(timed) <= FULL_LATENCY_LINES
+        else [line for line in timed if line.pruning is None] or timed[:FULL_LATENCY_LINES]
+    )
     figure, (axes,) = _figure(8.4, 1.3 + 0.34 * len(shown))
     for y, line in enumerate(shown):
         own, beside, p90 = line.mean(field) or 0.0, line.mean(f"float_{field}"), line.mean("latency_ms_p90_batch1")
@@ -128,14 +149,23 @@ def draw_latency(lines: Sequence[Line], folder: Path) -> Picture | None:
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("milliseconds for one image")
     left_out = f" {len(timed) - len(shown)} pruned rows are left out." if len(shown) < len(timed) else ""
-    where = ", ".join(p for p in (shown[0].text("device"), f"{shown[0].text('threads')} threads" if shown[0].text("threads") else "") if p)
+    where = ", ".join(
+        p
+        for p in (shown[0].text("device"), f"{shown[0].text('threads')} threads" if shown[0].text("threads") else "")
+        if p
+    )
     return _save(figure, lines, folder / "latency.png", "Latency, one image",
-                 f"Mark: median, thin line to the 90th percentile. Black bar: the float model, measured in turns with it. {where}.{left_out}")  # fmt: skip
+                 "Mark: median, thin line to the 90th percentile. Black bar: the float model, measured in turns with "
+                 f"it. {where}.{left_out}")  # fmt: skip
 
 
-def draw_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]], lines: Sequence[Line], folder: Path) -> Picture | None:
+def draw_curves(
+    curves: Mapping[str, Sequence[Mapping[str, Any]]], lines: Sequence[Line], folder: Path
+) -> Picture | None:
     """Training loss and accuracy by epoch."""
-    fields = [f for f in ("train_loss", "train_accuracy_pct") if any(f in r for records in curves.values() for r in records)]
+    fields = [
+        f for f in ("train_loss", "train_accuracy_pct") if any(f in r for records in curves.values() for r in records)
+    ]
     if not fields:
         return None
     figure, panels = _figure(5.2 * len(fields), 4.2, len(fields))
@@ -160,7 +190,8 @@ def draw_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]], lines: Sequen
             _accuracy_axis(axes, "accuracy on training batches (%)")
         _end_labels(axes, ends)
     return _save(figure, lines, folder / "training_curves.png", "Training",
-                 "Of augmented images, during the epoch. Rows start from the model they descend from. Thin: pruned rows.")  # fmt: skip
+                 "Of augmented images, during the epoch. Rows start from the model they descend from. Thin: pruned "
+                 "rows.")  # fmt: skip
 
 
 def family(name: str) -> tuple[str, str]:
@@ -239,7 +270,7 @@ def _label(axes: Axes, labels: Sequence[tuple[float, float, str, str]]) -> None:
 
 
 def spread(wanted: Sequence[float], space: float, low: float, high: float) -> list[float]:
-    """Positions nearest to the ascending `wanted` (least squares) that are `space` apart and, if they fit, in [low, high]."""
+    """Positions nearest (least squares) to the ascending `wanted` `space` apart, if they fit in [low, high]."""
     blocks: list[tuple[float, int]] = []  # (mean, count) of wanted[i] - i · space, which has to ascend
     for i, y in enumerate(wanted):
         mean, count = y - i * space, 1
@@ -253,10 +284,13 @@ def spread(wanted: Sequence[float], space: float, low: float, high: float) -> li
 
 
 def _annotate(axes: Axes, text: str, mark: Any, place: Any, coordinates: Any, side: str, colour: str) -> None:
-    line = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "alpha": 0.6, "relpos": (1.0 if side == "right" else 0.0, 0.5),
+    line = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "alpha": 0.6,
+            "relpos": (1.0 if side == "right" else 0.0, 0.5),
             "shrinkA": 1, "shrinkB": 4}  # fmt: skip
-    axes.annotate(text, mark, place, textcoords=coordinates, ha=side, va="center", fontsize=9, color=colour, arrowprops=line,
-                  annotation_clip=False, zorder=5, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8})  # fmt: skip
+    axes.annotate(text, mark, place, textcoords=coordinates, ha=side, va="center", fontsize=9, color=colour,
+                  arrowprops=line,
+                  annotation_clip=False, zorder=5, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5,
+                                                         "alpha": 0.8})  # fmt: skip
 
 
 def _save(figure: Figure, lines: Sequence[Line], path: Path, title: str, caption: str) -> Picture:

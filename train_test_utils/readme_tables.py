@@ -6,9 +6,9 @@
     <!-- table:latency/networks columns=model,batch,engine,p50_ms last=model,batch,engine -->      any other lines
     <!-- /table -->
 
-Options after the name: `only=float,qat_*` (row names, as a shell matches names), `columns=` (fields, `a.b` and `a.0` for
-nested ones, `field:title` with underscores for spaces; without it, all that are plain values), `last=` (of lines that agree
-in these fields the last counts).
+Options after the name: `only=float,qat_*` (row names, as a shell matches names), `columns=` (fields, `a.b` and `a.0`
+for nested ones, `field:title` with underscores for spaces; without it, all that are plain values), `last=` (of lines
+that agree in these fields the last counts).
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ def with_tables(text: str, results: Path) -> str:
         FileNotFoundError: a marker names a file that is not in `results`.
         ValueError: a marker without its end, an unknown option, or nothing to show.
     """
-    if len(OPENING.findall(text)) != len(MARKED.findall(text)) or any(OPENING.search(m[0][5:]) for m in MARKED.finditer(text)):
+    if len(OPENING.findall(text)) != len(MARKED.findall(text)) or any(
+        OPENING.search(m[0][5:]) for m in MARKED.finditer(text)
+    ):
         raise ValueError("every <!-- table:NAME --> needs a line <!-- /table --> after it, before the next one")
     return MARKED.sub(lambda m: m[1] + markdown(m[2], m[3], results) + m[4], text)
 
@@ -90,7 +92,9 @@ def _anything(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None) 
 
 def _table(head: Sequence[str], body: Sequence[Sequence[str]], left: int) -> str:
     marks = ["---" if i < left else "---:" for i in range(len(head))]
-    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n" for cells in [head, marks, *body])
+    return "".join(
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n" for cells in [head, marks, *body]
+    )
 
 
 def _notes(notes: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:

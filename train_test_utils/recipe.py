@@ -63,7 +63,7 @@ class Recipe:
         return self.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1.0, steps - warm)))
 
     def quantized_part_at(self, step: int, steps: int) -> float:
-        """The ramp from float (0) to quantized (1) weights, in quarters so that a compiled step is built only a few times."""
+        """The ramp from float (0) to quantized (1) weights, in quarters, so that few compiled steps are built."""
         position = step / (self.ramp * steps) if self.ramp else 1.0
         return min(1.0, math.floor(4 * position) / 4)
 

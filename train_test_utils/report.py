@@ -107,7 +107,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"report: {error}", file=sys.stderr)
         return 2
     if given.check and after != before:
-        print(f"{given.readme}: tables are out of date: python3 -m train_test_utils.report --readme {given.readme} {given.folder}",
+        print(f"{given.readme}: tables are out of date: python3 -m train_test_utils.report --readme {given.readme} "
+              f"{given.folder}",
               file=sys.stderr)  # fmt: skip
         return 1
     if after != before:

@@ -59,7 +59,10 @@ document.querySelectorAll("th").forEach((head, column) => {
 
 def page(lines: Sequence[Line], pictures: Sequence[Picture]) -> str:
     """The page: what it is, one line in figures, the table, the pictures, how it was made."""
-    title = ", ".join(dict.fromkeys(f"{line.text('model') or '?'} on {line.text('dataset') or '?'}" for line in lines)) or "no rows yet"
+    title = (
+        ", ".join(dict.fromkeys(f"{line.text('model') or '?'} on {line.text('dataset') or '?'}" for line in lines))
+        or "no rows yet"
+    )
     parts = [f"<h1>{escape(title)}</h1>", _badges(lines), _headline(lines), "<h2>Every row</h2>", _table(lines)]
     parts += [_figure(picture) for picture in pictures]
     parts.append(_made_by(lines))
@@ -76,7 +79,10 @@ def headline_line(lines: Sequence[Line]) -> Line | None:
     Not the most accurate one: that would be a choice made on the test split.
     """
     ternary = [line for line in lines if (line.mean("weight_bits") or 32) < 1.586 and line.pruning is None]
-    return next((line for name in ("qat_all", "ptq_all") for line in ternary if line.name == name), ternary[0] if ternary else None)
+    return next(
+        (line for name in ("qat_all", "ptq_all") for line in ternary if line.name == name),
+        ternary[0] if ternary else None,
+    )
 
 
 def _headline(lines: Sequence[Line]) -> str:
@@ -86,15 +92,27 @@ def _headline(lines: Sequence[Line]) -> str:
         return ""
     accuracy, float_accuracy = shown.mean("test_accuracy_pct"), base.mean("test_accuracy_pct")
     size, smaller = shown.mean("file_bytes"), shown.mean("float_file_bytes/file_bytes")
-    latency, faster = shown.mean("latency_ms_p50_batch1"), shown.mean("float_latency_ms_p50_batch1/latency_ms_p50_batch1")
+    latency, faster = (
+        shown.mean("latency_ms_p50_batch1"),
+        shown.mean("float_latency_ms_p50_batch1/latency_ms_p50_batch1"),
+    )
     cards = []
     if accuracy is not None and float_accuracy is not None:
-        cards.append((f"{accuracy:.2f}%", f"test accuracy; float {float_accuracy:.2f}% ({accuracy - float_accuracy:+.2f} points)".replace("-", "−")))
+        cards.append(
+            (
+                f"{accuracy:.2f}%",
+                f"test accuracy; float {float_accuracy:.2f}% ({accuracy - float_accuracy:+.2f} points)".replace(
+                    "-", "−"
+                ),
+            )
+        )
     if size and smaller:
         cards.append((megabytes(size), f"file on disk, {significant(smaller)}× smaller than float"))
     if latency and faster:
         cards.append((f"{significant(latency)} ms", f"one image, {faster:.2f}× the speed of float beside it"))
-    boxes = "".join(f'<div class="card"><b>{escape(value)}</b><span>{escape(text)}</span></div>' for value, text in cards)
+    boxes = "".join(
+        f'<div class="card"><b>{escape(value)}</b><span>{escape(text)}</span></div>' for value, text in cards
+    )
     return f'<p>Every weight at 1.58 bits: <b>{escape(shown.name)}</b>.</p><div class="cards">{boxes}</div>'
 
 
@@ -109,12 +127,18 @@ def _badges(lines: Sequence[Line]) -> str:
 
 def _table(lines: Sequence[Line]) -> str:
     several = len({line.budget for line in lines}) > 1
-    heads = [("row", "click a heading to sort"), *((c.title, c.meaning) for c in COLUMNS), ("what was done", "transformations, training")]
+    heads = [
+        ("row", "click a heading to sort"),
+        *((c.title, c.meaning) for c in COLUMNS),
+        ("what was done", "transformations, training"),
+    ]
     head = "".join(f'<th tabindex="0" title="{escape(meaning)}">{escape(title)}</th>' for title, meaning in heads)
     rows = []
     for line in lines:
         name = escape(line.name) + (f' <span class="badge">budget {line.budget:g}</span>' if several else "")
-        cells = [f'<td data-v="{escape(line.name)}"><span class="mark" style="background:{family(line.name)[0]}"></span>{name}</td>']
+        cells = [
+            f'<td data-v="{escape(line.name)}"><span class="mark" style="background:{family(line.name)[0]}"></span>{name}</td>'
+        ]
         for column in COLUMNS:
             mean = line.mean(column.field)
             cells.append(f'<td data-v="{"" if mean is None else mean}">{escape(column.cell(line))}</td>')
@@ -151,5 +175,7 @@ def _figure(picture: Picture) -> str:
 def _made_by(lines: Sequence[Line]) -> str:
     commands = dict.fromkeys(row["command"] for line in lines for row in line.rows if row.get("command"))
     dates = sorted(str(row["started_at"])[:10] for line in lines for row in line.rows if row.get("started_at"))
-    when = f' <span class="soft">({dates[0]}{"" if dates[0] == dates[-1] else " to " + dates[-1]})</span>' if dates else ""
+    when = (
+        f' <span class="soft">({dates[0]}{"" if dates[0] == dates[-1] else " to " + dates[-1]})</span>' if dates else ""
+    )
     return f"<h2>Made by</h2>{when}<pre>{escape(chr(10).join(commands))}</pre>" if commands else ""

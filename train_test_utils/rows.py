@@ -91,7 +91,7 @@ def choose(rows: Sequence[Row], patterns: Sequence[str] | None) -> list[Row]:
 
 
 def describe(value: Any) -> Any:
-    """A JSON value that says what a row, recipe or transformation is: functions and classes by name, dataclasses by field."""
+    """A JSON value for a row, recipe or transformation: functions and classes by name, dataclasses by field."""
     if is_dataclass(value) and not isinstance(value, type):
         return {"kind": type(value).__name__} | {f.name: describe(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""From rows to the lines of a table: repetitions replaced by the latest, seeds averaged, values written with their units."""
+"""From rows to the lines of a table: repetitions replaced by the latest, seeds averaged, values with their units."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Line:
 
     @property
     def pruning(self) -> tuple[str, str, float] | None:
-        """(quantization, score, percent) of a pruned line, such as ("qat_all", "l1", 30.0); None if nothing was pruned."""
+        """(quantization, score, percent) of a pruned line, such as ("qat_all", "l1", 30.0); None if not pruned."""
         match = re.search(r"([\d.]+)% of .* by (\w+)", self.text("pruned"))
         if match:
             percent, score = float(match[1]), match[2]
@@ -66,7 +66,7 @@ class Line:
 
 
 def lines_of(rows: Sequence[Mapping[str, Any]]) -> list[Line]:
-    """The lines of a table, in the order in which they first appear. Of rows done twice with a seed, the later counts."""
+    """The lines of a table, in the order of first appearance. Of rows done twice with a seed, the later counts."""
     latest: dict[tuple[str, ...], dict[Any, Mapping[str, Any]]] = {}
     for row in rows:
         latest.setdefault(_key(row), {})[row.get("seed")] = row
@@ -122,11 +122,13 @@ def megabytes(size: float) -> str:
 
 
 COLUMNS = (
-    Column("test accuracy", "share of all test images, measured on the model reloaded from its file", "test_accuracy_pct",
+    Column("test accuracy", "share of all test images, measured on the model reloaded from its "
+                            "file", "test_accuracy_pct",
            lambda v: f"{v:.2f}%", with_std=True),
     Column("file", "bytes on disk, 1 MB = 10⁶ bytes", "file_bytes", megabytes),
     Column("smaller", "float file / this file", "float_file_bytes/file_bytes", lambda v: f"{significant(v)}×"),
-    Column("zeros", "weights of linear and convolution layers that are exactly 0", "zero_fraction", lambda v: f"{100 * v:.1f}%"),
+    Column("zeros", "weights of linear and convolution layers that are exactly "
+                    "0", "zero_fraction", lambda v: f"{100 * v:.1f}%"),
     Column("latency", "one image, median", "latency_ms_p50_batch1", lambda v: f"{significant(v)} ms"),
     Column("faster", "float latency / this latency, measured in turns in one run",
            "float_latency_ms_p50_batch1/latency_ms_p50_batch1", lambda v: f"{v:.2f}×"),
@@ -137,13 +139,16 @@ COLUMNS = (
 
 
 def circumstances(lines: Sequence[Line]) -> dict[str, str]:
-    """What all figures of a table depend on: {"budget": "0.02", "seeds": "0, 1", "device": …}; what is unknown is missing."""
+    """What all figures of a table depend on: {"budget": "0.02", "seeds": "0, 1", …}; without what is unknown."""
     rows = [row for line in lines for row in line.rows]
 
     def distinct(field: str) -> list[str]:
         return list(dict.fromkeys(_plain(row[field]) for row in rows if row.get(field) not in (None, "", {}, [])))
 
-    texts = {field: distinct(field) for field in ("budget", "seed", "device", "threads", "backend", "precision", "commit", "options")}
+    texts = {
+        field: distinct(field)
+        for field in ("budget", "seed", "device", "threads", "backend", "precision", "commit", "options")
+    }
     seeds = texts.pop("seed")
     return {k: ", ".join(v) for k, v in ({"budget": texts.pop("budget"), "seeds": seeds} | texts).items() if v}
 

@@ -1,7 +1,8 @@
-"""Weights & Biases as a mirror of the logbook. Nothing here may stop a run, wait for a person, or wait long for a network.
+"""Weights & Biases as a mirror of the logbook. Nothing here may stop a run, wait for a person, or wait long for a
+network.
 
-wandb itself asks for a key at a terminal, raises without one, and waits 90 s for a network that is not there; so the key is
-looked for first, waiting is bounded, and whatever it raises is said once and then left alone.
+wandb itself asks for a key at a terminal, raises without one, and waits 90 s for a network that is not there; so the
+key is looked for first, waiting is bounded, and whatever it raises is said once and then left alone.
 """
 
 from __future__ import annotations
@@ -79,7 +80,9 @@ class Mirror:
 
         def write() -> None:
             columns = list(dict.fromkeys(k for row in table for k in row if k not in NESTED))
-            self._run.log({"rows": self._wandb.Table(columns=columns, data=[[r.get(c) for c in columns] for r in table])})
+            self._run.log(
+                {"rows": self._wandb.Table(columns=columns, data=[[r.get(c) for c in columns] for r in table])}
+            )
             self._run.log({f.stem: self._wandb.Image(str(f)) for f in files if f.suffix == ".png"})
             artifact = self._wandb.Artifact(self.group, type="table")
             for file in dict.fromkeys([*files, *packed]):
@@ -100,7 +103,7 @@ class Mirror:
     def _open(self, name: str, config: dict[str, Any], job_type: str) -> None:
         try:
             self._run = self._init(name, config, job_type)
-        except Exception as error:  # noqa: BLE001  wandb raises many kinds, and none is worth a result
+        except Exception as error:  # wandb raises many kinds, and none is worth a result
             if self.mode == "offline":
                 self._complain(error)
                 return
@@ -116,13 +119,15 @@ class Mirror:
     def _init(self, name: str, config: dict[str, Any], job_type: str) -> Any:
         wanted = {
             "silent": True, "console": "off", "init_timeout": CONNECT_SECONDS, "finish_timeout": UPLOAD_SECONDS,
-            "summary_timeout": 10, "x_graphql_timeout_seconds": 10, "x_graphql_retry_max": 2, "x_file_stream_retry_max": 4, "x_file_transfer_retry_max": 2,
+            "summary_timeout": 10, "x_graphql_timeout_seconds": 10, "x_graphql_retry_max": 2,
+            "x_file_stream_retry_max": 4, "x_file_transfer_retry_max": 2,
             "x_disable_stats": True,
         }  # fmt: skip
         known = {k: v for k, v in wanted.items() if k in self._wandb.Settings.model_fields}  # they differ by version
         return self._wandb.init(
             project=os.environ.get("WANDB_PROJECT", self.project), group=self.group, job_type=job_type, name=name,
-            config=config, mode=self.mode, dir=str(self.folder), save_code=False, settings=self._wandb.Settings(**known),
+            config=config, mode=self.mode, dir=str(self.folder), save_code=False,
+            settings=self._wandb.Settings(**known),
         )  # fmt: skip
 
     def _guarded(self, action: Callable[[], Any], open_run: bool = True) -> None:
@@ -131,7 +136,7 @@ class Mirror:
             return
         try:
             action()
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             self._complain(error)
 
     def _complain(self, error: Exception) -> None:
@@ -172,8 +177,10 @@ def _import_wandb() -> Any:
     """The module wandb, or None with one line why not."""
     try:
         import wandb
-    except Exception as error:  # noqa: BLE001  not installed, or broken
-        print(f"W&B: not available ({_sentence(error)}), so there is no mirror; rows.jsonl is complete", file=sys.stderr)
+    except Exception as error:  # not installed, or broken
+        print(
+            f"W&B: not available ({_sentence(error)}), so there is no mirror; rows.jsonl is complete", file=sys.stderr
+        )
         return None
     if not hasattr(wandb, "init"):  # an empty namespace: only a folder called wandb was found
         print("W&B: not installed, so there is no mirror; rows.jsonl is complete", file=sys.stderr)

@@ -68,7 +68,8 @@ def _compile(library: Path, flags: list[str]) -> None:
 
     if not (shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")):
         raise FileNotFoundError("no C++ compiler was found (on Debian or Ubuntu: apt install g++)")
-    os.environ["PATH"] += os.pathsep + str(Path(sys.executable).parent)  # ninja lives there when the venv is not activated
+    # ninja lives beside the interpreter, which is not on the path when the environment is not activated.
+    os.environ["PATH"] += os.pathsep + str(Path(sys.executable).parent)
     print(f"compiling the CPU kernels into {library.parent} (once; a minute or so) …", file=sys.stderr, flush=True)
     start = time.time()
     library.parent.mkdir(parents=True, exist_ok=True)

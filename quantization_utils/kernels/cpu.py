@@ -1,8 +1,8 @@
 """Packed networks and layers on the C++ kernels: a whole network is one operator call and one parallel region.
 
-Threads follow torch.get_num_threads(). Environment: TERNARY_ISA (avx512vnni, avx2 or portable) forces an instruction set;
-TERNARY_ALGORITHM (direct or winograd) forces how 3×3 convolutions are computed, which else is measured for each node and
-batch size at the first call. Neither changes a result: all are exact.
+Threads follow torch.get_num_threads(). Environment: TERNARY_ISA (avx512vnni, avx2 or portable) forces an instruction
+set; TERNARY_ALGORITHM (direct or winograd) forces how 3×3 convolutions are computed, which else is measured for each
+node and batch size at the first call. Neither changes a result: all are exact.
 """
 
 from __future__ import annotations
@@ -72,20 +72,24 @@ class NetworkExecutor:
         return torch.ops.ternary.network_shape(self._handle, batch, height, width)[1:]
 
     def plan(self, batch: int, height: int = 32, width: int = 32) -> list[dict[str, Any]]:
-        """One dict a node for a batch size that has run: node, op, algorithm, microseconds of each candidate, multiply-adds.
+        """One dict a node for a batch size that has run: op, algorithm, microseconds of each candidate, multiply-adds.
 
         Microseconds are zero where an algorithm was not measured or cannot be used.
         """
         lines = torch.ops.ternary.network_describe(self._handle, batch, height, width).splitlines()
         names = ("node", "op", "algorithm", "direct_us", "winograd_us", "multiply_adds")
         types = (int, str, str, float, float, int)
-        return [dict(zip(names, (t(v) for t, v in zip(types, line.split(), strict=True)), strict=True)) for line in lines]
+        return [
+            dict(zip(names, (t(v) for t, v in zip(types, line.split(), strict=True)), strict=True)) for line in lines
+        ]
 
 
 class Linear:
     """Dynamic integer linear layer, as reference.Linear: x float32 (…, K) on the CPU → float32 (…, N)."""
 
-    def __init__(self, codes_NK: Tensor, scale_N: Tensor, bias_N: Tensor | None, act_bits: int, backend: str = "cpu") -> None:
+    def __init__(
+        self, codes_NK: Tensor, scale_N: Tensor, bias_N: Tensor | None, act_bits: int, backend: str = "cpu"
+    ) -> None:
         isa = choose_isa(backend)
         if not 2 <= act_bits <= 8:
             raise ValueError(f"activations of {act_bits} bits are not supported: choose 2 to 8")

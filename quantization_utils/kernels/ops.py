@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def register() -> None:
-    """Register fake implementations, so that torch.compile and torch.export accept a packed model. Once, after loading."""
+    """Register fakes, so that torch.compile and torch.export take a packed model; once, after loading."""
 
     @torch.library.register_fake("ternary::network_run")
     def network_run(images: Tensor, handle: int, tail: list[int]) -> Tensor:

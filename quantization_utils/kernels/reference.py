@@ -1,8 +1,8 @@
 """The reference kernels: they define what a packed network computes, run on any device, and are exact.
 
-Integers travel in float32 containers. That is exact arithmetic, not an approximation: a float32 holds every integer up to
-2^24, and an accumulator is at most K · |code| · |activation| (9216 · 1 · 255 < 2^22 for the largest ternary layer of the
-study); where that bound reaches 2^24 (8-bit weights, long rows) the containers are float64, exact to 2^53. On CUDA,
+Integers travel in float32 containers. That is exact arithmetic, not an approximation: a float32 holds every integer up
+to 2^24, and an accumulator is at most K · |code| · |activation| (9216 · 1 · 255 < 2^22 for the largest ternary layer of
+the study); where that bound reaches 2^24 (8-bit weights, long rows) the containers are float64, exact to 2^53. On CUDA,
 TF32 products of 8-bit integers are exact too, but a library may choose a Winograd convolution there, which is not: its
 error is far below 1/2, so rounding restores the integer.
 

@@ -151,7 +151,7 @@ def test_the_gap_payloads_above_are_one_step_from_a_good_one():
 
 @pytest.mark.parametrize("case", WRONG)
 def test_payloads_that_are_not_right(case):
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError):  # noqa: PT011  each has a sentence of its own
         unpack_codes(*WRONG[case])
 
 

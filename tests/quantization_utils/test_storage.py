@@ -58,9 +58,11 @@ def variants():
 
     return {
         "vit float": lambda: build("vit", 10, width=64, depth=1, patch_size=16).eval(), "vit": vit(),
-        "vit weight only": vit(act_bits=None), "vit partly": vit(keep=["*classifier"]), "vit with 8-bit head": two_kinds,
+        "vit weight only": vit(act_bits=None), "vit partly": vit(keep=["*classifier"]),
+        "vit with 8-bit head": two_kinds,
         "resnet float": lambda: build("resnet_18", 10, stem="maxpool").eval(), "resnet": resnet(True),
-        "resnet linear": resnet(False, only=nn.Linear, act_bits=None), "resnet half calibrated": resnet(True, keep=["conv1"]),
+        "resnet linear": resnet(False, only=nn.Linear, act_bits=None),
+        "resnet half calibrated": resnet(True, keep=["conv1"]),
     }  # fmt: skip
 
 
@@ -147,7 +149,7 @@ def test_any_safetensors_reader_reads_it(good):
         assert file.metadata()["format"] == "packed-vision-model"
         recorded = json.loads(file.metadata()["tensors"])
         assert set(file.keys()) == set(recorded)
-        for name in file.keys():  # noqa: SIM118 (this is no dict)
+        for name in file.keys():  # noqa: SIM118  it is no dict
             assert (
                 hashlib.sha256(file.get_tensor(name).contiguous().numpy().tobytes()).hexdigest()
                 == recorded[name]["sha256"]

@@ -82,7 +82,9 @@ def write_torchvision_layout(root: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
         sums[name] = hashlib.md5(content).hexdigest()
     monkeypatch.setattr(datasets.CIFAR10, "train_list", [[n, sums[n]] for n in names])
     monkeypatch.setattr(datasets.CIFAR10, "test_list", [["test_batch", sums["test_batch"]]])
-    monkeypatch.setattr(datasets.CIFAR10, "meta", {"filename": "batches.meta", "key": "label_names", "md5": sums["batches.meta"]})
+    monkeypatch.setattr(
+        datasets.CIFAR10, "meta", {"filename": "batches.meta", "key": "label_names", "md5": sums["batches.meta"]}
+    )
     archive = root / "cifar-10-python.tar.gz"
     with tarfile.open(archive, "w:gz") as tar:
         tar.add(folder, "cifar-10-batches-py")
@@ -116,10 +118,10 @@ class Server:
         outer = self
 
         class Handler(http.server.SimpleHTTPRequestHandler):
-            def do_GET(self) -> None:  # noqa: N802  # the name that http.server calls
+            def do_GET(self) -> None:  # the name that http.server calls
                 self._answer(True)
 
-            def do_HEAD(self) -> None:  # noqa: N802
+            def do_HEAD(self) -> None:
                 self._answer(False)
 
             def _answer(self, with_body: bool) -> None:
@@ -131,7 +133,9 @@ class Server:
                     body = (folder / path.lstrip("/")).read_bytes()
                 self.send_response(404 if body is None else 200)
                 self.send_header("Content-Length", str(len(body or b"")))
-                self.send_header("Content-Type", "application/json" if path.startswith("/api/") else "application/octet-stream")
+                self.send_header(
+                    "Content-Type", "application/json" if path.startswith("/api/") else "application/octet-stream"
+                )
                 self.send_header("ETag", '"' + "0" * 40 + '"')
                 self.send_header("X-Repo-Commit", "1" * 40)
                 self.end_headers()
@@ -168,14 +172,18 @@ def test_download_from_the_mirror_when_the_server_sends_rubbish(tmp_path, monkey
     write_hub_layout(tmp_path / "hub")
     files = sorted(p.relative_to(tmp_path / "hub").as_posix() for p in (tmp_path / "hub").rglob("*.parquet"))
     info = json.dumps({"id": TINY.mirror, "sha": "1" * 40, "siblings": [{"rfilename": f} for f in files]}).encode()
-    tree = json.dumps([{"type": "file", "path": f, "size": (tmp_path / "hub" / f).stat().st_size, "oid": "0" * 40} for f in files]).encode()
+    tree = json.dumps(
+        [{"type": "file", "path": f, "size": (tmp_path / "hub" / f).stat().st_size, "oid": "0" * 40} for f in files]
+    ).encode()
     hub = Server(
         tmp_path / "hub",
         {f"/api/datasets/{TINY.mirror}/revision/main": info, f"/api/datasets/{TINY.mirror}/tree/{'1' * 40}": tree}
         | {f"/datasets/{TINY.mirror}/resolve/{'1' * 40}/{f}": (tmp_path / "hub" / f).read_bytes() for f in files},
     )
     monkeypatch.setattr(datasets.CIFAR10, "url", f"{Server(tmp_path / 'origin').url}/cifar-10-python.tar.gz")
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", partial(huggingface_hub.snapshot_download, endpoint=hub.url))
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", partial(huggingface_hub.snapshot_download, endpoint=hub.url)
+    )
     data = load_cifar(TINY, tmp_path / "here")
     assert torch.equal(data.test.images, expected(slice(20, 30)))
     assert "trying the mirror" in capsys.readouterr().err
@@ -186,7 +194,9 @@ def test_no_network_says_where_to_put_the_files(tmp_path, monkeypatch):
     from torchvision import datasets
 
     monkeypatch.setattr(datasets.CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", partial(huggingface_hub.snapshot_download, endpoint="http://127.0.0.1:9"))
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", partial(huggingface_hub.snapshot_download, endpoint="http://127.0.0.1:9")
+    )
     with pytest.raises(FileNotFoundError, match="cannot be downloaded.*--data-dir"):
         load_cifar(TINY, tmp_path)
 

@@ -86,7 +86,7 @@ def test_a_full_disk_leaves_the_file_as_it_was(tmp_path, monkeypatch):
 
 
 def test_what_is_not_json_is_refused(tmp_path):
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="JSON"):
         append_line(tmp_path / "rows.jsonl", {"loss": float("nan")})
     assert not (tmp_path / "rows.jsonl").exists()
 

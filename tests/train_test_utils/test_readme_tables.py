@@ -8,14 +8,39 @@ from train_test_utils.readme_tables import with_tables
 from train_test_utils.report import main
 
 EXPERIMENTS = [
-    {"model": "vit", "dataset": "cifar10", "row": name, "seed": 0, "budget": 0.02, "test_accuracy_pct": accuracy, "file_bytes": size,
+    {"model": "vit", "dataset": "cifar10", "row": name, "seed": 0, "budget": 0.02, "test_accuracy_pct": accuracy,
+     "file_bytes": size,
      "float_file_bytes": 1_000_000, "device": "some CPU", "command": "python3 vit_experiments.py --budget 0.02"}
     for name, accuracy, size in (("float", 80.123, 1_000_000), ("qat_all", 79.0, 50_000))
 ]  # fmt: skip
 LATENCY = [
-    {"model": "alexnet", "batch": 1, "engine": "ours", "p50_ms": 0.5, "ratio": 2.0, "device": "some CPU", "detail": {"p90": 0.7, "range": [1, 2]}},
-    {"model": "alexnet", "batch": 1, "engine": "a|b", "p50_ms": 1.0, "ratio": None, "device": "some CPU", "detail": {"p90": 1.5}},
-    {"model": "alexnet", "batch": 1, "engine": "ours", "p50_ms": 0.4, "ratio": 2.5, "device": "some CPU", "detail": {"p90": 0.6, "range": [3, 4]}},
+    {
+        "model": "alexnet",
+        "batch": 1,
+        "engine": "ours",
+        "p50_ms": 0.5,
+        "ratio": 2.0,
+        "device": "some CPU",
+        "detail": {"p90": 0.7, "range": [1, 2]},
+    },
+    {
+        "model": "alexnet",
+        "batch": 1,
+        "engine": "a|b",
+        "p50_ms": 1.0,
+        "ratio": None,
+        "device": "some CPU",
+        "detail": {"p90": 1.5},
+    },
+    {
+        "model": "alexnet",
+        "batch": 1,
+        "engine": "ours",
+        "p50_ms": 0.4,
+        "ratio": 2.5,
+        "device": "some CPU",
+        "detail": {"p90": 0.6, "range": [3, 4]},
+    },
 ]
 
 
@@ -55,7 +80,10 @@ def test_any_other_lines_with_chosen_columns_and_only_the_last_of_repetitions(re
     assert table == ["| engine | p50 ms | ratio | p90 |", "| --- | ---: | ---: | ---: |",
                      "| ours | 0.400 | 2.50 | 0.600 |", r"| a\|b | 1.00 | – | 1.50 |"]  # fmt: skip
     assert "device some CPU" in text
-    assert len([line for line in with_tables(marked("latency/networks"), results).splitlines() if line.startswith("|")]) == 5
+    assert (
+        len([line for line in with_tables(marked("latency/networks"), results).splitlines() if line.startswith("|")])
+        == 5
+    )
 
 
 def test_titles_and_members_of_lists(results):

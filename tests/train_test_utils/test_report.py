@@ -10,12 +10,19 @@ from train_test_utils.report import format_table, main, print_table, write_repor
 
 
 def rows(seeds=(0, 1), budget=0.02):
-    figures = {"float": (90.0, 44_800_000, 32), "ptq_all": (60.0, 2_350_000, 1.585), "qat_all": (89.0, 2_360_000, 1.585)}
-    figures |= {f"qat_all_{s}_{p}": (89 - p / 10, 2_000_000 - 9000 * p, 1.585) for s in ("l1", "random") for p in (30, 90)}
+    figures = {
+        "float": (90.0, 44_800_000, 32),
+        "ptq_all": (60.0, 2_350_000, 1.585),
+        "qat_all": (89.0, 2_360_000, 1.585),
+    }
+    figures |= {
+        f"qat_all_{s}_{p}": (89 - p / 10, 2_000_000 - 9000 * p, 1.585) for s in ("l1", "random") for p in (30, 90)
+    }
     return [
         {
             "model": "resnet_18", "dataset": "digits", "row": name, "seed": seed, "budget": budget, "weight_bits": bits,
-            "test_accuracy_pct": accuracy + seed, "file_bytes": size, "float_file_bytes": 44_800_000, "zero_fraction": 0.33,
+            "test_accuracy_pct": accuracy + seed, "file_bytes": size, "float_file_bytes": 44_800_000,
+            "zero_fraction": 0.33,
             "latency_ms_p50_batch1": 2.0, "latency_ms_p90_batch1": 2.5, "float_latency_ms_p50_batch1": 5.0,
             "device": "a <fast> CPU", "threads": 2, "command": "python3 resnet_18_experiments.py --quick",
         }
@@ -28,7 +35,16 @@ def test_the_terminal_table(capsys):
     print_table(rows())
     text = capsys.readouterr().out
     (line,) = [line for line in text.splitlines() if line.startswith("qat_all ")]
-    assert re.split(r"\s{2,}", line) == ["qat_all", "89.50% ± 0.71%", "2.36 MB", "19.0×", "33.0%", "2.00 ms", "2.50×", "–"]
+    assert re.split(r"\s{2,}", line) == [
+        "qat_all",
+        "89.50% ± 0.71%",
+        "2.36 MB",
+        "19.0×",
+        "33.0%",
+        "2.00 ms",
+        "2.50×",
+        "–",
+    ]
     assert "resnet_18 on digits" in text and "budget 0.02" in text and "seeds 0, 1" in text
     assert "less than the full recipes" in text
 
@@ -58,7 +74,9 @@ def test_the_report_of_a_whole_table(tmp_path):
     assert page.count("<tr>") == 1 + 7
 
 
-@pytest.mark.parametrize("few", [[], [{"row": "x"}], [{"row": "qat_all", "test_accuracy_pct": 0.0, "file_bytes": 100, "model": "vit"}]])
+@pytest.mark.parametrize(
+    "few", [[], [{"row": "x"}], [{"row": "qat_all", "test_accuracy_pct": 0.0, "file_bytes": 100, "model": "vit"}]]
+)
 def test_almost_nothing_is_enough(tmp_path, few):
     paths = write_report(few, tmp_path / "new")
     assert paths[0].read_text().startswith("<!doctype html>")

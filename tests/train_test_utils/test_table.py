@@ -54,7 +54,8 @@ def test_what_a_line_prunes(fields, expected):
 
 
 @pytest.mark.parametrize("value, text", [
-    (0, "0"), (0.12345, "0.123"), (1.0, "1.00"), (12.34, "12.3"), (123.4, "123"), (1234.0, "1,230"), (99.96, "100.0"), (-2.5, "-2.50"),
+    (0, "0"), (0.12345, "0.123"), (1.0, "1.00"), (12.34, "12.3"), (123.4, "123"), (1234.0, "1,230"), (99.96, "100.0"),
+    (-2.5, "-2.50"),
 ])  # fmt: skip
 def test_significant_digits(value, text):
     assert significant(value) == text

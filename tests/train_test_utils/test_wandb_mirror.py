@@ -1,4 +1,4 @@
-"""The mirror: what reaches W&B, and that nothing W&B does stops a run. Offline; the only network is a closed local port."""
+"""The mirror: what reaches W&B, and that nothing W&B does stops a run. Offline, but for a closed local port."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The C++ kernels against the reference, bit for bit: every instruction set of this processor, odd shapes, every option."""
+"""The C++ kernels against the reference, bit for bit: every instruction set here, odd shapes, every option."""
 
 from __future__ import annotations
 
@@ -28,8 +28,10 @@ def conv(source: int, n: int, c: int, kernel: int = 3, stride: int = 1, padding:
     spread = (c * kernel * kernel) ** 0.5 * (60 if bits == "ternary" else 5000)
     gain = (torch.rand(n) - 0.3) * (out_max or 1) / spread
     return Node(
-        "conv", source, codes=codes_of((n, c, kernel, kernel), bits), weight_bits=bits, gain=gain, bias=torch.randn(n) * 10,
-        kernel=(kernel, kernel), stride=(stride, stride), padding=(padding, padding), **{"out_max": 63, "relu": True, **options},
+        "conv", source, codes=codes_of((n, c, kernel, kernel), bits), weight_bits=bits, gain=gain,
+        bias=torch.randn(n) * 10,
+        kernel=(kernel, kernel), stride=(stride, stride), padding=(padding, padding),
+        **{"out_max": 63, "relu": True, **options},
     )  # fmt: skip
 
 
@@ -55,11 +57,20 @@ def seed() -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("kernel", "stride", "padding"), [(1, 1, 0), (1, 2, 0), (3, 1, 1), (3, 2, 1), (3, 1, 0), (5, 1, 2), (5, 3, 1), (7, 2, 3), (3, 1, 2)])
-@pytest.mark.parametrize(("n", "c", "size", "batch"), [(64, 64, 8, 1), (97, 17, 9, 3), (1, 3, 33, 1), (257, 97, 7, 2), (16, 33, 12, 5)])
-def test_convolution(backend: str, kernel: int, stride: int, padding: int, n: int, c: int, size: int, batch: int) -> None:
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding"),
+    [(1, 1, 0), (1, 2, 0), (3, 1, 1), (3, 2, 1), (3, 1, 0), (5, 1, 2), (5, 3, 1), (7, 2, 3), (3, 1, 2)],
+)
+@pytest.mark.parametrize(
+    ("n", "c", "size", "batch"), [(64, 64, 8, 1), (97, 17, 9, 3), (1, 3, 33, 1), (257, 97, 7, 2), (16, 33, 12, 5)]
+)
+def test_convolution(
+    backend: str, kernel: int, stride: int, padding: int, n: int, c: int, size: int, batch: int
+) -> None:
     stem = conv(-1, c, 3, pad_values=torch.tensor([125, 3, 255], dtype=torch.uint8))
-    check([stem, conv(0, n, c, kernel, stride, padding, out_max=None, relu=False)], images_of(batch, size, size), backend)
+    check(
+        [stem, conv(0, n, c, kernel, stride, padding, out_max=None, relu=False)], images_of(batch, size, size), backend
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -81,7 +92,11 @@ def test_residuals_and_output_codes(backend: str, out_max: int, relu: bool, shor
 @pytest.mark.parametrize("channels", [16, 64, 100, 130])
 def test_winograd_equals_direct(backend: str, size: int, channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
     # Extreme activations and weights: all 63 or all 0, filters of equal signs.
-    nodes = [conv(-1, channels, 3), conv(0, channels, channels), conv(1, channels, channels, out_max=None, residual=0, residual_gain=1.5)]
+    nodes = [
+        conv(-1, channels, 3),
+        conv(0, channels, channels),
+        conv(1, channels, channels, out_max=None, residual=0, residual_gain=1.5),
+    ]
     nodes[1].codes[0], nodes[1].codes[1], nodes[0].gain[:5] = 1, -1, 100.0
     for batch in (1, 7):
         for algorithm in ("winograd", "direct"):
@@ -104,7 +119,8 @@ def test_a_whole_network(backend: str, bits: int | str, batch: int) -> None:
         conv(-1, 35, 3, out_max=255, weight_bits=bits),
         Node("max_pool", 0, kernel=(3, 3), stride=(2, 2), padding=(1, 1)),
         Node("max_pool", 1, kernel=(2, 2), stride=(1, 1)),
-        Node("linear", 2, codes=codes_of((97, k), bits), weight_bits=bits, gain=torch.rand(97) / 50, bias=torch.randn(97), relu=True, out_max=255),
+        Node("linear", 2, codes=codes_of((97, k), bits), weight_bits=bits, gain=torch.rand(97) / 50,
+             bias=torch.randn(97), relu=True, out_max=255),
         Node("linear", 3, codes=codes_of((10, 97), bits), weight_bits=bits, gain=torch.rand(10), bias=torch.randn(10)),
     ]  # fmt: skip
     nodes[0].gain[:9] = 100.0
@@ -126,7 +142,14 @@ def test_largest_accumulators_do_not_overflow(backend: str) -> None:
     """Every product at its extreme: 9216 inputs of 255, weights all 1, all -1, 127, -127."""
     for codes, bits in ((torch.tensor([1, -1]), "ternary"), (torch.tensor([127, -127]), 8)):
         weight = codes.to(torch.int8)[:, None].expand(2, 9216).contiguous()
-        stem = Node("conv", -1, codes=torch.ones(256, 1, 1, 1, dtype=torch.int8), gain=torch.ones(256), bias=torch.zeros(256), out_max=255)
+        stem = Node(
+            "conv",
+            -1,
+            codes=torch.ones(256, 1, 1, 1, dtype=torch.int8),
+            gain=torch.ones(256),
+            bias=torch.zeros(256),
+            out_max=255,
+        )
         nodes = [stem, Node("linear", 0, codes=weight, weight_bits=bits, gain=torch.ones(2), bias=torch.zeros(2))]
         got = check(nodes, torch.ones(1, 1, 6, 6), backend)
         assert got.tolist() == [[float(c) * 9216 * 255 for c in codes.tolist()]]
