@@ -40,7 +40,8 @@ def build(name: str, num_classes: int, **options: Any) -> nn.Module:
     model = MODELS[name](num_classes, **options)
     # A constructor may have completed its options (a checkpoint's configuration, say); then it has set this itself.
     if not hasattr(model, "constructor"):
-        model.constructor = {"name": name, "num_classes": num_classes, "options": options}
+        constructor: Any = {"name": name, "num_classes": num_classes, "options": options}
+        model.constructor = constructor
     return model
 
 

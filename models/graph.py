@@ -40,7 +40,7 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     """Put `new` in the place of the submodule `name`, carrying over its parametrizations (pruning masks) of weight."""
     old = model.get_submodule(name)
     if parametrize.is_parametrized(old):
-        for tensor_name, parametrizations in old.parametrizations.items():
+        for tensor_name, parametrizations in old.parametrizations.items():  # type: ignore[union-attr, operator]
             if hasattr(new, tensor_name):
                 for parametrization in parametrizations:
                     parametrize.register_parametrization(new, tensor_name, parametrization)

@@ -17,6 +17,9 @@ class Normalize(nn.Module):
     first layer's scale and bias without changing a code.
     """
 
+    mean_C11: Tensor
+    std_C11: Tensor
+
     def __init__(self, mean: Sequence[float] = (125, 123, 114), std: Sequence[float] = (63, 63, 63)) -> None:
         """`mean` and `std` per channel, in units of 1/255."""
         super().__init__()

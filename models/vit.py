@@ -23,7 +23,7 @@ class ViT(nn.Module):
         self.network = network
 
     def forward(self, images_NCHW: Tensor) -> Tensor:
-        side = self.network.config.image_size
+        side: Any = self.network.config.image_size  # type: ignore[union-attr]
         if images_NCHW.shape[-1] != side:
             images_NCHW = F.interpolate(images_NCHW, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
         return self.network(self.normalize(images_NCHW)).logits
@@ -61,7 +61,7 @@ def vit(
         if width % 64:
             raise ValueError(f"the width of the compact ViT is a multiple of 64 (one attention head), not {width}")
         network = ViTForImageClassification(
-            ViTConfig(
+            ViTConfig(  # type: ignore[call-arg]
                 hidden_size=width, num_hidden_layers=depth, num_attention_heads=width // 64,
                 intermediate_size=4 * width,
                 image_size=32, patch_size=patch_size, num_labels=num_classes,
@@ -70,7 +70,7 @@ def vit(
         )  # fmt: skip
     mean, std = mean or [0.5] * 3, std or [0.5] * 3
     model = ViT(network, mean, std)
-    model.constructor = {
+    model.constructor = {  # type: ignore[assignment]
         "name": "vit",
         "num_classes": num_classes,
         "options": {"config": _essential(network.config), "mean": list(mean), "std": list(std)},

@@ -4,8 +4,9 @@
     model, metadata = load_model("model.safetensors")
 """
 
+from .file_format import ModelFileError
 from .quantizers import absmean, absmean_fitted, absmean_per_tensor, absmedian, int8_absmax, mse_optimal, twn
-from .storage import ModelFileError, load_model, save_model
+from .storage import load_model, save_model
 from .transform import calibrate_, pack_, quantize_
 
 __all__ = [

@@ -142,7 +142,7 @@ class _StraightThrough(torch.autograd.Function):
         return grad, None
 
 
-class BitLinear(_BitLayer, nn.Linear):
+class BitLinear(_BitLayer, nn.Linear):  # type: ignore[misc]
     """A linear layer with quantized weight and, unless `input_quantizer` is None, quantized input; (…, K) → (…, N)."""
 
     @classmethod
@@ -155,14 +155,14 @@ class BitLinear(_BitLayer, nn.Linear):
         return F.linear(self.quantized_input(x), self.effective_weight(), self.bias)
 
 
-class BitConv2d(_BitLayer, nn.Conv2d):
+class BitConv2d(_BitLayer, nn.Conv2d):  # type: ignore[misc]
     """A convolution with quantized weight and, unless `input_quantizer` is None, quantized input; (B, C, H, W)."""
 
     @classmethod
     def from_float(cls, layer: nn.Conv2d, quantizer: Quantizer, act_bits: int | None) -> BitConv2d:
         new = cls(
-            layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding,
-            layer.dilation, layer.groups, layer.bias is not None, layer.padding_mode, device="meta",
+            layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding,  # type: ignore[arg-type]
+            layer.dilation, layer.groups, layer.bias is not None, layer.padding_mode, device="meta",  # type: ignore[arg-type]
         )  # fmt: skip
         new._adopt(layer, quantizer, None if act_bits is None else DynamicQuantizer(act_bits, "image"))
         return new
@@ -173,6 +173,10 @@ class BitConv2d(_BitLayer, nn.Conv2d):
 
 class _PackedLayer(nn.Module):
     """Codes, scale, bias; no float weight. `act_bits` None: weight only, float arithmetic; else integer arithmetic."""
+
+    codes: Tensor
+    scale: Tensor
+    bias: Tensor | None
 
     def __init__(
         self, codes: Tensor, scale_N: Tensor, bias_N: Tensor | None, weight_bits: int | str, act_bits: int | None

@@ -180,6 +180,7 @@ class _Builder:
         if value.open is None:
             raise NotANetwork("a batch norm that does not follow a layer")
         assert module.running_mean is not None and module.running_var is not None
+        assert value.open.gain is not None and value.open.bias is not None
         # Weight and bias may be parametrized (a pruned filter's are masked): attribute access sees the masked values.
         factor_N = module.weight.detach().double() / (module.running_var.double() + module.eps).sqrt()
         bias_N = (value.open.bias - module.running_mean.double()) * factor_N + module.bias.detach().double()
@@ -204,6 +205,7 @@ class _Builder:
             node = Node("avg_pool", value.index, gain=gain)
         else:
             raise NotANetwork(f"a quantized {type(module.module).__name__}")
+        assert node.gain is not None
         node.gain = node.gain / step
         node.bias = None if node.bias is None else node.bias / step
         node.residual_gain, node.out_max = node.residual_gain / step, module.quantizer.code_max

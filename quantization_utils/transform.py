@@ -117,7 +117,7 @@ def _insert_static_quantizers(model: nn.Module) -> dict[str, Quantized]:
             if isinstance(layer, Quantized):
                 found[str(fx_node.target)] = layer
             continue
-        bits = layer.input_quantizer.bits
+        bits = int(layer.input_quantizer.bits)  # type: ignore[arg-type]
         producer = _producer(model, fx_node.args[0])
         ends = [producer]
         if isinstance(module_of(model, producer), nn.AdaptiveAvgPool2d):

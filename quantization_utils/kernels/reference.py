@@ -91,8 +91,8 @@ class NetworkExecutor:
         for index, (node, weight) in enumerate(zip(self.nodes, self.weights, strict=True)):
             residual = None if node.residual is None else values[node.residual]
             values[index] = _run(node, weight, values[node.input], residual)
-            for used in {node.input, node.residual} - {None}:
-                if self.last_reader[used] == index:
+            for used in {node.input, node.residual}:
+                if used is not None and self.last_reader[used] == index:
                     del values[used]
         return values[len(self.nodes) - 1]
 
@@ -101,9 +101,9 @@ def _run(node: Node, weight: Tensor | None, x: Tensor, residual: Tensor | None) 
     if node.op == "max_pool":
         return F.max_pool2d(x, node.kernel, node.stride, node.padding)
     if node.op == "avg_pool":
-        y = x.sum((2, 3)) * node.gain
-        return _finish(node, y)
-    assert weight is not None
+        assert node.gain is not None
+        return _finish(node, x.sum((2, 3)) * node.gain)
+    assert weight is not None and node.gain is not None and node.bias is not None
     if node.op == "conv":
         y = _integers(F.conv2d(_padded(node, x).to(weight.dtype), weight, stride=node.stride))
         y = y * node.gain.view(-1, 1, 1) + node.bias.view(-1, 1, 1)
