@@ -35,23 +35,27 @@ class Arguments:
 
 def parse_arguments(model_name: str, words: list[str]) -> Arguments:
     """Parse the command line; argparse exits with code 2 and one sentence on a mistake."""
-    parser = argparse.ArgumentParser(description=f"1.58-bit weights and pruning of {model_name}: every row of its table.")
+    parser = argparse.ArgumentParser(description=f"1.58-bit weights and pruning of {model_name}: the rows of its table.")
     add = parser.add_argument
-    add("--dataset", nargs="+", metavar="NAME", help="cifar10, cifar100, digits, or a folder of class folders (default: cifar10 cifar100)")
+    add("--dataset", nargs="+", metavar="NAME",
+        help="cifar10, cifar100, digits, or a folder of class folders (default: cifar10 cifar100)")  # fmt: skip
     add("--data-dir", type=Path, default=Path("data"), help="where data sets lie or are downloaded to")
     add("--only", nargs="+", default=[], metavar="PATTERN", help="rows to run, e.g. 'qat*' (their parents too)")
     add("--list", action="store_true", help="print the table of rows and stop")
     add("--seeds", nargs="+", type=int, default=[0])
     add("--quick", action="store_true", help="handwritten digits and a few rows: minutes on a CPU, nothing to download")
-    add("--budget", type=float, metavar="FRACTION", help="scale every recipe's optimizer steps; recorded in the rows (default: 1, with --quick 0.1)")
-    add("--holdout", type=float, default=0.0, metavar="FRACTION", help="measure on this part of the training split, left out of training, not on the test split: for choosing")
+    add("--budget", type=float, metavar="FRACTION",
+        help="scale every recipe's optimizer steps; recorded in the rows (default: 1, with --quick 0.1)")  # fmt: skip
+    add("--holdout", type=float, default=0.0, metavar="FRACTION",
+        help="measure on this part of the training split, left out of training, not on the test split: for choosing")  # fmt: skip
     add("--measure-again", action="store_true", help="pack and measure rows again that are done, without training them")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--precision", default="auto", choices=["auto", "fp32", "fp16", "bf16"])
     add("--checkpoint-seconds", type=float, default=60.0, help="how often an unfinished training is saved")
     add("--out", type=Path, default=Path("runs"))
     add("--wandb", default="online", choices=["online", "offline", "disabled"])
-    add("--options", nargs="+", default=[], metavar="KEY=VALUE", help="options of the model's constructor, e.g. stem=maxpool")
+    add("--options", nargs="+", default=[], metavar="KEY=VALUE",
+        help="options of the model's constructor, e.g. stem=maxpool")  # fmt: skip
     given = parser.parse_args(words)
     try:
         budget = given.budget if given.budget is not None else (0.1 if given.quick else 1.0)
@@ -62,7 +66,8 @@ def parse_arguments(model_name: str, words: list[str]) -> Arguments:
             dataset=tuple(given.dataset or (["digits"] if given.quick else ["cifar10", "cifar100"])),
             data_dir=given.data_dir, only=tuple(given.only), list=given.list, seeds=tuple(given.seeds),
             quick=given.quick, budget=budget, holdout=given.holdout, measure_again=given.measure_again,
-            checkpoint_seconds=given.checkpoint_seconds, device=device, precision=pick_precision(given.precision, device),
+            checkpoint_seconds=given.checkpoint_seconds, device=device,
+            precision=pick_precision(given.precision, device),
             compile=device.type == "cuda", out=given.out, wandb=given.wandb, options=parse_options(given.options),
         )  # fmt: skip
     except ValueError as error:
@@ -86,7 +91,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    """The autocast type; "auto": bf16 where the hardware has it, else fp16 on a GPU (with loss scaling) and fp32 on a CPU."""
+    """The autocast type; "auto": bf16 where the hardware has it, else fp16 with loss scaling on a GPU, fp32 on a CPU."""
     if name != "auto":
         return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[name]
     if device.type == "cuda":

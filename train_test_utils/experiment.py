@@ -210,7 +210,8 @@ class Run:
             "weight_bits": weight_bits(packed), "macs": count_macs(packed),
             **latency_beside(floating, packed, args.device),
             "device": device_name(args.device), "threads": torch.get_num_threads(),
-            "backend": backend_of(packed), "budget": args.budget, "precision": str(args.precision).removeprefix("torch."),
+            "backend": backend_of(packed), "budget": args.budget,
+            "precision": str(args.precision).removeprefix("torch."),
             "config_hash": self.hash, "command": "python3 " + shlex.join(sys.argv), "commit": commit(),
             "versions": versions(), "started_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }  # fmt: skip
@@ -270,7 +271,7 @@ def device_name(device: torch.device) -> str:
 
 
 def backend_of(model: nn.Module) -> str:
-    """Which kernels run a loaded model: those of its packed network, or of its packed layers; "torch" if it has none."""
+    """Which kernels run a loaded model: of its packed network, or of its packed layers; "torch" if it has none."""
     if hasattr(model, "executor"):
         return model.executor.backend
     runners = {m._runner.backend for m in model.modules() if hasattr(getattr(m, "_runner", None), "backend")}

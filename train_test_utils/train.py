@@ -69,7 +69,9 @@ def train(
     model.to(device, memory_format=torch.channels_last).train()
     optimizer = recipe.build_optimizer(model)
     scaler = torch.amp.GradScaler(device.type, enabled=setup.precision == torch.float16)
-    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True) if recipe.ema else None
+    averaged = (
+        AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True) if recipe.ema else None
+    )
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler} | ({"averaged": averaged} if averaged else {})
     start, sums = _resume(parts, state_path, device)
     bit_layers = [m for m in model.modules() if isinstance(m, (BitLinear, BitConv2d))]
@@ -98,7 +100,9 @@ def train(
             layer.quantized_part = recipe.quantized_part_at(step, steps)
 
         images = to_float(
-            augment(train_split.images[batch], crop_padding=recipe.crop_padding, flip=dataset.flip, cutout=recipe.cutout)
+            augment(
+                train_split.images[batch], crop_padding=recipe.crop_padding, flip=dataset.flip, cutout=recipe.cutout
+            )
         ).contiguous(memory_format=torch.channels_last)
         labels = train_split.labels[batch]
         with autocast:
@@ -116,13 +120,15 @@ def train(
             averaged.update_parameters(model)
 
         # (loss, correct, images) of this epoch so far and the first step whose loss was not finite, all on the device.
-        sums[:3] += torch.stack([loss.detach(), (logits.argmax(1) == labels).sum(), torch.ones_like(loss) * len(labels)])
+        correct = (logits.argmax(1) == labels).sum()
+        sums[:3] += torch.stack([loss.detach(), correct, torch.ones_like(loss) * len(labels)])
         sums[3] = torch.where(torch.isfinite(loss.detach()) | (sums[3] >= 0), sums[3], step)
         last_of_epoch = position == steps_per_epoch - 1 or step == steps - 1
         due = state_path is not None and time.monotonic() - saved_at > setup.checkpoint_seconds
         if step % LOOK_EVERY == 0 or last_of_epoch or due:
             record = _look(sums, position + 1, epoch + 1, lr, state_path)
-            progress.set_postfix(refresh=False, loss=f"{record['train_loss']:.3f}", acc=f"{record['train_accuracy_pct']:.1f}%", lr=f"{lr:.2g}")
+            figures = {"loss": f"{record['train_loss']:.3f}", "acc": f"{record['train_accuracy_pct']:.1f}%"}
+            progress.set_postfix(figures, refresh=False, lr=f"{lr:.2g}")
         progress.update(recipe.batch_size)
         if last_of_epoch:
             now = time.monotonic()
@@ -157,7 +163,7 @@ def _soft_targets(teacher: nn.Module | None, images: Tensor) -> Tensor | None:
 
 
 def _loss(logits: Tensor, labels: Tensor, teacher_logits: Tensor | None, recipe: Recipe) -> Tensor:
-    """Cross-entropy, mixed with the divergence from the teacher's softened classes (G. Hinton et al., arXiv 1503.02531)."""
+    """Cross-entropy, mixed with the divergence from the teacher's softened classes (arXiv 1503.02531)."""
     loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
     if teacher_logits is None or not recipe.distill:
         return loss
@@ -171,6 +177,7 @@ def _loss(logits: Tensor, labels: Tensor, teacher_logits: Tensor | None, recipe:
 def _look(sums: Tensor, batches: int, epoch: int, lr: float, state_path: Path | None) -> dict[str, Any]:
     loss, correct, images, bad_step = sums.tolist()
     if bad_step >= 0 or not math.isfinite(loss):
-        kept = f"the last good state is {state_path}" if state_path is not None and state_path.exists() else "nothing was saved yet"
+        saved = state_path is not None and state_path.exists()
+        kept = f"the last good state is {state_path}" if saved else "nothing was saved yet"
         raise NonFiniteLoss(f"the loss was not finite at step {int(bad_step)}; {kept}. Lower the recipe's learning rate.")
     return {"epoch": epoch, "train_loss": loss / batches, "train_accuracy_pct": 100 * correct / images, "lr": lr}

@@ -1,0 +1,42 @@
+# make quickstart   a real experiment on handwritten digits, in minutes on two cores
+# make test         the tests
+# make lint         ruff and mypy
+# make kernels      compile the C++ kernels now, not at first use
+# The environment is made once in .venv and changed only when the requirements are. PYTHON=python3.12 chooses another
+# interpreter for it, VENV=DIR another place.
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: quickstart test lint kernels
+.DELETE_ON_ERROR:
+
+quickstart: $(VENV)/requirements.stamp
+	$(RUN) resnet_18_experiments.py --quick
+
+test: $(VENV)/requirements-dev.stamp
+	$(RUN) -m pytest
+
+lint: $(VENV)/requirements-dev.stamp
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy
+
+kernels: $(VENV)/requirements.stamp
+	$(RUN) -m quantization_utils.kernels
+
+$(VENV)/requirements.stamp: requirements.txt | $(VENV)/bin/pip
+	$(RUN) -m pip install --disable-pip-version-check --no-input -r requirements.txt
+	@touch $@
+
+$(VENV)/requirements-dev.stamp: requirements-dev.txt $(VENV)/requirements.stamp
+	$(RUN) -m pip install --disable-pip-version-check --no-input -r requirements-dev.txt
+	@touch $@
+
+# pip is the last thing that venv installs, so where it is the environment is whole.
+$(VENV)/bin/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "$(PYTHON) is missing or older than Python 3.10: name another one, as in make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "$(PYTHON) cannot make virtual environments: on Debian or Ubuntu, run apt install python3-venv first" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
