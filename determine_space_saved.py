@@ -49,12 +49,15 @@ def measure_model(name: str, options: dict[str, Any], folder: str) -> FileReport
     return inspect_file(path)
 
 
-def print_models(show_layers: bool) -> None:
+def print_models(show_layers: bool) -> dict[str, FileReport]:
+    """Print the table of the study's models; return the reports by model."""
+    reports = {}
     columns = ("model", "weights", "float32", "packed file", "log2(3) bits", "entropy", "file/entropy", "smaller")
     print("{:<13}{:>12}{:>15}{:>14}{:>14}{:>14}{:>14}{:>9}".format(*columns))
     with tempfile.TemporaryDirectory() as folder:
         for title, name, options in MODELS:
             report = measure_model(name, options, folder)
+            reports[title] = report
             sizes = (report.float_bytes, report.file_bytes, report.log2_3_bytes, report.ideal_bytes)
             print(f"{title:<13}{report.weights:>12,}{megabytes(sizes[0]):>15}"
                   + "".join(f"{megabytes(s):>14}" for s in sizes[1:])
@@ -64,6 +67,17 @@ def print_models(show_layers: bool) -> None:
                 print_layers(report)
     print("log2(3) and entropy: the same codes at 1.585 bits, and at Shannon's bound; all sizes but float32's with the "
           "tensors that stay as they are")  # fmt: skip
+    return reports
+
+
+def record(reports: dict[str, FileReport]) -> None:
+    """Append the sizes to results/files/sizes.jsonl, where the README's table comes from."""
+    from benchmarks.record import append_record
+
+    for title, report in reports.items():
+        figures = {f: int(getattr(report, f)) for f in ("weights", "float_bytes", "file_bytes", "log2_3_bytes", "ideal_bytes")}
+        ratios = {"file_over_ideal": report.file_bytes / report.ideal_bytes, "saving": report.float_bytes / report.file_bytes}
+        append_record("files/sizes", {"model": title} | figures | {k: round(v, 4) for k, v in ratios.items()})
 
 
 def print_layers(report: FileReport) -> None:
@@ -99,10 +113,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", help="packed model files; none: the models of the study")
     parser.add_argument("--layers", action="store_true", help="a line for each layer (always shown for files)")
+    parser.add_argument("--record", action="store_true", help="append the sizes of the study's models to results/files/sizes.jsonl")
     options = parser.parse_args(arguments)
     try:
         if not options.files:
-            print_models(options.layers)
+            reports = print_models(options.layers)
+            if options.record:
+                record(reports)
         for path in options.files:
             print_file(path)
     except (ModelFileError, OSError) as error:

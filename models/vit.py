@@ -29,6 +29,12 @@ class ViT(nn.Module):
         return self.network(self.normalize(images_NCHW)).logits
 
 
+ESSENTIAL = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act", "hidden_dropout_prob",
+    "attention_probs_dropout_prob", "layer_norm_eps", "image_size", "patch_size", "num_channels", "qkv_bias", "num_labels",
+)  # fmt: skip
+
+
 def vit(
     num_classes: int,
     checkpoint: str | None = None,
@@ -48,7 +54,7 @@ def vit(
 
     Raises:
         FileNotFoundError: the checkpoint is neither a folder nor to be had from the Hub.
-        ValueError: a checkpoint of another kind of model, or a width that is not a multiple of 64.
+        ValueError: a checkpoint of another kind of model, an unknown key of `config`, or a width that is not a multiple of 64.
     """
     # Imported here: it takes seconds, and the other models do not need it.
     from transformers import ViTConfig, ViTForImageClassification
@@ -56,7 +62,10 @@ def vit(
     if checkpoint is not None:
         network, mean, std = _from_checkpoint(checkpoint, num_classes)
     elif config is not None:
-        network = ViTForImageClassification(ViTConfig(**config))
+        unknown = sorted(set(config) - set(ESSENTIAL))
+        if unknown:
+            raise ValueError(f"a ViT's config has no {unknown[0]!r} here: give {', '.join(ESSENTIAL)}")
+        network = ViTForImageClassification(ViTConfig(**(config | {"num_labels": num_classes})))  # type: ignore[arg-type]
     else:
         if width % 64:
             raise ValueError(f"the width of the compact ViT is a multiple of 64 (one attention head), not {width}")
@@ -79,12 +88,8 @@ def vit(
 
 
 def _essential(config: Any) -> dict[str, Any]:
-    """The entries of a ViTConfig that decide structure and meaning; nothing about where it came from."""
-    keep = (
-        "hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act hidden_dropout_prob "
-        "attention_probs_dropout_prob layer_norm_eps image_size patch_size num_channels qkv_bias"
-    )
-    return {key: getattr(config, key) for key in keep.split()} | {"num_labels": config.num_labels}
+    """What of a ViTConfig decides structure and meaning; nothing about where it came from."""
+    return {key: getattr(config, key) for key in ESSENTIAL}
 
 
 def _from_checkpoint(checkpoint: str, num_classes: int) -> tuple[nn.Module, list[float], list[float]]:
