@@ -35,7 +35,7 @@ class Arguments:
 
 def parse_arguments(model_name: str, words: list[str]) -> Arguments:
     """Parse the command line; argparse exits with code 2 and one sentence on a mistake."""
-    parser = argparse.ArgumentParser(description=f"1.58-bit weights and pruning of {model_name}: the rows of its table.")
+    parser = argparse.ArgumentParser(description=f"1.58-bit weights and pruning of {model_name}: its table.")
     add = parser.add_argument
     add("--dataset", nargs="+", metavar="NAME",
         help="cifar10, cifar100, digits, or a folder of class folders (default: cifar10 cifar100)")  # fmt: skip
@@ -47,7 +47,7 @@ def parse_arguments(model_name: str, words: list[str]) -> Arguments:
     add("--budget", type=float, metavar="FRACTION",
         help="scale every recipe's optimizer steps; recorded in the rows (default: 1, with --quick 0.1)")  # fmt: skip
     add("--holdout", type=float, default=0.0, metavar="FRACTION",
-        help="measure on this part of the training split, left out of training, not on the test split: for choosing")  # fmt: skip
+        help="measure on this part of the training split, left out of training: for choosing")  # fmt: skip
     add("--measure-again", action="store_true", help="pack and measure rows again that are done, without training them")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--precision", default="auto", choices=["auto", "fp32", "fp16", "bf16"])
@@ -91,7 +91,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    """The autocast type; "auto": bf16 where the hardware has it, else fp16 with loss scaling on a GPU, fp32 on a CPU."""
+    """Type of autocast; "auto": bf16 where the hardware has it, else fp16 with loss scaling on a GPU, fp32 on a CPU."""
     if name != "auto":
         return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[name]
     if device.type == "cuda":

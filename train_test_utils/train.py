@@ -179,5 +179,6 @@ def _look(sums: Tensor, batches: int, epoch: int, lr: float, state_path: Path | 
     if bad_step >= 0 or not math.isfinite(loss):
         saved = state_path is not None and state_path.exists()
         kept = f"the last good state is {state_path}" if saved else "nothing was saved yet"
-        raise NonFiniteLoss(f"the loss was not finite at step {int(bad_step)}; {kept}. Lower the recipe's learning rate.")
+        step = int(bad_step)
+        raise NonFiniteLoss(f"the loss was not finite at step {step}; {kept}. Lower the recipe's learning rate.")
     return {"epoch": epoch, "train_loss": loss / batches, "train_accuracy_pct": 100 * correct / images, "lr": lr}
