@@ -75,9 +75,10 @@ def record(reports: dict[str, FileReport]) -> None:
     from benchmarks.record import append_record
 
     for title, report in reports.items():
-        figures = {f: int(getattr(report, f)) for f in ("weights", "float_bytes", "file_bytes", "log2_3_bytes", "ideal_bytes")}
-        ratios = {"file_over_ideal": report.file_bytes / report.ideal_bytes, "saving": report.float_bytes / report.file_bytes}
-        append_record("files/sizes", {"model": title} | figures | {k: round(v, 4) for k, v in ratios.items()})
+        sizes = ("weights", "float_bytes", "file_bytes", "log2_3_bytes", "ideal_bytes")
+        figures = {"model": title} | {name: int(getattr(report, name)) for name in sizes}
+        figures["file_over_ideal"] = round(report.file_bytes / report.ideal_bytes, 4)
+        append_record("files/sizes", figures | {"saving": round(report.float_bytes / report.file_bytes, 2)})
 
 
 def print_layers(report: FileReport) -> None:
@@ -113,7 +114,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", help="packed model files; none: the models of the study")
     parser.add_argument("--layers", action="store_true", help="a line for each layer (always shown for files)")
-    parser.add_argument("--record", action="store_true", help="append the sizes of the study's models to results/files/sizes.jsonl")
+    parser.add_argument("--record", action="store_true", help="append the sizes to results/files/sizes.jsonl")
     options = parser.parse_args(arguments)
     try:
         if not options.files:

@@ -30,8 +30,9 @@ class ViT(nn.Module):
 
 
 ESSENTIAL = (
-    "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act", "hidden_dropout_prob",
-    "attention_probs_dropout_prob", "layer_norm_eps", "image_size", "patch_size", "num_channels", "qkv_bias", "num_labels",
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
+    "hidden_dropout_prob", "attention_probs_dropout_prob", "layer_norm_eps", "image_size", "patch_size", "num_channels",
+    "qkv_bias", "num_labels",
 )  # fmt: skip
 
 
@@ -54,7 +55,8 @@ def vit(
 
     Raises:
         FileNotFoundError: the checkpoint is neither a folder nor to be had from the Hub.
-        ValueError: a checkpoint of another kind of model, an unknown key of `config`, or a width that is not a multiple of 64.
+        ValueError: a checkpoint of another kind of model, an unknown key of `config`, or a width that is not a multiple
+            of 64.
     """
     # Imported here: it takes seconds, and the other models do not need it.
     from transformers import ViTConfig, ViTForImageClassification
