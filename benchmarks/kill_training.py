@@ -31,7 +31,7 @@ TIMED = (
     "latency",
     "throughput",
     "seconds",
-    "started_at",
+    "finished_at",
     "command",
     "commit",
 )  # parts of names of fields that may differ

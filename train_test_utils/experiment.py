@@ -186,7 +186,11 @@ class Run:
         return model.eval()
 
     def measured(self, model: nn.Module) -> dict[str, Any]:
-        """The row's line: everything in it is taken from the file that was saved and loaded again."""
+        """The row's line: everything in it is taken from the file that was saved and loaded again.
+
+        But for the zero fraction: the file no longer has the channels that pruning has silenced. Latency is the CPU's,
+        where the integer kernels run.
+        """
         args, test = self.arguments, self.data.test
         trainable_logits = predict(model.to(args.device), test.images)
         path = self.folder / "model.safetensors"
@@ -194,8 +198,8 @@ class Run:
         packed = pack_(copy.deepcopy(model).cpu())
         metadata["accuracy_of_trainable_pct"] = accuracy_pct(trainable_logits, test.labels)
         save_model(packed, path, metadata, calibration_images(self.data.train.images, self.seed).cpu())
-        packed, _ = load_model(path, device=str(args.device))
-        logits = predict(packed, test.images)
+        packed, _ = load_model(path)
+        logits = predict(packed if args.device.type == "cpu" else load_model(path, str(args.device))[0], test.images)
         agreement = 100 * (logits.argmax(1) == trainable_logits.argmax(1)).double().mean().item()
         floating, float_path = self.float_beside()
         return {
@@ -206,14 +210,15 @@ class Run:
             "test_accuracy_pct": round(accuracy_pct(logits, test.labels), 3), "test_images": len(test),
             "reload_agreement_pct": round(agreement, 3),
             "file_bytes": os.path.getsize(path), "float_file_bytes": os.path.getsize(float_path),
-            "ideal_bytes": ideal_bytes(packed), "zero_fraction": round(code_zero_fraction(packed), 5),
+            "ideal_bytes": ideal_bytes(packed), "zero_fraction": round(code_zero_fraction(model), 5),
             "weight_bits": weight_bits(packed), "macs": count_macs(packed),
-            **latency_beside(floating, packed, args.device),
-            "device": device_name(args.device), "threads": torch.get_num_threads(),
+            **latency_beside(floating, packed),
+            "device": device_name(args.device), "latency_device": device_name(torch.device("cpu")),
+            "threads": torch.get_num_threads(),
             "backend": backend_of(packed), "budget": args.budget,
             "precision": str(args.precision).removeprefix("torch."),
             "config_hash": self.hash, "command": "python3 " + shlex.join(sys.argv), "commit": commit(),
-            "versions": versions(), "started_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "versions": versions(), "finished_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }  # fmt: skip
 
     def float_beside(self) -> tuple[nn.Module, Path]:
@@ -222,7 +227,7 @@ class Run:
         while origin.parent is not None:
             origin = origin.parent
         path = origin.folder / "model.safetensors"
-        return load_model(path, device=str(self.arguments.device))[0], path
+        return load_model(path)[0], path
 
     def _folder_is_mine(self) -> bool:
         mark = self.folder / "config_hash"

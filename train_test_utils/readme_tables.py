@@ -25,7 +25,7 @@ from .table import COLUMNS, NOTHING, circumstances, is_reduced, lines_of, signif
 
 MARKED = re.compile(r"(<!-- table:(\S+)([^>]*?) -->\n).*?(<!-- /table -->)", re.DOTALL)
 OPENING = re.compile(r"<!-- table:")
-BESIDE = ("commit", "command", "versions", "device", "finished_at", "threads", "started_at")  # goes below a table
+BESIDE = ("commit", "command", "versions", "device", "finished_at", "threads")  # goes below a table
 
 
 def with_tables(text: str, results: Path) -> str:

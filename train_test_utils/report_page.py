@@ -174,7 +174,7 @@ def _figure(picture: Picture) -> str:
 
 def _made_by(lines: Sequence[Line]) -> str:
     commands = dict.fromkeys(row["command"] for line in lines for row in line.rows if row.get("command"))
-    dates = sorted(str(row["started_at"])[:10] for line in lines for row in line.rows if row.get("started_at"))
+    dates = sorted(str(row["finished_at"])[:10] for line in lines for row in line.rows if row.get("finished_at"))
     when = (
         f' <span class="soft">({dates[0]}{"" if dates[0] == dates[-1] else " to " + dates[-1]})</span>' if dates else ""
     )
