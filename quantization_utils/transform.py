@@ -20,6 +20,7 @@ from .quantizers import Quantizer, absmean
 FLOAT_TO_BIT: dict[type[nn.Module], Any] = {nn.Linear: BitLinear, nn.Conv2d: BitConv2d}
 # What may stand before a layer whose input has a static scale; pixels, behind the normalisation, are 8-bit already.
 NODE_ENDS = (nn.ReLU, nn.AdaptiveAvgPool2d, Quantized, Normalize)
+SAMPLES = 50_000  # activations of a tensor that decide its step
 BIT_TO_PACKED: dict[type[nn.Module], Any] = {BitLinear: PackedLinear, BitConv2d: PackedConv2d}
 
 
@@ -142,7 +143,7 @@ def _producer(model: nn.Module, fx_node: Any) -> fx.Node:
 def _observe(model: nn.Module, producers: dict[str, Quantized], images: Tensor, batch_size: int) -> dict[str, Tensor]:
     """A sample of what each producer puts out, with the weights quantized and the activations not."""
     samples: dict[str, list[Tensor]] = {name: [] for name in producers}
-    per_batch = max(1, 200_000 * batch_size // max(len(images), batch_size))
+    per_batch = max(1, SAMPLES * batch_size // max(len(images), batch_size))
 
     def keep(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
