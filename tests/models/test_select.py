@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import pytest
+from torch import nn
+
+from models.select import select_layers
+
+
+@pytest.fixture
+def model():
+    inner = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Linear(4, 4))
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), inner, nn.Linear(4, 2))
+
+
+@pytest.mark.parametrize(
+    "only, keep, names",
+    [
+        (None, (), ["0", "2.0", "2.1", "3"]),
+        (nn.Conv2d, (), ["0", "2.0"]),
+        ("2.*", (), ["2.0", "2.1"]),
+        (["0", nn.Linear], (), ["0", "2.1", "3"]),
+        (None, ["2.*", "3"], ["0"]),
+        (nn.Linear, ["3"], ["2.1"]),
+        ("9", (), []),
+    ],
+)
+def test_only_and_keep(model, only, keep, names):
+    assert [name for name, _ in select_layers(model, only, keep)] == names
+
+
+def test_a_keep_pattern_that_matches_nothing_is_a_mistake(model):
+    with pytest.raises(ValueError, match="keep='4' matches no layer: choose from 0, 2.0, 2.1, 3"):
+        select_layers(model, keep=["4"])

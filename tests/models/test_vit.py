@@ -1,0 +1,92 @@
+"""The ViT: compact, from a checkpoint folder, and what is said when there is no checkpoint to be had."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import BertConfig, ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+from models import build
+
+TINY = {
+    "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64, "image_size": 48,
+    "patch_size": 16, "layer_norm_eps": 1e-5,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(3)
+    return ViTForImageClassification(ViTConfig(**TINY, num_labels=6)).eval()
+
+
+@pytest.fixture
+def folder(network, tmp_path):
+    network.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_compact_by_its_options():
+    config = build("vit", 10, width=128, depth=3, patch_size=8).network.config
+    assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (128, 3, 2)
+    assert (config.image_size, config.patch_size, config.intermediate_size, config.num_labels) == (32, 8, 512, 10)
+
+
+def test_checkpoint_folder_with_its_head(network, folder):
+    """Images are resized to the checkpoint's side, its weights are used, head included where the classes fit."""
+    model = build("vit", 6, checkpoint=str(folder)).eval()
+    images = torch.rand(2, 3, 32, 32)
+    large = F.interpolate(images, (48, 48), mode="bicubic", antialias=True).clamp(0, 1)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), network((large - 0.5) / 0.5).logits)
+        torch.testing.assert_close(model(large), network((large - 0.5) / 0.5).logits)
+
+
+def test_checkpoint_folder_with_a_new_head(network, folder):
+    model = build("vit", 3, checkpoint=str(folder))
+    state = model.network.state_dict()
+    for name, tensor in network.state_dict().items():
+        if name.startswith("classifier"):
+            assert state[name].shape[0] == 3
+        else:
+            assert torch.equal(state[name], tensor), name
+
+
+def test_normalisation_of_the_checkpoint(folder):
+    ViTImageProcessor(image_mean=[0.4, 0.5, 0.6], image_std=[0.2, 0.3, 0.25]).save_pretrained(folder)
+    model = build("vit", 6, checkpoint=str(folder))
+    torch.testing.assert_close(model.normalize.mean_C11.flatten(), torch.tensor([0.4, 0.5, 0.6]))
+    torch.testing.assert_close(model.normalize.std_C11.flatten(), torch.tensor([0.2, 0.3, 0.25]))
+    assert model.constructor["options"]["mean"] == [0.4, 0.5, 0.6]
+
+
+def test_config_rebuilds_a_checkpoint_without_the_folder(folder):
+    model = build("vit", 6, checkpoint=str(folder)).eval()
+    options = json.loads(json.dumps(model.constructor["options"]))
+    assert "checkpoint" not in options and str(folder) not in json.dumps(options)
+    (folder / "config.json").unlink()
+    again = build("vit", 6, **options).eval()
+    again.load_state_dict(model.state_dict())
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(again(images), model(images))
+    assert again.network.config.layer_norm_eps == 1e-5
+
+
+def test_no_hub_is_one_sentence_that_names_two_ways_on(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError) as caught:
+        build("vit", 10, checkpoint="nobody/no-such-checkpoint")
+    sentence = str(caught.value)
+    assert "nobody/no-such-checkpoint" in sentence and "\n" not in sentence
+    assert "checkpoint=FOLDER" in sentence and "checkpoint=none" in sentence
+
+
+def test_a_checkpoint_of_another_kind(tmp_path):
+    BertConfig(hidden_size=32, num_hidden_layers=1).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is a bert checkpoint: name one of a ViT"):
+        build("vit", 10, checkpoint=str(tmp_path))
