@@ -1,0 +1,155 @@
+"""What goes into the layers of a network: order of execution, blocks, and inputs replayed a block at a time.
+
+Post-training methods look at two networks side by side, the float one and the one that is being quantized: a `Stream` each.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+
+
+class _Reached(Exception):
+    """Ends a forward pass at the module of interest."""
+
+
+@torch.no_grad()
+def execution_order(model: nn.Module, image_1CHW: Tensor) -> dict[str, str | None]:
+    """Name of layer → name of the batch norm that takes its output, or None; linear layers and convolutions, as they run."""
+    order: dict[str, str | None] = {}
+    outputs: dict[str, Tensor] = {}
+
+    def layer_ran(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            order.setdefault(name, None)
+            outputs[name] = output
+
+        return hook
+
+    def norm_runs(norm: str) -> Any:
+        def hook(module: nn.Module, args: Any) -> None:
+            for name, output in outputs.items():
+                if output is args[0]:
+                    order[name] = norm
+
+        return hook
+
+    handles = []
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            handles.append(module.register_forward_hook(layer_ran(name)))
+        elif isinstance(module, BATCH_NORMS):
+            handles.append(module.register_forward_pre_hook(norm_runs(name)))
+    try:
+        model(image_1CHW)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return order
+
+
+def blocks(model: nn.Module, layers: list[str]) -> list[tuple[str, list[str]]]:
+    """(name of block, its layers) in the order of `layers`.
+
+    A block is an outermost module of a class, not PyTorch's own, that the model has more than once (a residual block, a
+    transformer layer); a layer outside of those is a block of its own.
+    """
+    counts = Counter(type(m) for m in model.modules())
+
+    def block_of(layer: str) -> str:
+        parts = layer.split(".")
+        for depth in range(1, len(parts)):
+            name = ".".join(parts[:depth])
+            kind = type(model.get_submodule(name))
+            if counts[kind] > 1 and not kind.__module__.startswith("torch."):
+                return name
+        return layer
+
+    found: dict[str, list[str]] = {}
+    for layer in layers:
+        found.setdefault(block_of(layer), []).append(layer)
+    return list(found.items())
+
+
+@dataclass
+class Call:
+    """The arguments of one call of a module."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+class Stream:
+    """A network on its way through the same images, standing at a block; blocks behind it are not computed again.
+
+    `enter` a block to have its inputs in `calls`, one for each batch; `leave` it, when its weights are what they shall be,
+    to have its outputs in `outputs`, which then stand for it. Blocks are entered in the order in which they run.
+    """
+
+    def __init__(self, model: nn.Module, images: Tensor, batch_size: int) -> None:
+        self.model, self.batches = model.eval(), images.split(batch_size)
+        self.block: nn.Module | None = None
+        self.calls: list[Call] = []
+        self.outputs: list[Tensor] = []
+        self._passed: list[tuple[nn.Module, torch.Size]] = []
+
+    @torch.no_grad()
+    def enter(self, name: str) -> None:
+        self.block = self.model.get_submodule(name)
+        previous, self.calls = self.outputs, []
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.calls.append(Call(args, kwargs))
+            raise _Reached
+
+        handle = self.block.register_forward_pre_hook(hook, with_kwargs=True)
+        try:
+            for k, batch in enumerate(self.batches):
+                self._stand_in(previous[k] if previous else None, len(batch))
+                try:
+                    self.model(batch)
+                except _Reached:
+                    pass
+        finally:
+            handle.remove()
+            for block, _ in self._passed:
+                del block.forward
+
+    @torch.no_grad()
+    def leave(self) -> None:
+        assert self.block is not None
+        self.outputs = [self.block(*call.args, **call.kwargs) for call in self.calls]
+        self._passed.append((self.block, self.outputs[0].shape[1:]))
+
+    def _stand_in(self, output: Tensor | None, count: int) -> None:
+        """Let the last block passed return what it has returned, and those before it nothing but zeros of the right shape."""
+        for block, shape in self._passed[:-1]:
+            zeros = self.batches[0].new_zeros(()).expand(count, *shape)
+            block.forward = lambda *args, zeros=zeros, **kwargs: zeros  # type: ignore[method-assign]
+        if self._passed:
+            self._passed[-1][0].forward = lambda *args, **kwargs: output  # type: ignore[method-assign]
+
+    @torch.no_grad()
+    def input_and_output(self, layer: nn.Module, call: Call) -> tuple[Tensor, Tensor]:
+        """What a layer of the block entered reads and puts out in one of its calls."""
+        assert self.block is not None
+        seen: list[Tensor] = []
+
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            seen.extend((args[0], output))
+            raise _Reached
+
+        handle = layer.register_forward_hook(hook)
+        try:
+            self.block(*call.args, **call.kwargs)
+        except _Reached:
+            pass
+        finally:
+            handle.remove()
+        return seen[0], seen[1]

@@ -1,0 +1,78 @@
+"""First and second moments of a layer's inputs and of the outputs that are wanted from it.
+
+Legend: N output channels, K weights of a channel, B images, P positions of all images (pixels, tokens).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+MAX_COLUMNS = 25_000  # positions that enter a layer's moments; a random part of more
+
+
+@dataclass
+class Moments:
+    """Means over positions and images of a layer's inputs x, and of its targets t (its outputs without bias)."""
+
+    inputs_KK: Tensor  # E[x xᵀ]
+    mean_K: Tensor  # E[x]
+    cross_NK: Tensor  # E[t xᵀ]
+    target_mean_N: Tensor  # E[t]
+    target_power_N: Tensor  # E[t²]
+    columns: int  # P
+
+    def output_mean(self, weight_NK: Tensor) -> Tensor:
+        """E[w·x] for each output channel, (N,)."""
+        return weight_NK @ self.mean_K
+
+    def output_variance(self, weight_NK: Tensor) -> Tensor:
+        """Var[w·x] for each output channel, (N,)."""
+        return (((weight_NK @ self.inputs_KK) * weight_NK).sum(1) - self.output_mean(weight_NK).square()).clamp_min(0)
+
+    def target_variance(self) -> Tensor:
+        """Var[t] for each output channel, (N,)."""
+        return (self.target_power_N - self.target_mean_N.square()).clamp_min(0)
+
+    def covariance(self, weight_NK: Tensor) -> Tensor:
+        """Cov[w·x, t] for each output channel, (N,)."""
+        return (self.cross_NK * weight_NK).sum(1) - self.output_mean(weight_NK) * self.target_mean_N
+
+
+class MomentSum:
+    """Adds up the moments of a layer over batches."""
+
+    def __init__(self, layer: nn.Module, images: int, seed: int = 0) -> None:
+        """`images`: how many will be added, to thin their positions out evenly."""
+        self.layer, self.per_image = layer, max(1, MAX_COLUMNS // images)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.sums: list[Any] = []
+        self.columns = 0
+
+    def add(self, inputs: Tensor, targets: Tensor) -> None:
+        """`inputs` of the layer (B, …), and `targets` in the shape of its output."""
+        x_KP, t_NP = self._columns(inputs.float(), targets.float())
+        terms = [x_KP @ x_KP.T, x_KP.sum(1), t_NP @ x_KP.T, t_NP.sum(1), t_NP.square().sum(1)]
+        self.sums = [a + b for a, b in zip(self.sums, terms)] if self.sums else terms
+        self.columns += x_KP.shape[1]
+
+    def result(self) -> Moments:
+        """The means over all that was added."""
+        return Moments(*[s / self.columns for s in self.sums], columns=self.columns)
+
+    def _columns(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        layer = self.layer
+        if isinstance(layer, nn.Conv2d):
+            x_BKL = F.unfold(inputs, layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # type: ignore[arg-type]
+            t_BNL = targets.flatten(2)
+        else:  # (B, …, K): tokens are positions
+            x_BKL = inputs.reshape(len(inputs), -1, inputs.shape[-1]).transpose(1, 2)
+            t_BNL = targets.reshape(len(targets), -1, targets.shape[-1]).transpose(1, 2)
+        if x_BKL.shape[2] > self.per_image:
+            chosen = torch.randperm(x_BKL.shape[2], generator=self.generator)[: self.per_image].to(inputs.device)
+            x_BKL, t_BNL = x_BKL[:, :, chosen], t_BNL[:, :, chosen]
+        return x_BKL.transpose(0, 1).flatten(1), t_BNL.transpose(0, 1).flatten(1)

@@ -1,0 +1,164 @@
+"""From a trained float network to a ternary one without training: a thousand unlabelled images, layer by layer.
+
+Layers are taken in the order in which they run. Each sees the inputs that the network, ternary up to there, gives it, and
+aims at the outputs of the float network, so that it makes up for what earlier layers did. Then the mean and the variance of
+its output are brought back to those of the float network, in the batch norm that follows or in the bias.
+
+References: E. Frantar et al., "GPTQ", arXiv 2210.17323; J. Zhang, Y. Zhou, R. Saab, arXiv 2201.11113 (GPFQ); M. Nagel et al.,
+"Data-Free Quantization Through Weight Equalization and Bias Correction", arXiv 1906.04721; I. Hubara et al., "Accurate
+Post Training Quantization With Small Calibration Sets", arXiv 2006.10518 (batch norm tuning).
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from models.select import Selection, select_layers
+
+from .bit_layers import BitConv2d, BitLinear
+from .layer_inputs import Stream, blocks, execution_order
+from .moments import Moments, MomentSum
+from .quantizers import as_is, dequantize, mse_optimal
+from .second_order import matching_weight, ternarize
+from .transform import calibrate_, quantize_
+
+MIN_IMAGES = 16
+NO_VARIANCE = 1e-10  # of an output that never changes
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How layers are made ternary; the defaults were chosen on held-out training images."""
+
+    feedback: bool = True  # error feedback against the float network's outputs; else the nearest codes (`mse_optimal`)
+    correct: bool = True  # means and variances of outputs restored, in batch norms and biases
+    damping: float = 0.01  # of the rounding, in mean input energies
+    target_damping: float = 0.1  # of the weight that makes up for earlier layers: less follows the images more closely
+    sweeps: int = 2  # of coordinate descent over the codes
+
+
+def ternarize_(
+    model: nn.Module,
+    images: Tensor,
+    settings: Settings = Settings(),
+    act_bits: int | None = None,
+    only: Selection = None,
+    keep: Sequence[str] = (),
+    batch_size: int = 64,
+) -> nn.Module:
+    """Make a trained float model ternary from unlabelled images (B, 3, H, W) in [0, 1], in place; return the model.
+
+    The layers chosen (`models.select.select_layers`) become `BitLinear` and `BitConv2d` whose weights are ternary already, so
+    that packing, saving and loading treat them as after training. Pruned weights stay pruned. `act_bits`: see `quantize_`.
+
+    Raises:
+        ValueError: too few images, a layer that does not run, a grouped convolution, activations that are not finite.
+    """
+    if len(images) < MIN_IMAGES:
+        raise ValueError(f"calibration needs at least {MIN_IMAGES} images (1024 are usual), not {len(images)}")
+    was_training = model.training
+    reference = Stream(copy.deepcopy(model), images, batch_size)
+    stream = Stream(model, images, batch_size)
+    followers = execution_order(model, images[:2])
+    chosen = check_layers(model, followers, only, keep)
+    short_of_columns: list[str] = []
+    for block_name, names in blocks(model, list(followers)):
+        for s in (reference, stream):
+            s.enter(block_name)
+        for name in (n for n in names if n in chosen):
+            moments = observe(reference, stream, name, len(images))
+            ternarize_layer_(reference.model, model, name, followers[name], moments, settings)
+            if moments.columns < len(moments.mean_K):
+                short_of_columns.append(name)
+        for s in (reference, stream):
+            s.leave()
+    if short_of_columns:
+        warnings.warn(
+            f"fewer positions than weights per channel in {', '.join(short_of_columns)}: the inputs' covariance has no full "
+            "rank there and is damped; more images would help",
+            stacklevel=2,
+        )
+    quantize_(model.train(was_training), as_is, act_bits, only, keep)
+    return model if act_bits is None else calibrate_(model, images)
+
+
+def check_layers(model: nn.Module, ran: dict[str, str | None], only: Selection, keep: Sequence[str]) -> list[str]:
+    """The names of the float layers to be made ternary.
+
+    Raises:
+        ValueError: none, one that does not run, or a grouped convolution.
+    """
+    chosen = [(n, m) for n, m in select_layers(model, only, keep) if not isinstance(m, (BitConv2d, BitLinear))]
+    if not chosen:
+        raise ValueError(f"no linear or convolution layer matches only={only!r}, keep={keep!r}: nothing to quantize")
+    for name, module in chosen:
+        if name not in ran:
+            raise ValueError(f"{name} did not run when the model saw an image, so its inputs are not known: leave it out (keep)")
+        if getattr(module, "groups", 1) != 1:
+            raise ValueError(f"{name} is a grouped convolution, which post-training methods cannot calibrate: leave it out (keep)")
+    return [name for name, _ in chosen]
+
+
+@torch.no_grad()
+def observe(reference: Stream, stream: Stream, name: str, images: int) -> Moments:
+    """Moments of the inputs of layer `name` in `stream` against its outputs, without bias, in `reference`."""
+    layer, float_layer = stream.model.get_submodule(name), reference.model.get_submodule(name)
+    total = MomentSum(layer, images)
+    for float_call, call in zip(reference.calls, stream.calls):
+        inputs, _ = stream.input_and_output(layer, call)
+        _, targets = reference.input_and_output(float_layer, float_call)
+        total.add(inputs, targets if float_layer.bias is None else targets - _along_channels(float_layer, float_layer.bias))
+    return total.result()
+
+
+@torch.no_grad()
+def ternarize_layer_(
+    float_model: nn.Module, model: nn.Module, name: str, follower: str | None, moments: Moments, settings: Settings
+) -> None:
+    """Put a ternary weight in the layer `name` of `model`, and correct the mean and variance of its output."""
+    layer = model.get_submodule(name)
+    float_NK = float_model.get_submodule(name).weight.flatten(1).float()
+    if settings.feedback:
+        kept_NK = float_NK != 0
+        target_NK = matching_weight(float_NK, moments.inputs_KK, moments.cross_NK, settings.target_damping)
+        codes_NK, scale_N = ternarize(target_NK, moments.inputs_KK, settings.damping, kept_NK, sweeps=settings.sweeps)
+    else:
+        codes_NK, scale_N = mse_optimal(float_NK)
+    weight_NK = dequantize(codes_NK, scale_N)
+    assign(layer, "weight", weight_NK.view_as(layer.weight))
+    if settings.correct and follower is not None:
+        correct_batch_norm_(model.get_submodule(follower), float_model.get_submodule(follower), moments, weight_NK)
+    elif settings.correct and layer.bias is not None:
+        assign(layer, "bias", layer.bias + moments.target_mean_N - moments.output_mean(weight_NK))
+
+
+def correct_batch_norm_(norm: nn.Module, float_norm: nn.Module, moments: Moments, weight_NK: Tensor) -> None:
+    """Set a batch norm's statistics so that its output has the mean and variance that the float network's has.
+
+    Not the statistics of its input as such: those of training, on augmented images, differ from what calibration images
+    give, and it is the float network in evaluation that is to be met.
+    """
+    target_N, variance_N = moments.target_variance(), moments.output_variance(weight_NK)
+    gain_N = (target_N / variance_N.clamp_min(NO_VARIANCE)).sqrt()
+    gain_N = gain_N.where((target_N > NO_VARIANCE) & (variance_N > NO_VARIANCE), 1.0)
+    float_mean_N, float_variance_N = float_norm.running_mean, float_norm.running_var
+    norm.running_var.copy_(((float_variance_N + norm.eps) / gain_N.square() - norm.eps).clamp_min(0))
+    norm.running_mean.copy_(moments.output_mean(weight_NK) - (moments.target_mean_N - float_mean_N) / gain_N)
+
+
+def assign(module: nn.Module, name: str, value: Tensor) -> None:
+    """Give a tensor of a module a new value; where pruning has put a mask over it, the masked entries stay 0."""
+    tensor = module.parametrizations[name].original if parametrize.is_parametrized(module, name) else getattr(module, name)
+    tensor.data.copy_(value)
+
+
+def _along_channels(layer: nn.Module, values_N: Tensor) -> Tensor:
+    """(N,) → (N, 1, 1) for a convolution, so that it broadcasts over the layer's output."""
+    return values_N.view(-1, 1, 1) if isinstance(layer, nn.Conv2d) else values_N

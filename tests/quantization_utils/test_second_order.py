@@ -1,0 +1,148 @@
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+
+from quantization_utils.quantizers import mse_optimal
+from quantization_utils.second_order import (
+    cholesky,
+    damped,
+    descend,
+    feed_back,
+    fit_scale,
+    matching_weight,
+    output_error,
+    ternarize,
+)
+
+
+def problem(channels: int, weights: int, columns: int = 200) -> tuple[Tensor, Tensor]:
+    """A weight (N, K) and correlated inputs x (columns, K), float64."""
+    mixing_KK = torch.randn(weights, weights, dtype=torch.float64)
+    return torch.randn(channels, weights, dtype=torch.float64), torch.randn(columns, weights, dtype=torch.float64) @ mixing_KK
+
+
+def moment(x_PK: Tensor) -> Tensor:
+    return x_PK.T @ x_PK / len(x_PK)
+
+
+def every_code(weights: int) -> Tensor:
+    return torch.tensor(list(product((-1, 0, 1), repeat=weights)), dtype=torch.int8)
+
+
+def test_error_feedback_is_what_solving_the_rest_anew_after_every_column_gives() -> None:
+    weight_NK, x_PK = problem(4, 7)
+    scale_N = torch.rand(4, dtype=torch.float64) + 0.5
+    kept_NK = torch.rand(4, 7) < 0.9
+    codes_NK = feed_back(weight_NK, cholesky(moment(x_PK), 0.0), scale_N, kept_NK)
+    for n in range(4):
+        wanted_P = x_PK @ weight_NK[n]
+        rest_K = weight_NK[n].clone()
+        for j in range(6, -1, -1):
+            code = float((rest_K[j] / scale_N[n]).round().clamp(-1, 1) * kept_NK[n, j])
+            assert code == codes_NK[n, j]
+            wanted_P = wanted_P - scale_N[n] * code * x_PK[:, j]
+            if j:  # the columns left over are fitted to what is left of the output
+                rest_K[:j] = torch.linalg.lstsq(x_PK[:, :j], wanted_P[:, None]).solution[:, 0]
+
+
+@pytest.mark.parametrize("weights", [1, 63, 64, 65, 150])
+def test_blocks_of_columns_change_nothing(weights: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight_NK, x_PK = problem(5, weights)
+    moment_KK, scale_N = damped(moment(x_PK), 0.1), mse_optimal(weight_NK)[1].double()
+    kept_NK = torch.rand(5, weights) < 0.8
+    factor_KK = cholesky(moment_KK, 0.0)
+    codes_NK = feed_back(weight_NK, factor_KK, scale_N, kept_NK)
+    better_NK = descend(codes_NK, weight_NK, moment_KK, scale_N, kept_NK)
+    monkeypatch.setattr("quantization_utils.second_order.BLOCK", 1_000)
+    assert torch.equal(feed_back(weight_NK, factor_KK, scale_N, kept_NK), codes_NK)
+    assert torch.equal(descend(codes_NK, weight_NK, moment_KK, scale_N, kept_NK), better_NK)
+    assert not codes_NK[~kept_NK].any() and not better_NK[~kept_NK].any()
+
+
+def test_descent_never_loses_and_ends_where_no_single_code_can_be_improved() -> None:
+    weight_NK, x_PK = problem(6, 9)
+    moment_KK, scale_N = moment(x_PK), torch.full((6,), 0.8, dtype=torch.float64)
+    kept_NK = torch.ones(6, 9, dtype=torch.bool)
+    codes_NK = torch.zeros(6, 9, dtype=torch.int8)
+    error_N = output_error(codes_NK, weight_NK, moment_KK, scale_N)
+    for _ in range(20):
+        codes_NK = descend(codes_NK, weight_NK, moment_KK, scale_N, kept_NK)
+        before_N, error_N = error_N, output_error(codes_NK, weight_NK, moment_KK, scale_N)
+        assert (error_N <= before_N * (1 + 1e-9)).all()
+    for j, code in product(range(9), (-1, 0, 1)):
+        other_NK = codes_NK.clone()
+        other_NK[:, j] = code
+        assert (output_error(other_NK, weight_NK, moment_KK, scale_N) >= error_N * (1 - 1e-9)).all()
+
+
+def test_fitted_scale_is_the_best_of_a_fine_grid() -> None:
+    weight_NK, x_PK = problem(5, 8)
+    codes_NK, start_N = mse_optimal(weight_NK)
+    moment_KK = moment(x_PK)
+    fitted_N = fit_scale(codes_NK, weight_NK, moment_KK, start_N.double())
+    least_N = output_error(codes_NK, weight_NK, moment_KK, fitted_N)
+    for scale in torch.linspace(0.01, 4, 400, dtype=torch.float64):
+        assert (output_error(codes_NK, weight_NK, moment_KK, scale.expand(5)) >= least_N * (1 - 1e-9)).all()
+
+
+def test_ternarize_comes_near_to_the_best_of_all_codes() -> None:
+    weight_NK, x_PK = problem(40, 7)
+    moment_KK = moment(x_PK)
+    kept_NK = torch.ones(40, 7, dtype=torch.bool)
+    codes_NK, scale_N = ternarize(weight_NK, moment_KK, 0.0, kept_NK)
+    codes_CK = every_code(7)
+    best = []
+    for n in range(40):
+        row_CK = weight_NK[n].expand(len(codes_CK), 7)
+        scale_C = fit_scale(codes_CK, row_CK, moment_KK, torch.ones(len(codes_CK), dtype=torch.float64))
+        best.append(output_error(codes_CK, row_CK, moment_KK, scale_C).min())
+    nearest_NK, nearest_scale_N = mse_optimal(weight_NK)
+    nearest = output_error(nearest_NK, weight_NK, moment_KK, nearest_scale_N.double()).mean()
+    found = output_error(codes_NK, weight_NK, moment_KK, scale_N)
+    assert (found >= torch.stack(best) * (1 - 1e-9)).all()
+    best = torch.stack(best).mean()
+    assert found.mean() - best < (nearest - best) / 4
+
+
+def test_channels_are_independent_of_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight_NK, x_PK = problem(7, 12)
+    kept_NK = torch.ones(7, 12, dtype=torch.bool)
+    codes_NK, scale_N = ternarize(weight_NK, moment(x_PK), 0.01, kept_NK)
+    monkeypatch.setattr("quantization_utils.second_order.ROWS", 3)
+    in_parts_NK, scales_N = ternarize(weight_NK, moment(x_PK), 0.01, kept_NK)
+    assert torch.equal(in_parts_NK, codes_NK)
+    torch.testing.assert_close(scales_N, scale_N)
+
+
+def test_weight_that_makes_up_for_earlier_layers_against_a_direct_least_squares_solution() -> None:
+    weight_NK, x_PK = problem(3, 6, columns=50)
+    float_x_PK = x_PK + 0.5 * torch.randn(50, 6, dtype=torch.float64)
+    target_PN = float_x_PK @ weight_NK.T
+    damping = 0.05
+    found_NK = matching_weight(weight_NK, moment(x_PK), target_PN.T @ x_PK / 50, damping)
+    ridge = (50 * damping * moment(x_PK).diagonal().mean()).sqrt() * torch.eye(6, dtype=torch.float64)
+    direct_KN = torch.linalg.lstsq(torch.cat([x_PK, ridge]), torch.cat([target_PN, ridge @ weight_NK.T])).solution
+    torch.testing.assert_close(found_NK, direct_KN.T)
+
+
+def test_covariance_without_full_rank_is_damped_more_and_that_is_said() -> None:
+    moment_KK = moment(torch.randn(3, 8))  # rank 3
+    moment_KK[0, 0] -= 1e-3  # and rounding has made it indefinite
+    with pytest.warns(UserWarning, match="no full rank"):
+        factor_KK = cholesky(moment_KK, 1e-5)
+    assert factor_KK.isfinite().all()
+
+
+def test_inputs_that_are_not_finite_are_refused() -> None:
+    with pytest.raises(ValueError, match="non-finite"):
+        cholesky(torch.full((3, 3), torch.nan), 0.01)
+
+
+def test_inputs_that_never_differ_from_zero_leave_the_weights_to_decide() -> None:
+    weight_NK = torch.randn(4, 6)
+    codes_NK, scale_N = ternarize(weight_NK, torch.zeros(6, 6), 0.01, torch.ones(4, 6, dtype=torch.bool), sweeps=8)
+    torch.testing.assert_close(scale_N, fit_scale(codes_NK, weight_NK, torch.eye(6), scale_N))
+    assert codes_NK.any()
+
