@@ -11,7 +11,7 @@ from dataclasses import replace
 from torch import nn
 
 from pruning_utils import l1, l1_global, l2_filters, random
-from quantization_utils import absmean_fitted, absmean_per_tensor, int8_absmax, mse_optimal, twn
+from quantization_utils import absmean, absmean_fitted, absmean_per_tensor, int8_absmax, mse_optimal, twn
 from train_test_utils.experiment import main
 from train_test_utils.recipe import Recipe, sgd
 from train_test_utils.rows import Prune, Row, Ternary
@@ -44,6 +44,12 @@ ROWS = [
     Row("qat_all_4bit_acts",    "float",     [replace(QAT, act_bits=4)],                    FINETUNE),
     Row("qat_all_weight_only",  "float",     [replace(QAT, act_bits=None)],                 FINETUNE),
     Row("qat_all_8bit_ends",    "float",     [replace(QAT, ends=int8_absmax)],              FINETUNE),
+    # What each ingredient of qat_all does: it is left out or put in
+    Row("qat_all_from_scratch", None,        [QAT],                                         SCRATCH),
+    Row("qat_all_absmean",      "float",     [replace(QAT, quantizer=absmean)],             FINETUNE),
+    Row("qat_all_ramped",       "float",     [QAT],                                         replace(FINETUNE, ramp=0.3)),
+    *[Row(f"qat_all_distilled_{share}_{t}", "float", [QAT], replace(FINETUNE, distill=share / 100, temperature=t))
+      for share, t in ((50, 1), (50, 4), (90, 4))],  # percent of the loss, temperature
     Row("float_l2_filters_50",  "float",     [Prune(l2_filters, 0.5, only=nn.Conv2d)],      SHORT),
     *[Row(f"qat_all_{score.__name__}_{p}", "float", [Prune(score, p / 100, only=nn.Conv2d), QAT], SHORT)
       for score in (random, l1, l2_filters, l1_global) for p in (30, 50, 70, 90)],
