@@ -14,7 +14,7 @@ from pruning_utils import l1, l1_global, l2_filters, random
 from quantization_utils import absmean, absmean_fitted, absmean_per_tensor, int8_absmax, mse_optimal, twn
 from train_test_utils.experiment import main
 from train_test_utils.recipe import Recipe, sgd
-from train_test_utils.rows import Prune, Row, Ternary
+from train_test_utils.rows import Prune, Reinitialize, Row, Ternary
 
 SCRATCH = Recipe(epochs=200, lr=0.1, optimizer=sgd, weight_decay=5e-4, cutout=8)
 FINETUNE = replace(SCRATCH, epochs=60, lr=0.02, weight_decay=1e-4)
@@ -45,9 +45,9 @@ ROWS = [
     Row("qat_all_weight_only",  "float",     [replace(QAT, act_bits=None)],                 FINETUNE),
     Row("qat_all_8bit_ends",    "float",     [replace(QAT, ends=int8_absmax)],              FINETUNE),
     # What each ingredient of qat_all does: it is left out or put in
-    Row("qat_all_from_scratch", None,        [QAT],                                         SCRATCH),
+    Row("qat_all_from_scratch", "float",     [Reinitialize(), QAT],                         SCRATCH),
     Row("qat_all_absmean",      "float",     [replace(QAT, quantizer=absmean)],             FINETUNE),
-    Row("qat_all_ramped",       "float",     [QAT],                                         replace(FINETUNE, ramp=0.3)),
+    Row("qat_all_ramped",       "float",     [QAT],                           replace(FINETUNE, ramp=0.3)),
     *[Row(f"qat_all_distilled_{share}_{t}", "float", [QAT], replace(FINETUNE, distill=share / 100, temperature=t))
       for share, t in ((50, 1), (50, 4), (90, 4))],  # percent of the loss, temperature
     Row("float_l2_filters_50",  "float",     [Prune(l2_filters, 0.5, only=nn.Conv2d)],      SHORT),

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models import build
 from models.select import Selection, select_layers
 from pruning_utils import prune_
 from quantization_utils import absmean_fitted, calibrate_, quantize_
@@ -60,6 +61,20 @@ class Prune:
         what = "filters" if getattr(self.score, "granularity", "weight") == "filter" else "single weights"
         where = "all layers" if self.only is None else _selection(self.only)
         return f"{self.amount:.0%} of {what} of {where} by {self.score.__name__}"
+
+
+@dataclass(frozen=True)
+class Reinitialize:
+    """Forget the parent's weights, to see what starting from them is worth."""
+
+    def __call__(self, model: nn.Module, images: Tensor, seed: int) -> nn.Module:
+        constructor: Any = model.constructor
+        torch.manual_seed(seed)
+        fresh = build(constructor["name"], constructor["num_classes"], **constructor["options"])
+        return fresh.to(images.device).eval()
+
+    def __str__(self) -> str:
+        return "weights drawn anew"
 
 
 @dataclass(frozen=True)
