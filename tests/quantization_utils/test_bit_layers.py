@@ -1,0 +1,254 @@
+"""Trainable and packed layers: one meaning, three states, and gradients as their papers have them."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from quantization_utils.bit_layers import (
+    BitConv2d,
+    BitLinear,
+    DynamicQuantizer,
+    PackedConv2d,
+    PackedLinear,
+    Quantized,
+    StaticQuantizer,
+)
+from quantization_utils.quantizers import TERNARY, absmean, absmean_per_tensor, dequantize, int8_absmax, mse_optimal
+
+QUANTIZERS = [*TERNARY, int8_absmax]
+CONVOLUTIONS = [
+    {}, {"stride": 2, "padding": 1}, {"padding": (0, 2), "bias": False}, {"groups": 3, "padding": 1},
+    {"dilation": 2, "padding": 2},
+]  # fmt: skip
+
+
+def linear(quantizer=absmean, act_bits=None, k=37, n=11, bias=True) -> BitLinear:
+    return BitLinear.from_float(nn.Linear(k, n, bias=bias), quantizer, act_bits).eval()
+
+
+def conv(quantizer=absmean, act_bits=None, **options) -> BitConv2d:
+    return BitConv2d.from_float(nn.Conv2d(6, 9, 3, **options), quantizer, act_bits).eval()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_linear_equals_dense_with_quantized_values(quantizer, bias):
+    layer, x = linear(quantizer, bias=bias), torch.randn(4, 5, 37)
+    dense = nn.Linear(37, 11, bias=bias)
+    dense.weight.data = dequantize(*layer.quantized_weight())
+    if bias:
+        dense.bias.data = layer.bias.data
+    assert torch.equal(layer(x), dense(x))
+    assert torch.equal(layer.train()(x), dense(x))
+
+
+@pytest.mark.parametrize("options", CONVOLUTIONS)
+@pytest.mark.parametrize("quantizer", [absmean, int8_absmax])
+def test_convolution_equals_dense_with_quantized_values(quantizer, options):
+    layer, x = conv(quantizer, **options), torch.randn(2, 6, 9, 8)
+    dense = nn.Conv2d(6, 9, 3, **options)
+    dense.load_state_dict(layer.state_dict())
+    dense.weight.data = dequantize(*layer.quantized_weight())
+    assert torch.equal(layer(x), dense(x))
+
+
+@pytest.mark.parametrize("make, shape", [(linear, (4, 37)), (conv, (2, 6, 5, 5))])
+def test_the_bias_is_used(make, shape):
+    layer, x = make(), torch.randn(shape)
+    with_bias = layer(x)
+    bias = layer.bias.detach().clone()
+    layer.bias.data.zero_()
+    torch.testing.assert_close(with_bias - layer(x), bias.view(-1, *[1] * (len(shape) - 2)).expand_as(with_bias))
+
+
+def test_weights_and_biases_are_taken_over_as_they_are():
+    dense = nn.Linear(5, 3).train()
+    layer = BitLinear.from_float(dense, absmean, 8)
+    assert layer.weight is dense.weight and layer.bias is dense.bias and layer.training
+    assert layer.weight_bits == "ternary" and linear(int8_absmax).weight_bits == 8
+    assert layer.state_dict().keys() == dense.state_dict().keys()
+
+
+@pytest.mark.parametrize("part", [1.0, 0.25])
+def test_the_gradient_of_the_weight_passes_straight_through(part):
+    """It is that of a dense layer with the weight that was used, whatever rounding made of it."""
+    layer, x = linear(act_bits=None), torch.randn(6, 37)
+    layer.quantized_part = part
+    used = (1 - part) * layer.weight + part * dequantize(*layer.quantized_weight())
+    dense = used.detach().clone().requires_grad_()
+    out, target = layer(x), torch.randn(6, 11)
+    torch.testing.assert_close(out, F.linear(x, used, layer.bias))
+    F.mse_loss(out, target).backward()
+    F.mse_loss(F.linear(x, dense, layer.bias.detach()), target).backward()
+    torch.testing.assert_close(layer.weight.grad, dense.grad)
+    assert layer.bias.grad.any()
+
+
+def test_a_ramp_begins_with_the_float_weight():
+    layer, x = linear(), torch.randn(6, 37)
+    layer.quantized_part = 0.0
+    torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_dynamic_activations_per_token_by_their_formula(bits):
+    x = torch.randn(3, 4, 33)
+    x[1, 2] = 0
+    top = 2 ** (bits - 1) - 1
+    quantizer = DynamicQuantizer(bits, "token")
+    for row, got in zip(x.flatten(0, 1), quantizer(x).flatten(0, 1), strict=True):
+        scale = max(float(row.abs().max()), 1e-5) / top
+        expected = (row / scale).round().clamp(-top - 1, top) * scale
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=scale * 1e-3)
+        assert len(got.unique()) <= 2**bits
+
+
+def test_dynamic_activations_per_image_have_one_scale_each():
+    x = torch.randn(3, 2, 5, 5) * torch.tensor([1.0, 10.0, 0.1]).view(3, 1, 1, 1)
+    out = DynamicQuantizer(8, "image")(x)
+    for image, got in zip(x, out, strict=True):
+        scale = float(image.abs().max()) / 127
+        codes = got / scale
+        torch.testing.assert_close(codes, codes.round(), rtol=0, atol=1e-3)
+        assert float((got - image).abs().max()) <= scale / 2 * 1.001
+
+
+def test_the_gradient_of_dynamic_activations_passes_straight_through():
+    x = torch.randn(3, 9, requires_grad=True)
+    grad = torch.randn(3, 9)
+    DynamicQuantizer(8, "token")(x).backward(grad)
+    assert torch.equal(x.grad, grad)
+
+
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_static_activations_round_and_clip(bits):
+    quantizer = StaticQuantizer(bits, 0.1)
+    x = torch.linspace(-1, 0.1 * 2**bits + 1, 1001)
+    expected = (x / quantizer.step.detach()).round().clamp(0, 2**bits - 1) * quantizer.step.detach()
+    assert torch.equal(quantizer(x), expected) and quantizer.code_max == 2**bits - 1
+
+
+def test_static_activations_have_the_gradients_of_lsq():
+    """Esser et al., arXiv 1902.08153, eq. 2 and 3, and section 2.2's factor 1 / sqrt(number · largest code)."""
+    step, top = 0.37, 15
+    quantizer = StaticQuantizer(4, step)
+    x = torch.tensor([-1.0, -0.1, 0.05, 0.3, 1.0, 2.345, 5.54, 5.56, 9.0], requires_grad=True)
+    grad = torch.randn(9)
+    quantizer(x).backward(grad)
+    slope, passed = [], []
+    for value in x.tolist():
+        ratio = value / step
+        slope.append(0.0 if ratio <= 0 else float(top) if ratio >= top else round(ratio) - ratio)
+        passed.append(0.0 < ratio < top)
+    assert torch.equal(x.grad, grad * torch.tensor(passed))
+    expected = float((torch.tensor(slope) * grad).sum()) / (9 * top) ** 0.5
+    assert float(quantizer.step.grad) == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_learned_step_finds_the_range():
+    """Stepping along its gradient reduces the error of a quantizer that begins with a step twice too large."""
+    quantizer, x = StaticQuantizer(4, 0.6), torch.rand(4096) * 4.5
+    first = float((quantizer(x) - x).square().mean().detach())
+    optimizer = torch.optim.SGD(quantizer.parameters(), lr=0.5)
+    for _ in range(60):
+        optimizer.zero_grad()
+        ((quantizer(x) - x).square().mean() * 100).backward()
+        optimizer.step()
+    assert float((quantizer(x) - x).square().mean().detach()) < first / 2 and 0.2 < float(quantizer.step) < 0.4
+
+
+def test_quantized_puts_the_quantizer_behind_the_module():
+    x = torch.tensor([-1.0, 0.26, 0.24, 99.0])
+    assert Quantized(nn.ReLU(), StaticQuantizer(2, 0.5))(x).tolist() == [0.0, 0.5, 0.0, 1.5]
+
+
+@pytest.mark.parametrize("k", [1, 37, 97, 1025])
+@pytest.mark.parametrize("quantizer", [absmean, mse_optimal, int8_absmax])
+def test_packed_linear_is_the_trainable_one(quantizer, k):
+    """Integers are exact, so the difference is that of a few float32 roundings of the sum."""
+    layer, x = linear(quantizer, 8, k=k), torch.randn(5, 3, k)
+    packed = PackedLinear.from_bit_layer(layer, 8)
+    codes, scale = layer.quantized_weight()
+    magnitude = x.abs() @ dequantize(codes, scale).abs().T + layer.bias.abs()
+    with torch.no_grad():
+        assert ((packed(x) - layer(x)).abs() <= 2**-18 * magnitude + 1e-7).all()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_packed_linear_by_its_formula_bit_for_bit(bias):
+    """y = float(acc) · (scale_n · (a / 127)) + bias_n, one float32 operation after the other."""
+    layer, x = linear(absmean, 8, bias=bias), torch.randn(7, 37)
+    packed = PackedLinear.from_bit_layer(layer, 8)
+    codes, scale = layer.quantized_weight()
+    absmax = x.abs().amax(1, keepdim=True).clamp_min(1e-5)
+    q = (x * (127 / absmax)).round().clamp(-128, 127).long()
+    y = (q @ codes.long().T).float() * (scale * (absmax / 127))
+    y = y + layer.bias if bias else y
+    for backend in ("reference", "auto"):
+        packed.backend, packed._runner = backend, None
+        assert torch.equal(packed(x), y)
+
+
+@pytest.mark.parametrize("act_bits", [None, 8])
+@pytest.mark.parametrize("options", CONVOLUTIONS)
+def test_packed_convolution_is_the_trainable_one(options, act_bits):
+    layer, x = conv(mse_optimal, act_bits, **options), torch.randn(3, 6, 9, 8)
+    packed = PackedConv2d.from_bit_layer(layer, act_bits)
+    with torch.no_grad():
+        assert act_bits is not None or torch.equal(packed(x), layer(x))
+        torch.testing.assert_close(packed(x), layer(x), rtol=1e-5, atol=1e-5)
+
+
+def test_weight_only_packed_linear_is_exact():
+    layer, x = linear(absmean, None), torch.randn(7, 37)
+    assert torch.equal(PackedLinear.from_bit_layer(layer, None)(x), layer(x))
+
+
+def test_a_packed_layer_holds_no_float_weight_and_can_be_copied():
+    packed = PackedLinear.from_bit_layer(linear(absmean, 8), 8)
+    assert {n: t.dtype for n, t in packed.state_dict().items()} == {
+        "codes": torch.int8, "scale": torch.float32, "bias": torch.float32
+    }  # fmt: skip
+    assert list(packed.parameters()) == []
+    x = torch.randn(2, 37)
+    assert torch.equal(copy.deepcopy(packed)(x), packed(x))
+
+
+def test_the_dense_weight_of_a_packed_layer():
+    layer = conv(mse_optimal)
+    assert torch.equal(PackedConv2d.from_bit_layer(layer, None).weight, dequantize(*layer.quantized_weight()))
+
+
+@pytest.mark.parametrize("options", [{"padding": "same"}, {"padding": 1, "padding_mode": "reflect"}])
+def test_convolutions_that_cannot_be_packed_say_so(options):
+    with pytest.raises(ValueError, match="only convolutions with zero padding, given as numbers, can be packed"):
+        PackedConv2d.from_bit_layer(conv(**options), 8)
+
+
+def test_linear_of_transformers_bitnet_agrees():
+    """The same codes and scale in the layer that loads BitNet's checkpoints."""
+    bitnet = pytest.importorskip("transformers.integrations.bitnet")
+    layer = linear(absmean_per_tensor, 8, bias=False)
+    codes, scale = layer.quantized_weight()
+    theirs = bitnet.AutoBitLinear(37, 11, bias=False)
+    theirs.weight.data, theirs.weight_scale.data = codes.float(), scale[:1]
+    x = torch.randn(4, 37)
+    with torch.compiler.set_stance("force_eager"), torch.no_grad():
+        expected = theirs(x)
+    torch.testing.assert_close(PackedLinear.from_bit_layer(layer, 8)(x), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(layer(x).detach(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_mixed_precision_quantizes_in_float32():
+    layer, x = linear(mse_optimal, 8), torch.randn(4, 37)
+    codes, _ = layer.quantized_weight()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = layer(x)
+        inside, _ = layer.quantized_weight()
+    assert out.dtype == torch.bfloat16 and torch.equal(inside, codes)
+    torch.testing.assert_close(out.float(), layer(x), rtol=0.05, atol=0.05)
