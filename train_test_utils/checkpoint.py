@@ -2,36 +2,23 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import io
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends well: the old or the new, never half."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+from quantization_utils.file_format import replacing
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
     """Write the model's state as safetensors."""
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
-    with replacing(path) as temporary:
-        save_file(state, temporary)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        file.write(save(state))
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -54,8 +41,11 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 def save_state(state: dict[str, Any], path: Path) -> None:
     """Write the state of an unfinished training."""
-    with replacing(path) as temporary:
-        torch.save(state, temporary)
+    buffer = io.BytesIO()  # torch.save tells of a full disk in its own ways; a file tells it as OSError
+    torch.save(state, buffer)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        file.write(buffer.getbuffer())
 
 
 def load_state(path: Path, map_location: torch.device) -> dict[str, Any] | None:

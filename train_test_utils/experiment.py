@@ -172,16 +172,18 @@ class Run:
         torch.manual_seed(self.seed)
         return build(self.model_name, len(self.data.class_names), **self.options)
 
-    def transformed(self, model: nn.Module) -> nn.Module:
+    def transformed(self, model: nn.Module, structure_only: bool = False) -> nn.Module:
+        """`structure_only`: weights will be loaded, so a transformation that can may leave its work undone."""
         images = calibration_images(self.data.train.images, self.seed)
         model = model.to(images.device).eval()
         for transform in self.row.transforms:
+            transform = getattr(transform, "structure", transform) if structure_only else transform
             model = transform(model, images, self.seed)
         return model
 
     def trained(self) -> nn.Module:
         """This row's model as it was trained (its structure rebuilt, its weights from the checkpoint)."""
-        model = self.transformed(self.start())
+        model = self.transformed(self.start(), structure_only=True)
         load_weights(model, self.folder / "checkpoint.safetensors")
         return model.eval()
 

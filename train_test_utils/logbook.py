@@ -15,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from quantization_utils.file_format import replacing
+
 from . import distributed
 from .wandb_mirror import Mirror
 
@@ -172,9 +174,8 @@ def _restart_curves(path: Path, first: Mapping[str, Any]) -> list[dict[str, Any]
     path.parent.mkdir(parents=True, exist_ok=True)
     mend(path)
     stay = [r for r in read_curves(path.parent) if r["epoch"] < first.get("epoch", 0)]
-    temporary = path.with_name(path.name + ".new")
-    temporary.write_text("".join(json.dumps(r) + "\n" for r in stay))
-    os.replace(temporary, path)
+    with replacing(path) as file:
+        file.write("".join(json.dumps(r) + "\n" for r in stay).encode())
     return stay
 
 
