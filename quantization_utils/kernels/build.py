@@ -37,7 +37,7 @@ def load() -> None:
 @cache
 def _load() -> str:
     """What went wrong, or nothing."""
-    flags = FLAGS + os.environ.get("TERNARY_CXXFLAGS", "").split()
+    flags = [*FLAGS, *_openmp(), *os.environ.get("TERNARY_CXXFLAGS", "").split()]
     library = _cache_folder() / _fingerprint(flags) / "ternary_kernels.so"
     try:
         if not library.exists():
@@ -49,6 +49,14 @@ def _load() -> str:
 
     ops.register()
     return ""
+
+
+def _openmp() -> list[str]:
+    """Flags for PyTorch's own OpenMP threads: the library in its folder, else the compiler's; none where there is no GNU one."""
+    if sys.platform != "linux":
+        return []  # threads are made for each call
+    bundled = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
+    return ["-fopenmp", *(str(path) for path in bundled[:1])]
 
 
 def _cache_folder() -> Path:
@@ -76,8 +84,9 @@ def _compile(library: Path, flags: list[str]) -> None:
     # Compiled elsewhere and moved, so that an interrupted or a simultaneous build never leaves half a file.
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         cpp_extension.load(
-            name="ternary_kernels", sources=[str(p) for p in sorted(SOURCES.glob("*.cpp"))], extra_cflags=flags,
-            extra_ldflags=[f for f in flags if f.startswith(("-fsanitize", "-pthread"))],
+            name="ternary_kernels", sources=[str(p) for p in sorted(SOURCES.glob("*.cpp"))],
+            extra_cflags=[f for f in flags if f.startswith("-")],
+            extra_ldflags=[f for f in flags if f.startswith(("-fsanitize", "-pthread", "/"))] or ["-fopenmp"],
             build_directory=folder, is_python_module=False, is_standalone=False, verbose=False,
         )  # fmt: skip
         os.replace(Path(folder) / "ternary_kernels.so", library)

@@ -16,6 +16,8 @@ namespace avx2 {
 #define LANES 8
 #define VECTORS 2
 #define PIXELS 4
+#define TILES4 3
+#define TILES5 2
 typedef __m256i vec;
 
 static inline vec load_ints(const int32_t* p) { return _mm256_loadu_si256((const __m256i*)p); }

@@ -16,6 +16,8 @@ namespace avx512vnni {
 #define LANES 16
 #define VECTORS 4
 #define PIXELS 6
+#define TILES4 6
+#define TILES5 5
 typedef __m512i vec;
 
 static inline vec load_ints(const int32_t* p) { return _mm512_loadu_si512(p); }
@@ -35,7 +37,10 @@ static inline vec plane(vec codes) {  // shifting 32-bit lanes is fine: the AND 
 template <int S>
 static inline vec in_place(vec codes) { return _mm512_and_si512(codes, _mm512_set1_epi8((char)(3 << 2 * S))); }
 template <Weights>
-static inline vec dot(vec acc, vec a, vec w) { return _mm512_dpbusd_epi32(acc, a, w); }
+static inline vec dot(vec acc, vec a, vec w) {
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(w));  // the intrinsic makes GCC copy every accumulator
+  return acc;
+}
 static inline __m512 bytes_to_floats_(__m128i b) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(b)); }
 #define bytes_to_floats(b) ((floats)bytes_to_floats_((__m128i)(b)))
 #define ints_to_bytes(i) ((bytes)_mm512_cvtepi32_epi8((__m512i)(i)))

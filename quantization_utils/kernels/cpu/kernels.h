@@ -35,6 +35,32 @@ struct Tile {
   const int32_t* init;                // start of the accumulators, one per channel, padded to whole vectors
 };
 
+// Winograd's convolution for 3x3 kernels, as a scheme of `side` x `side` products for each tile of 2x2 outputs:
+//   Y = A^T [ (G g G^T) * (B^T d B) ] A.
+// Stride 1, side 4, is F(2x2,3x3) with 2G, so that U is an integer, |u| <= 9, and Y is 4 times the result:
+//   B^T = [1 0 -1 0; 0 1 1 0; 0 -1 1 0; 0 1 0 -1]   2G = [2 0 0; 1 1 1; 1 -1 1; 0 0 2]   A^T = [1 1 1 0; 0 1 -1 -1]
+// Stride 2, side 5, is F(2,2) over the odd inputs with the outer taps, and the even inputs times the middle tap; |u| <= 4:
+//   B^T d = (d0 - d2, d2, d2 - d4, d1, d3)   G g = (g0, g0 + g2, g2, g1, g1)   A^T m = (m0 + m1 + m3, m1 - m2 + m4)
+// With activations of at most 63, V lies in +-126 and +128 makes it an unsigned byte, except where it is a sum or a plain
+// input in both dimensions (0 ... 252): those have no offset. The accumulators start at -128 * sum(u) where there is one.
+// G has one row too many for its rank: with v = (2 g0, g0 + g1 + g2, 2 g2) in both dimensions, nine numbers, stride 1's U is
+// v in rows and columns 0, 1, 3 and v0 + v2 - v1 in 2; stride 2's is made of v = 2 g, without a division, so Y is twice the
+// result there. Eight of the nine are even and within +-6 (8 + v/2 is a nibble), the one in the middle is within +-9: five bytes
+// for a kernel instead of 16 or 25, small enough to come from the outer caches as fast as they are used.
+// |M| <= 255 * 9 * C, and Y is a sum of at most nine: below 2^31 for C < 100,000.
+static constexpr bool winograd_has_offset(int side, int i, int j) {
+  return side == 4 ? !(i == 1 && j == 1) : i == 0 || i == 2 || j == 0 || j == 2;
+}
+
+struct WinogradTile {
+  const uint8_t* input;          // transformed: [position][tile][channel]
+  int64_t position_stride, tile_stride;
+  int tiles, groups;             // tiles: 1 ... tiles[] of the instruction set; groups of 4 input channels
+  const uint8_t* weights;        // [group][5][lanes * 4 bytes]: v00 | v20 << 4, v02 | v22 << 4, v10 | v12 << 4, v01 | v21 << 4, v11
+  const uint8_t* next_weights;   // those of the following call, to be fetched meanwhile
+  const int32_t* init;           // [column][row][lanes]
+};
+
 // y = float(acc >> shift) * gain_n [* row scale]; y += bias_n; y += residual * residual_gain; ReLU; round; clamp.
 // Each is one float32 operation (compiled without contraction), in this order.
 struct Epilogue {
@@ -52,6 +78,7 @@ struct Output {
   const void* residual[kMaxPixels * 4];  // uint8, or float32 if residual_is_float; ignored unless has_residual
   float row_scale[kMaxPixels * 4];       // only if has_row_scale: gain_n * row_scale is rounded first
   bool has_residual, residual_is_float, has_row_scale;
+  int first_channel;                     // Winograd: added to the pointers; a null pointer is a pixel beyond an odd edge
 };
 
 struct Kernels {
@@ -59,14 +86,15 @@ struct Kernels {
   int lanes;         // int32 lanes of a vector; a block has up to max_vectors of them
   int max_vectors;   // vectors of channels per tile
   int max_pixels;    // pixels per tile
+  int tiles[2];      // Winograd tiles at a time, of side 4 and 5
   // acc[count][vectors * lanes], vectors = ceil(channels / lanes)
   void (*multiply)(Weights, const Tile&, int32_t* acc);
   // `pixels` rows of acc (vectors * lanes apart) to output.
   void (*finish)(const Epilogue&, const Output&, const int32_t* acc, int pixels, int channels);
-  // V[position][channel stride] of one 4x4 patch: 16 rows, `v_stride` bytes apart; exact, +128 except position 5 = (1,1).
-  void (*winograd_input)(const uint8_t* patch, int64_t row_stride, int64_t pixel_stride, int channels, uint8_t* v, int64_t v_stride);
-  // M[16][tiles][width] -> Y[4 * tiles][width] (still times 4)
-  void (*winograd_output)(const int32_t* m, int tiles, int width, int32_t* y);
+  // V[position][channel] of one patch of side x side pixels, positions `v_stride` bytes apart.
+  void (*winograd_input)(int side, const uint8_t* patch, int64_t row_stride, int64_t pixel_stride, int channels, uint8_t* v, int64_t v_stride);
+  // Products, output transform and epilogue for one vector of channels, of which `channels` are real; outputs [tile][2][2].
+  void (*winograd)(int side, const WinogradTile&, const Epilogue&, const Output&, int channels);
   // float32 image planes -> uint8 NHWC row of `width` pixels, `stride` bytes each, round(x * 255) clamped to 0 … 255
   void (*image_row)(const float* const* planes, int channels, int width, uint8_t* out, int stride);
   // signed codes + 128 of one row; returns the scale

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "memory.h"
 #include "threads.h"
 
 namespace ternary {
@@ -36,8 +37,8 @@ struct Panels {
   Weights kind = Weights::kTwoBit;
   int runs = 0, groups = 0, block = 0;
   int64_t block_bytes = 0;
-  std::vector<uint8_t> bytes;
-  std::vector<int32_t> init;  // per padded channel (Winograd: per position and padded channel)
+  Bytes bytes;
+  std::vector<int32_t> init;  // per padded channel; Winograd: [vector of channels][column][row][lanes]
 };
 
 // weight(n, run, i): code of output channel n at byte i of a run; zero-padded to whole groups and blocks.
@@ -84,7 +85,7 @@ struct Value {
 
 struct Step {
   Algorithm algorithm = Algorithm::kPool;
-  bool winograd_possible = false;
+  int winograd_side = 0;                     // 0: not possible
   std::shared_ptr<Panels> direct, winograd;
   Epilogue epilogue{};
   std::vector<float> gain, bias;             // padded to whole vectors
@@ -97,8 +98,8 @@ struct Plan {
   bool chosen = false;                       // algorithms were measured
   std::vector<Value> values;  // [0] is the image, [i + 1] node i
   std::vector<std::shared_ptr<Step>> steps;
-  std::vector<std::unique_ptr<uint8_t[]>> storage;
-  std::vector<uint8_t> shared;               // Winograd's transformed input, where the threads share one
+  std::vector<Bytes> storage;
+  Bytes shared;                              // Winograd's transformed input, where the threads share one
 };
 
 class Network {
@@ -115,15 +116,17 @@ class Network {
   void make_values(Plan& plan);
   void allocate(Plan& plan);
   void make_step(Plan& plan, int node);
-  bool winograd_possible(const Plan& plan, int node) const;
-  std::shared_ptr<Panels> panels(int node, const Value& in, Algorithm algorithm);
+  int winograd_side(const Plan& plan, int node) const;
+  std::shared_ptr<Panels> panels(int node, const Value& in);
+  std::shared_ptr<Panels> winograd_panels(int node, const Value& in, int side);
   void choose(Plan& plan, int threads, const std::string& algorithm);
-  double measure(Plan& plan, int node, int threads);
+  void measure(Plan& plan, int threads);
   void run_image(Plan& plan, const float* images, Member& member);
   void run_node(Plan& plan, int node, Member& member);
   void run_direct(Plan& plan, int node, Member& member);
   void run_winograd(Plan& plan, int node, Member& member);
-  void run_tiles(Plan& plan, int node, int block, int64_t first, int count, const uint8_t* v, int32_t* m);
+  void tile_outputs(Plan& plan, int node, int64_t first, int count, Output& to) const;
+  void run_tiles(const Step& step, const NodeSpec& s, int vector, int tiles, const uint8_t* v, int channels, Output& to) const;
   void run_max_pool(Plan& plan, int node, Member& member);
   void run_avg_pool(Plan& plan, int node, Member& member);
   uint8_t* scratch(int thread, size_t bytes);
@@ -133,7 +136,7 @@ class Network {
   int image_channels_;
   std::map<std::vector<int>, std::unique_ptr<Plan>> plans_;
   std::map<std::vector<int>, std::shared_ptr<Panels>> packed_;  // by node, algorithm and input layout; shared by batch sizes
-  std::vector<std::vector<uint8_t>> scratch_;                   // one a thread
+  std::vector<Bytes> scratch_;                                                   // one a thread
   int threads_ = 1;
   std::mutex mutex_;
 };

@@ -16,15 +16,21 @@ int round_up(int value, int to) { return (value + to - 1) / to * to; }
   throw std::invalid_argument("node " + std::to_string(node) + " " + why);
 }
 
-// U = (2G) g (2G)^T = 4 G g G^T with 2G = [2 0 0; 1 1 1; 1 -1 1; 0 0 2]; for g in {-1,0,1}: |u| <= 9.
-void transform_kernel(const int8_t* g, int* u) {
-  static const int twice_g[4][3] = {{2, 0, 0}, {1, 1, 1}, {1, -1, 1}, {0, 0, 2}};
-  for (int i = 0; i < 4; ++i)
-    for (int j = 0; j < 4; ++j) {
-      int sum = 0;
-      for (int a = 0; a < 3; ++a)
-        for (int b = 0; b < 3; ++b) sum += twice_g[i][a] * g[a * 3 + b] * twice_g[j][b];
-      u[i * 4 + j] = sum;
+// The nine numbers v of one 3x3 kernel, and U, as kernels.h has them (U of stride 2 doubled).
+void transform_kernel(int side, const int8_t* g, int (&v)[3][3], int (&u)[5][5]) {
+  static const int stride1[3][3] = {{2, 0, 0}, {1, 1, 1}, {0, 0, 2}};
+  for (int a = 0; a < 3; ++a)
+    for (int b = 0; b < 3; ++b) {
+      v[a][b] = side == 4 ? 0 : 2 * g[a * 3 + b];
+      for (int i = 0; side == 4 && i < 9; ++i) v[a][b] += stride1[a][i / 3] * g[i] * stride1[b][i % 3];
+    }
+  static const int rows4[4][3] = {{1, 0, 0}, {0, 1, 0}, {1, -1, 1}, {0, 0, 1}};
+  static const int rows5[5][3] = {{1, 0, 0}, {1, 0, 1}, {0, 0, 1}, {0, 1, 0}, {0, 1, 0}};
+  const int(*rows)[3] = side == 4 ? rows4 : rows5;
+  for (int i = 0; i < side; ++i)
+    for (int j = 0; j < side; ++j) {
+      u[i][j] = 0;
+      for (int k = 0; k < 9; ++k) u[i][j] += rows[i][k / 3] * v[k / 3][k % 3] * rows[j][k % 3];
     }
 }
 
@@ -45,11 +51,14 @@ Plan& Network::plan(int batch, int height, int width) {
   return *slot;
 }
 
-bool Network::winograd_possible(const Plan& plan, int node) const {
+// 4 or 5 (kernels.h), or 0: not for this node.
+int Network::winograd_side(const Plan& plan, int node) const {
   const NodeSpec& s = nodes_[node];
+  const Value& in = plan.values[s.input + 1];
   // Fewer than 16 channels are not worth a transform.
-  return s.op == Op::kConv && s.ternary && s.kernel[0] == 3 && s.kernel[1] == 3 && s.stride[0] == 1 && s.stride[1] == 1 &&
-         s.c >= 16 && s.pad_values.empty() && plan.values[s.input + 1].code_max <= 63 && !plan.values[s.input + 1].is_float;
+  const bool possible = s.op == Op::kConv && s.ternary && s.kernel[0] == 3 && s.kernel[1] == 3 && s.stride[0] == s.stride[1] &&
+                        s.stride[0] <= 2 && s.c >= 16 && s.pad_values.empty() && in.code_max <= 63 && !in.is_float;
+  return !possible ? 0 : s.stride[0] == 1 ? 4 : 5;
 }
 
 void Network::make_values(Plan& plan) {
@@ -75,7 +84,11 @@ void Network::make_values(Plan& plan) {
     if (s.op == Op::kConv) {
       if (s.c != in.c) refuse(i, "expects " + std::to_string(s.c) + " channels and reads " + std::to_string(in.c));
       in.border = std::max(in.border, std::max(s.padding[0], s.padding[1]));
-      if (winograd_possible(plan, i)) in.extra = std::max(in.extra, std::max(out.h % 2, out.w % 2));
+      if (winograd_side(plan, i)) {  // whole tiles read beyond the border where the output is odd
+        const int last_row = s.stride[0] * (round_up(out.h, 2) - 1) + 2 - s.padding[0] - (in.h - 1);
+        const int last_column = s.stride[0] * (round_up(out.w, 2) - 1) + 2 - s.padding[1] - (in.w - 1);
+        in.extra = std::max({in.extra, last_row - in.border, last_column - in.border});
+      }
     }
     if (s.op == Op::kLinear && s.c != in.c * in.h * in.w) refuse(i, "expects " + std::to_string(s.c) + " inputs and reads " + std::to_string(in.c * in.h * in.w));
     out.cs = out.is_float ? out.c : round_up(out.c, 4);
@@ -111,9 +124,9 @@ void Network::allocate(Plan& plan) {
     keys.push_back(key);
     auto& candidates = free_buffers[key];
     if (candidates.empty()) {
-      const size_t bytes = elements * (value.is_float ? 4 : 1) + 192;  // tiles may read up to 15 bytes past a run
-      plan.storage.push_back(std::make_unique<uint8_t[]>(bytes));      // zeroed
-      uint8_t* data = plan.storage.back().get() + (64 - (uintptr_t)plan.storage.back().get() % 64);
+      const size_t bytes = elements * (value.is_float ? 4 : 1) + 128;  // tiles may read up to 15 bytes past a run
+      plan.storage.emplace_back(bytes);                                // zeroed
+      uint8_t* data = plan.storage.back().data();
       for (int64_t e = 0; pad && e < elements; e += value.cs) std::memcpy(data + e, pad, value.c);
       candidates.push_back(data);
     }
@@ -125,31 +138,40 @@ void Network::allocate(Plan& plan) {
   }
 }
 
-std::shared_ptr<Panels> Network::panels(int node, const Value& in, Algorithm algorithm) {
+std::shared_ptr<Panels> Network::winograd_panels(int node, const Value& in, int side) {
+  const NodeSpec& s = nodes_[node];
+  auto& slot = packed_[{node, side, in.cs}];
+  if (slot) return slot;
+  slot = std::make_shared<Panels>();
+  Panels& p = *slot;
+  const int lanes = isa_.lanes, vectors = (s.n + lanes - 1) / lanes, positions = side * side;
+  p.kind = Weights::kSmall, p.groups = in.cs / 4, p.block = lanes;
+  p.block_bytes = (int64_t)5 * in.cs * lanes;
+  p.bytes.assign(vectors * p.block_bytes, 0);
+  p.init.resize((size_t)vectors * positions * lanes);
+  for (int n = 0; n < s.n; ++n) {
+    int32_t* init = p.init.data() + (size_t)n / lanes * positions * lanes + n % lanes;
+    for (int c = 0; c < in.cs; ++c) {
+      int v[3][3] = {}, u[5][5] = {};
+      if (c < s.c) transform_kernel(side, s.codes.data() + ((size_t)n * s.c + c) * 9, v, u);
+      auto pair = [](int low, int high) { return (uint8_t)(8 + low / 2 + (8 + high / 2) * 16); };
+      const uint8_t five[5] = {pair(v[0][0], v[2][0]), pair(v[0][2], v[2][2]), pair(v[1][0], v[1][2]), pair(v[0][1], v[2][1]), (uint8_t)v[1][1]};
+      uint8_t* to = p.bytes.data() + n / lanes * p.block_bytes + (int64_t)c / 4 * 5 * lanes * 4 + n % lanes * 4 + c % 4;
+      for (int i = 0; i < 5; ++i) to[i * lanes * 4] = five[i];
+      for (int i = 0; i < positions; ++i)
+        if (winograd_has_offset(side, i % side, i / side)) init[i * lanes] -= 128 * u[i % side][i / side];
+    }
+  }
+  return slot;
+}
+
+std::shared_ptr<Panels> Network::panels(int node, const Value& in) {
   const NodeSpec& s = nodes_[node];
   const bool linear = s.op == Op::kLinear;
   const int kh = linear ? in.h : s.kernel[0], kw = linear ? in.w : s.kernel[1], c = linear ? in.c : s.c;
-  auto& slot = packed_[{node, (int)algorithm, kh, kw, in.cs}];
+  auto& slot = packed_[{node, kh, kw, in.cs}];
   if (slot) return slot;
   const int64_t k = (int64_t)kh * kw * c;
-  if (algorithm == Algorithm::kWinograd) {
-    std::vector<int8_t> u((size_t)s.n * c * 16);
-    std::vector<int> sum((size_t)s.n * 16, 0);
-    for (int64_t f = 0; f < (int64_t)s.n * c; ++f) {
-      int values[16];
-      transform_kernel(s.codes.data() + f * 9, values);
-      for (int p = 0; p < 16; ++p) u[f * 16 + p] = (int8_t)values[p], sum[f / c * 16 + p] += values[p];
-    }
-    slot = std::make_shared<Panels>(pack_panels(isa_, Weights::kSmall, s.n, 16, in.cs, [&](int n, int position, int i) {
-      return i < c ? u[((size_t)n * c + i) * 16 + position] : 0;
-    }));
-    // V carries +128 in every position but (1,1): start the accumulators at -128 * sum(u) instead of correcting after.
-    const size_t padded = slot->init.size();
-    slot->init.assign(padded * 16, 0);
-    for (int p = 0; p < 16; ++p)
-      for (int n = 0; p != 5 && n < s.n; ++n) slot->init[p * padded + n] = -128 * sum[(size_t)n * 16 + p];
-    return slot;
-  }
   Weights kind = s.ternary ? Weights::kTwoBit : Weights::kInt8;
   if (s.ternary && k >= 131000) kind = Weights::kSmall;
   if (!s.ternary && k >= 66000) refuse(node, "has too many 8-bit weights a channel for 32-bit accumulators");
@@ -173,8 +195,8 @@ void Network::make_step(Plan& plan, int node) {
   step->bias.resize(round_up(out.c, block), 0.0f);
   if (s.op == Op::kMaxPool || s.op == Op::kAvgPool) return;
   step->algorithm = Algorithm::kDirect;
-  step->direct = panels(node, in, Algorithm::kDirect);
-  step->winograd_possible = winograd_possible(plan, node);
+  step->direct = panels(node, in);
+  step->winograd_side = winograd_side(plan, node);
   const Value* residual = s.residual != kNone ? &plan.values[s.residual + 1] : nullptr;
   for (int y = 0; y < out.h; ++y)
     for (int x = 0; x < out.w; ++x) {
@@ -184,47 +206,54 @@ void Network::make_step(Plan& plan, int node) {
     }
 }
 
-// Median microseconds of one node. Not the smallest: the other threads may do all of a phase before this one looks at the clock.
-double Network::measure(Plan& plan, int node, int threads) {
+// Runs the whole network a few times with the algorithms as they are set; adds each node's median microseconds to its step.
+// The whole network, because a node alone finds its weights in the caches, where in the network it does not. The median,
+// because the other threads may do all of a phase before this one looks at the clock.
+void Network::measure(Plan& plan, int threads) {
   using Clock = std::chrono::steady_clock;
-  std::vector<double> micros;
+  constexpr int kRuns = 7;
+  std::vector<std::vector<double>> micros(nodes_.size());
   parallel(threads, [&](Member& member) {
-    for (int repetition = 0; repetition < 10; ++repetition) {
-      const auto start = Clock::now();
-      run_node(plan, node, member);
-      if (member.index() == 0 && repetition > 0) micros.push_back(std::chrono::duration<double, std::micro>(Clock::now() - start).count());
-    }
+    for (size_t i = 0; i < nodes_.size(); ++i) run_node(plan, i, member);
   });
-  std::nth_element(micros.begin(), micros.begin() + micros.size() / 2, micros.end());
-  return micros[micros.size() / 2];
+  for (int repetition = 0; repetition < kRuns; ++repetition)
+    parallel(threads, [&](Member& member) {
+      auto start = Clock::now();
+      for (size_t i = 0; i < nodes_.size(); ++i) {
+        run_node(plan, i, member);
+        const auto end = Clock::now();
+        if (member.index() == 0) micros[i].push_back(std::chrono::duration<double, std::micro>(end - start).count());
+        start = end;
+      }
+    });
+  for (size_t i = 0; i < nodes_.size(); ++i) {
+    std::nth_element(micros[i].begin(), micros[i].begin() + kRuns / 2, micros[i].end());
+    plan.steps[i]->micros[plan.steps[i]->algorithm == Algorithm::kWinograd] = micros[i][kRuns / 2];
+  }
 }
 
-// Every node by each algorithm that can run it, the faster wins; the buffers hold whatever they hold.
+// The network with every node direct, then with Winograd wherever it can be; the faster wins, node by node. The buffers
+// hold whatever they hold.
 void Network::choose(Plan& plan, int threads, const std::string& algorithm) {
   size_t shared = 0;
+  if (algorithm == "auto") measure(plan, threads);
+  if (algorithm == "direct") return;
   for (size_t i = 0; i < nodes_.size(); ++i) {
     Step& step = *plan.steps[i];
+    if (!step.winograd_side) continue;
     const Value &in = plan.values[nodes_[i].input + 1], &out = plan.values[i + 1];
-    std::vector<Algorithm> candidates = {step.algorithm};
-    if (step.winograd_possible && algorithm != "direct") {
-      const int64_t tiles = (int64_t)in.n * ((out.h + 1) / 2) * ((out.w + 1) / 2);
-      shared = std::max(shared, (size_t)((tiles + isa_.max_pixels) * 16 * in.cs));
-      plan.shared.resize(shared);
-      step.winograd = panels(i, in, Algorithm::kWinograd);
-      candidates.push_back(Algorithm::kWinograd);
-      if (algorithm == "winograd") step.algorithm = Algorithm::kWinograd;
-    }
-    if (algorithm != "auto") continue;
-    double best = 1e30;
-    Algorithm winner = candidates[0];
-    for (Algorithm candidate : candidates) {
-      step.algorithm = candidate;
-      const double median = measure(plan, i, threads);
-      step.micros[candidate == Algorithm::kWinograd] = median;
-      if (median < best) best = median, winner = candidate;
-    }
-    step.algorithm = winner;
-    if (winner != Algorithm::kWinograd) step.winograd.reset();
+    const int64_t tiles = (int64_t)in.n * ((out.h + 1) / 2) * ((out.w + 1) / 2) + isa_.max_pixels;
+    shared = std::max(shared, (size_t)(tiles * step.winograd_side * step.winograd_side * in.cs));
+    step.winograd = winograd_panels(i, in, step.winograd_side);
+    step.algorithm = Algorithm::kWinograd;
+  }
+  plan.shared = Bytes(shared);
+  if (algorithm == "winograd") return;
+  measure(plan, threads);
+  for (const auto& step : plan.steps) {
+    if (step->algorithm != Algorithm::kWinograd || step->micros[1] < step->micros[0]) continue;
+    step->algorithm = Algorithm::kDirect;
+    step->winograd.reset();
   }
 }
 

@@ -41,8 +41,8 @@ void Network::run(const float* images, int batch, int height, int width, int thr
 
 uint8_t* Network::scratch(int thread, size_t bytes) {
   auto& buffer = scratch_[thread];
-  if (buffer.size() < bytes + 64) buffer.resize(bytes + 64);
-  return buffer.data() + (64 - (uintptr_t)buffer.data() % 64);
+  if (buffer.size() < bytes) buffer = Bytes(bytes);
+  return buffer.data();
 }
 
 void Network::run_image(Plan& plan, const float* images, Member& member) {
@@ -94,10 +94,11 @@ void Network::run_direct(Plan& plan, int node, Member& member) {
     Output to;
     to.has_row_scale = false, to.has_residual = residual != nullptr, to.residual_is_float = residual && residual->is_float;
     const int64_t start = item / blocks * chunk * most, end = std::min(pixels, start + chunk * most);
+    int64_t image = start / per_image, pixel = start % per_image;
     for (int64_t m = start; m < end; m += tile.count) {
       tile.count = (int)std::min<int64_t>(most, end - m);
-      for (int p = 0; p < tile.count; ++p) {
-        const int64_t image = (m + p) / per_image, pixel = (m + p) % per_image;
+      for (int p = 0; p < tile.count; ++p, ++pixel) {
+        if (pixel == per_image) pixel = 0, ++image;
         tile.pixels[p] = in.data + image * in.image() + step.in_offset[pixel];
         to.out[p] = out.data + (image * out.image() + step.out_offset[pixel] + first_channel) * (out.is_float ? 4 : 1);
         if (residual)
@@ -109,90 +110,90 @@ void Network::run_direct(Plan& plan, int node, Member& member) {
   });
 }
 
-// Tiles `first` … `first + count` of the batch for one block of channels, from their transformed input
-// v[position][max_pixels][channels]: 16 products, the output transform, the epilogue.
-void Network::run_tiles(Plan& plan, int node, int block_index, int64_t first, int count, const uint8_t* v, int32_t* m) {
+// Where the 2x2 outputs of tiles `first` ... `first + count` of the batch go.
+void Network::tile_outputs(Plan& plan, int node, int64_t first, int count, Output& to) const {
   const NodeSpec& s = nodes_[node];
   const Step& step = *plan.steps[node];
-  const Value &in = plan.values[s.input + 1], &out = plan.values[node + 1];
+  const Value& out = plan.values[node + 1];
   const Value* residual = s.residual != kNone ? &plan.values[s.residual + 1] : nullptr;
-  const Panels& panels = *step.winograd;
-  const int first_channel = block_index * panels.block;
-  Tile tile;
-  tile.channels = std::min(panels.block, s.n - first_channel), tile.count = count;
-  tile.runs = 1, tile.groups = panels.groups, tile.run_stride = 0;
-  const int width = (tile.channels + isa_.lanes - 1) / isa_.lanes * isa_.lanes;
-  for (int position = 0; position < 16; ++position) {
-    for (int t = 0; t < count; ++t) tile.pixels[t] = v + ((int64_t)position * isa_.max_pixels + t) * in.cs;
-    tile.weights = panels.bytes.data() + block_index * panels.block_bytes + (int64_t)position * panels.groups * width * 4;
-    tile.init = panels.init.data() + position * (panels.init.size() / 16) + first_channel;
-    isa_.multiply(panels.kind, tile, m + (int64_t)position * count * width);
-  }
-  int32_t* y = m + 16 * kMaxPixels * kMaxChannels;
-  isa_.winograd_output(m, count, width, y);
-  Epilogue epilogue = step.epilogue;
-  epilogue.gain = step.gain.data() + first_channel, epilogue.bias = step.bias.data() + first_channel;
-  epilogue.shift = 2;
-  Output to;
   to.has_row_scale = false, to.has_residual = residual != nullptr, to.residual_is_float = residual && residual->is_float;
   const int across = (out.w + 1) / 2, per_image = across * ((out.h + 1) / 2);
+  int64_t image = first / per_image;
+  int y = first % per_image / across * 2, x = first % across * 2;
   for (int t = 0; t < count; ++t) {
-    const int64_t image = (first + t) / per_image;
-    const int tile_y = (first + t) % per_image / across * 2, tile_x = (first + t) % across * 2;
-    for (int p = 0; p < 4; ++p) {
-      const int yy = tile_y + p / 2, xx = tile_x + p % 2, pixel = yy * out.w + xx;
-      void*& target = to.out[t * 4 + p];
-      target = nullptr;  // beyond an odd edge
+    for (int p = t * 4; p < t * 4 + 4; ++p) {
+      const int yy = y + p % 4 / 2, xx = x + p % 2, pixel = yy * out.w + xx;
+      to.out[p] = nullptr;  // beyond an odd edge
       if (yy >= out.h || xx >= out.w) continue;
-      target = out.data + (image * out.image() + step.out_offset[pixel] + first_channel) * (out.is_float ? 4 : 1);
-      if (residual)
-        to.residual[t * 4 + p] = residual->data + (image * residual->image() + step.residual_offset[pixel] + first_channel) * (residual->is_float ? 4 : 1);
+      to.out[p] = out.data + (image * out.image() + step.out_offset[pixel]) * (out.is_float ? 4 : 1);
+      if (residual) to.residual[p] = residual->data + (image * residual->image() + step.residual_offset[pixel]) * (residual->is_float ? 4 : 1);
     }
+    if ((x += 2) >= out.w) x = 0, y += 2;
+    if (y >= out.h) y = 0, ++image;
   }
-  isa_.finish(epilogue, to, y, count * 4, tile.channels);
+}
+
+// One vector of channels of a group of tiles, from their transformed input v[position][tile][channel].
+void Network::run_tiles(const Step& step, const NodeSpec& s, int vector, int tiles, const uint8_t* v, int channels, Output& to) const {
+  const Panels& panels = *step.winograd;
+  const int first_channel = vector * isa_.lanes, side = step.winograd_side;
+  const WinogradTile tile = {v, (int64_t)tiles * channels, channels, tiles, panels.groups, panels.bytes.data() + vector * panels.block_bytes,
+                             panels.bytes.data() + std::min((int64_t)panels.bytes.size() - panels.block_bytes, (vector + 1) * panels.block_bytes),
+                             panels.init.data() + (int64_t)vector * side * side * isa_.lanes};
+  Epilogue epilogue = step.epilogue;
+  epilogue.gain = step.gain.data() + first_channel, epilogue.bias = step.bias.data() + first_channel;
+  epilogue.shift = side == 4 ? 2 : 1;
+  to.first_channel = first_channel;
+  isa_.winograd(side, tile, epilogue, to, std::min(isa_.lanes, s.n - first_channel));
 }
 
 void Network::run_winograd(Plan& plan, int node, Member& member) {
   const NodeSpec& s = nodes_[node];
   const Step& step = *plan.steps[node];
   const Value &in = plan.values[s.input + 1], &out = plan.values[node + 1];
-  const int most = isa_.max_pixels, blocks = (s.n + step.winograd->block - 1) / step.winograd->block;
-  const int across = (out.w + 1) / 2, per_image = across * ((out.h + 1) / 2);
-  const int64_t tiles = (int64_t)per_image * in.n, groups = (tiles + most - 1) / most;
-  const size_t group_bytes = (size_t)16 * most * in.cs;
-  const size_t m_bytes = (16 + 4) * kMaxPixels * kMaxChannels * sizeof(int32_t);
-  auto transform = [&](int64_t group, uint8_t* v) {
-    for (int t = 0; t < most && group * most + t < tiles; ++t) {
-      const int64_t tile = group * most + t;
-      const int y = tile % per_image / across * 2, x = tile % across * 2;
-      const uint8_t* patch = in.data + tile / per_image * in.image() + in.at(y - s.padding[0], x - s.padding[1]);
-      isa_.winograd_input(patch, in.row(), in.cs, in.cs, v + t * in.cs, (int64_t)most * in.cs);
-    }
+  const int side = step.winograd_side, positions = side * side, vectors = (s.n + isa_.lanes - 1) / isa_.lanes;
+  const int across = (out.w + 1) / 2, per_image = across * ((out.h + 1) / 2), cs = in.cs;
+  const int64_t tiles = (int64_t)per_image * in.n, fewest = (tiles + isa_.tiles[side - 4] - 1) / isa_.tiles[side - 4];
+  const int size = (int)((tiles + fewest - 1) / fewest);  // tiles a group: as even as can be
+  const int64_t groups = (tiles + size - 1) / size, group_bytes = (int64_t)positions * size * cs;
+  auto count = [&](int64_t group) { return (int)std::min<int64_t>(size, tiles - group * size); };
+  auto transform = [&](int64_t group, int t, uint8_t* v) {
+    const int64_t tile = group * size + t;
+    const int y = tile % per_image / across * 2 * s.stride[0], x = tile % across * 2 * s.stride[0];
+    const uint8_t* patch = in.data + tile / per_image * in.image() + in.at(y - s.padding[0], x - s.padding[1]);
+    isa_.winograd_input(side, patch, in.row(), cs, cs, v + (int64_t)t * cs, (int64_t)count(group) * cs);
   };
-  auto count = [&](int64_t group) { return (int)std::min<int64_t>(most, tiles - group * most); };
   // Where there are many tiles, a thread transforms a few groups and uses them at once for all channels, from its cache;
   // else the threads share the transform and split channels as well.
-  const int64_t chunk = std::min<int64_t>(8, std::max<int64_t>(1, (192 << 10) / (int64_t)group_bytes));
-  const int64_t chunks = (groups + chunk - 1) / chunk;
-  if (chunks >= 3 * threads_) {
-    member.share(chunks, [&](int64_t item) {
-      uint8_t* base = scratch(member.index(), m_bytes + chunk * group_bytes);
-      uint8_t* v = base + m_bytes;
+  if (groups >= 8 * threads_) {
+    const int64_t most = std::max<int64_t>(1, (192 << 10) / group_bytes), chunk = std::max<int64_t>(1, std::min({groups / (8 * threads_), most, (int64_t)8}));
+    member.share((groups + chunk - 1) / chunk, [&](int64_t item) {
+      uint8_t* v = scratch(member.index(), chunk * group_bytes);
+      Output to[8];
       const int64_t first = item * chunk, last = std::min(groups, first + chunk);
-      for (int64_t g = first; g < last; ++g) transform(g, v + (g - first) * group_bytes);
-      for (int b = 0; b < blocks; ++b)
-        for (int64_t g = first; g < last; ++g)
-          run_tiles(plan, node, b, g * most, count(g), v + (g - first) * group_bytes, (int32_t*)base);
+      for (int64_t g = first; g < last; ++g) {
+        for (int t = 0; t < count(g); ++t) transform(g, t, v + (g - first) * group_bytes);
+        tile_outputs(plan, node, g * size, count(g), to[g - first]);
+      }
+      for (int n = 0; n < vectors; ++n)
+        for (int64_t g = first; g < last; ++g) run_tiles(step, s, n, count(g), v + (g - first) * group_bytes, cs, to[g - first]);
     });
     return;
   }
-  member.share(groups, [&](int64_t g) { transform(g, plan.shared.data() + g * group_bytes); });
-  const int64_t per_item = team_chunk(groups, blocks, threads_, 4), items = (groups + per_item - 1) / per_item;
-  member.share(items * blocks, [&](int64_t item) {
-    uint8_t* base = scratch(member.index(), m_bytes);
-    const int64_t first = item / blocks * per_item;
-    for (int64_t g = first; g < std::min(groups, first + per_item); ++g)
-      run_tiles(plan, node, item % blocks, g * most, count(g), plan.shared.data() + g * group_bytes, (int32_t*)base);
+  const int64_t tiles_an_item = std::max(1, 256 / cs);
+  member.share((tiles + tiles_an_item - 1) / tiles_an_item, [&](int64_t item) {
+    for (int64_t tile = item * tiles_an_item; tile < std::min(tiles, (item + 1) * tiles_an_item); ++tile)
+      transform(tile / size, tile % size, plan.shared.data() + tile / size * group_bytes);
+  });
+  // Neighbouring channels go to one thread, which fetches the next one's weights while it computes.
+  const int64_t run = std::max<int64_t>(1, std::min<int64_t>(8, vectors / (4 * threads_)));
+  const int64_t per_item = team_chunk(groups, vectors / run, threads_, 8), items = (groups + per_item - 1) / per_item;
+  member.share(items * ((vectors + run - 1) / run), [&](int64_t item) {
+    Output to[8];
+    const int64_t first = item % items * per_item, last = std::min(groups, first + per_item), n = item / items * run;
+    for (int64_t g = first; g < last; ++g) tile_outputs(plan, node, g * size, count(g), to[g - first]);
+    for (int64_t vector = n; vector < std::min<int64_t>(vectors, n + run); ++vector)
+      for (int64_t g = first; g < last; ++g) run_tiles(step, s, vector, count(g), plan.shared.data() + g * group_bytes, cs, to[g - first]);
   });
 }
 

@@ -3,15 +3,18 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <condition_variable>
 #include <mutex>
 #include <thread>
+#include <vector>
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
 
 namespace ternary {
 namespace {
 
-constexpr int kSpinsBeforeYield = 1000;   // some tens of microseconds: longer than an item
-constexpr int kSpinsBeforeSleep = 10000;  // between two calls of a network
+constexpr int kSpinsBeforeYield = 1000;  // some tens of microseconds: longer than an item
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -19,62 +22,33 @@ inline void relax() {
 #endif
 }
 
-struct Pool {
-  Team team;
-  std::mutex mutex;
-  std::condition_variable wake;
-  std::atomic<uint64_t> epoch{0};  // a new value starts a region
-  const std::function<void(Member&)>* body = nullptr;
-  std::atomic<int> busy{0};
-  int workers = 0, used_phases = 0;
-  pid_t owner = getpid();
+void run_on_new_threads(Team& team, const std::function<void(Member&)>& body) {
+  std::vector<std::thread> others;
+  for (int index = 1; index < team.size; ++index)
+    others.emplace_back([&team, &body, index] { Member member(team, index); body(member); });
+  Member self(team, 0);
+  body(self);
+  for (std::thread& other : others) other.join();
+}
 
-  void work(int index, uint64_t seen) {
-    for (;;) {
-      int spins = 0;
-      while (epoch.load(std::memory_order_acquire) == seen) {
-        if (++spins < kSpinsBeforeSleep) {
-          relax();
-          continue;
-        }
-        std::unique_lock<std::mutex> lock(mutex);
-        wake.wait(lock, [&] { return epoch.load(std::memory_order_acquire) != seen; });
-      }
-      // The size is written before the epoch, and no region starts before every worker of the last has left it; a worker
-      // that is not needed may be late, which is why it counts as busy too.
-      seen = epoch.load(std::memory_order_acquire);
-      if (index < team.size) {
-        Member member(team, index);
-        (*body)(member);
-      }
-      busy.fetch_sub(1, std::memory_order_acq_rel);
-    }
-  }
-
-  void run(int threads, const std::function<void(Member&)>& function) {
-    threads = std::max(1, std::min(threads, kMaxThreads));
-    for (; workers < threads - 1; ++workers)
-      std::thread(&Pool::work, this, workers + 1, epoch.load()).detach();
-    team.size = threads;
-    for (int i = 0; i < used_phases; ++i) team.phases[i].next.store(0), team.phases[i].done.store(0);
+void run(Team& team, const std::function<void(Member&)>& body, bool forked) {
+  if (team.size == 1) {
     Member self(team, 0);
-    if (threads > 1) {
-      body = &function;
-      busy.store(workers, std::memory_order_relaxed);
-      {
-        std::lock_guard<std::mutex> lock(mutex);
-        epoch.fetch_add(1, std::memory_order_release);
-      }
-      wake.notify_all();
-    }
-    function(self);
-    used_phases = self.phases();
-    if (threads > 1) {
-      for (int spins = 0; busy.load(std::memory_order_acquire) != 0;)
-        ++spins < kSpinsBeforeYield ? relax() : std::this_thread::yield();
-    }
+    return body(self);
   }
-};
+#if defined(_OPENMP)
+  if (!forked) {
+    // Fewer threads than asked for are fine: the items are shared among those that come.
+#pragma omp parallel num_threads(team.size)
+    {
+      Member member(team, omp_get_thread_num());
+      body(member);
+    }
+    return;
+  }
+#endif
+  run_on_new_threads(team, body);
+}
 
 }  // namespace
 
@@ -84,16 +58,19 @@ void Member::wait(Team::Phase& phase, int64_t items) {
 }
 
 void parallel(int threads, const std::function<void(Member&)>& body) {
-  // Never destroyed: the workers outlive main(). A forked child has none of the parent's threads and starts afresh.
+  // Never destroyed: a call may be running while the process ends. A forked child has none of its parent's OpenMP threads.
+  static const pid_t owner = getpid();
   static std::mutex* region = new std::mutex;
-  static Pool* pool = nullptr;
-  if (pool != nullptr && pool->owner != getpid()) {
-    region = new std::mutex;
-    pool = nullptr;
-  }
+  static Team* team = new Team;
+  static pid_t current = owner;
+  if (current != getpid()) region = new std::mutex, team = new Team, current = getpid();
   std::lock_guard<std::mutex> one_at_a_time(*region);
-  if (pool == nullptr) pool = new Pool;
-  pool->run(threads, body);
+  team->size = std::max(1, std::min(threads, kMaxThreads));
+  for (Team::Phase& phase : team->phases) {
+    if (phase.next.load(std::memory_order_relaxed) == 0) break;  // phases are used in order
+    phase.next.store(0, std::memory_order_relaxed), phase.done.store(0, std::memory_order_relaxed);
+  }
+  run(*team, body, current != owner);
 }
 
 }  // namespace ternary

@@ -27,7 +27,6 @@ class Member {
  public:
   Member(Team& team, int index) : team_(team), index_(index) {}
   int index() const { return index_; }
-  int phases() const { return phase_; }
 
   // Calls work(item) for every item of 0 … items-1, each once, spread over the threads as they come free; returns when all
   // items are done.
@@ -52,7 +51,8 @@ class Member {
 };
 
 // Runs body(member) on `threads` threads (the caller is one) and returns when all are done; at most kMaxPhases phases. One
-// region at a time; threads are kept, spin for a short while after a region and then sleep. After fork() the child makes its own.
+// region at a time. The threads are OpenMP's, which are PyTorch's own: a second pool would fight with them for the cores,
+// each spinning for work that comes to the other. After fork(), and without OpenMP, threads are made for each region.
 void parallel(int threads, const std::function<void(Member&)>& body);
 
 }  // namespace ternary

@@ -1,0 +1,89 @@
+// Part of body.h: images, activations quantized per row, pools, and what the machine can do at most.
+
+static inline uint32_t pixel_code(float x) {
+  float y = x * 255.0f;
+  y = y > 0.0f ? y : 0.0f;
+  y = y < 255.0f ? y : 255.0f;
+  const float shifted = y + kRound;
+  uint32_t bits;
+  __builtin_memcpy(&bits, &shifted, 4);
+  return bits & 255u;
+}
+
+static void image_row(const float* const* planes, int channels, int width, uint8_t* out, int stride) {
+  if (channels == 3 && stride == 4) {
+    const float *r = planes[0], *g = planes[1], *b = planes[2];
+    for (int x = 0; x < width; ++x) {
+      const uint32_t value = pixel_code(r[x]) | pixel_code(g[x]) << 8 | pixel_code(b[x]) << 16;
+      out[4 * x] = (uint8_t)value, out[4 * x + 1] = (uint8_t)(value >> 8), out[4 * x + 2] = (uint8_t)(value >> 16);
+    }
+    return;
+  }
+  for (int c = 0; c < channels; ++c)
+    for (int x = 0; x < width; ++x) out[(int64_t)x * stride + c] = (uint8_t)pixel_code(planes[c][x]);
+}
+
+static float quantize_row(const float* x, int64_t k, int code_max, uint8_t* out) {
+  floats top = {};
+  int64_t i = 0;
+  for (; i + LANES <= k; i += LANES) {
+    const floats v = *(const floats*)(x + i);
+    const floats magnitude = v < 0.0f ? -v : v;
+    top = magnitude > top ? magnitude : top;
+  }
+  float absmax = 1e-5f;  // the smallest, so that an all-zero row has a scale
+  for (int l = 0; l < LANES; ++l) absmax = top[l] > absmax ? top[l] : absmax;
+  for (; i < k; ++i) {
+    const float magnitude = x[i] < 0 ? -x[i] : x[i];
+    absmax = magnitude > absmax ? magnitude : absmax;
+  }
+  const float inverse = (float)code_max / absmax;
+  // |x * inverse| <= code_max * (1 + 2^-22): rounds to at most code_max, so only the lower clamp is implied too.
+  const ints low = ints{} - code_max - 1, high = ints{} + code_max;
+  for (i = 0; i < k; i += LANES) {
+    const int n = k - i < LANES ? (int)(k - i) : LANES;
+    const floats v = n == LANES ? *(const floats*)(x + i) : load_part<floats>(x + i, n * 4);
+    ints q = ((ints)(v * inverse + kRound) & 0x1ff);
+    q = (q << 23) >> 23;  // sign of the low 9 bits
+    q = q < low ? low : q;
+    q = q > high ? high : q;
+    const bytes b = ints_to_bytes((q + 128) & 255);
+    if (n == LANES) *(bytes*)(out + i) = b;
+    else __builtin_memcpy(out + i, &b, n);
+  }
+  return absmax / (float)code_max;
+}
+
+static void max_row(const uint8_t* in, int n, uint8_t* inout) {
+  for (int i = 0; i < n; ++i) inout[i] = in[i] > inout[i] ? in[i] : inout[i];
+}
+
+static void add_row(const uint8_t* in, int n, int32_t* inout) {
+  for (int i = 0; i < n; ++i) inout[i] += in[i];
+}
+
+// What the machine can do at most, for benchmarks: the multiply-adds of `dot` on registers alone, and reading memory.
+static int64_t peak_multiply_adds(int64_t iterations, const uint8_t* data) {
+  constexpr int P = PIXELS, J = VECTORS;
+  vec acc[P][J];
+  vec b[J];
+  const vec x = load_weights(data);
+  EACH_VECTOR(b[j] = load_weights(data + j * LANES * 4);)
+  EACH_PIXEL(EACH_VECTOR(acc[p][j] = load_ints((const int32_t*)data + p * J + j);))  // all different: nothing to merge
+  for (int64_t i = 0; i < iterations; ++i) {
+    EACH_PIXEL(EACH_VECTOR(acc[p][j] = dot<Weights::kSmall>(acc[p][j], x, b[j]);))
+  }
+  int32_t out[LANES], keep = 0;
+  EACH_PIXEL(EACH_VECTOR(store_ints(out, acc[p][j]); keep ^= out[0];))
+  volatile int32_t sink = keep;
+  (void)sink;
+  return iterations * P * J * LANES * 4;
+}
+
+static void read_memory(const uint8_t* data, int64_t bytes) {
+  ints sum[4] = {};
+  for (int64_t i = 0; i + (int64_t)sizeof(sum) <= bytes; i += sizeof(sum))
+    for (int k = 0; k < 4; ++k) sum[k] ^= ((const ints*)(data + i))[k];
+  volatile int32_t sink = (sum[0] ^ sum[1] ^ sum[2] ^ sum[3])[0];
+  (void)sink;
+}

@@ -1,0 +1,142 @@
+// Part of body.h: 3x3 convolutions with fewer multiply-adds, exact in 8-bit integers; kernels.h has the algebra.
+
+#define EACH_ROW(...) EACH(i, SIDE, 0, __VA_ARGS__) EACH(i, SIDE, 1, __VA_ARGS__) EACH(i, SIDE, 2, __VA_ARGS__) \
+                      EACH(i, SIDE, 3, __VA_ARGS__) EACH(i, SIDE, 4, __VA_ARGS__)
+
+// B^T in one dimension: 4 or 5 values to as many.
+template <typename u8>
+static inline void transform_line(const u8 (&d)[4], u8 (&v)[4]) {
+  v[0] = d[0] - d[2], v[1] = d[1] + d[2], v[2] = d[2] - d[1], v[3] = d[1] - d[3];
+}
+template <typename u8>
+static inline void transform_line(const u8 (&d)[5], u8 (&v)[5]) {
+  v[0] = d[0] - d[2], v[1] = d[2], v[2] = d[2] - d[4], v[3] = d[1], v[4] = d[3];
+}
+
+// V = B^T d B of WIDTH channels, in bytes modulo 256, +128 where the position can be negative.
+template <int SIDE, int WIDTH>
+static inline void transform_patch(const uint8_t* d, int64_t row, int64_t pixel, uint8_t* v, int64_t v_stride) {
+  typedef uint8_t u8 __attribute__((vector_size(WIDTH), aligned(1), may_alias));
+  u8 x[SIDE][SIDE];
+  EACH_ROW(u8 line[SIDE]; for (int j = 0; j < SIDE; ++j) line[j] = *(const u8*)(d + i * row + j * pixel);
+           transform_line(line, x[i]);)
+  for (int j = 0; j < SIDE; ++j) {
+    u8 column[SIDE], out[SIDE];
+    EACH_ROW(column[i] = x[i][j];)
+    transform_line(column, out);
+    EACH_ROW(*(u8*)(v + (i * SIDE + j) * v_stride) = winograd_has_offset(SIDE, i, j) ? (u8)(out[i] ^ (uint8_t)128) : out[i];)
+  }
+}
+
+template <int SIDE>
+static void transform_channels(const uint8_t* d, int64_t row, int64_t pixel, int channels, uint8_t* v, int64_t v_stride) {
+  int c = 0;
+  for (; c + 64 <= channels; c += 64) transform_patch<SIDE, 64>(d + c, row, pixel, v + c, v_stride);
+  for (; c + 16 <= channels; c += 16) transform_patch<SIDE, 16>(d + c, row, pixel, v + c, v_stride);
+  for (; c < channels; c += 4) transform_patch<SIDE, 4>(d + c, row, pixel, v + c, v_stride);  // channels is a multiple of 4
+}
+
+static void winograd_input(int side, const uint8_t* d, int64_t row, int64_t pixel, int channels, uint8_t* v, int64_t v_stride) {
+  if (side == 4) transform_channels<4>(d, row, pixel, channels, v, v_stride);
+  else transform_channels<5>(d, row, pixel, channels, v, v_stride);
+}
+
+// A^T in one dimension: SIDE values to 2.
+template <int SIDE, typename T>
+static inline void combine(const T* m, int64_t step, T& y0, T& y1) {
+  const T both = m[step];
+  if constexpr (SIDE == 4) y0 = m[0] + both + m[2 * step], y1 = both - m[2 * step] - m[3 * step];
+  else y0 = m[0] + both + m[3 * step], y1 = both - m[2 * step] + m[4 * step];
+}
+
+// The nine numbers that a kernel's U is made of, from their five bytes (kernels.h): column B of the three.
+typedef uint8_t wide __attribute__((vector_size(LANES * 4), aligned(1), may_alias));
+static inline wide low_nibble(const uint8_t* w) { return (wide)((load_weights(w) + load_weights(w)) & (vec)(ints{} + 0x1E1E1E1E)) - 16; }
+static inline wide high_nibble(const uint8_t* w) { return (wide)((vec)((ints)load_weights(w) >> 3) & (vec)(ints{} + 0x1E1E1E1E)) - 16; }
+
+template <int B>
+static inline void base_column(const uint8_t* w, wide (&v)[3]) {
+  constexpr int kBytes = LANES * 4, kEnds = (B == 1 ? 3 : B / 2) * kBytes;
+  v[0] = low_nibble(w + kEnds), v[2] = high_nibble(w + kEnds);
+  if constexpr (B == 0) v[1] = low_nibble(w + 2 * kBytes);
+  else if constexpr (B == 2) v[1] = high_nibble(w + 2 * kBytes);
+  else v[1] = (wide)load_weights(w + 4 * kBytes);
+}
+
+// U of one column of positions: G in the two dimensions, by additions.
+template <int SIDE, int COLUMN>
+static inline void column_weights(const uint8_t* w, vec (&u)[SIDE]) {
+  constexpr int kSum = SIDE == 4 ? 2 : 1, kLast = SIDE == 4 ? 3 : 2;
+  wide v[3];
+  if constexpr (COLUMN == kSum) {
+    wide x[3], y[3];
+    base_column<0>(w, x), base_column<2>(w, y);
+    for (int a = 0; a < 3; ++a) v[a] = x[a] + y[a];
+    if constexpr (SIDE == 4) {
+      base_column<1>(w, x);
+      for (int a = 0; a < 3; ++a) v[a] -= x[a];
+    }
+  } else {
+    base_column<COLUMN == 0 ? 0 : COLUMN == kLast ? 2 : 1>(w, v);
+  }
+  const wide both = v[0] + v[2];
+  u[0] = (vec)v[0];
+  if constexpr (SIDE == 4) u[1] = (vec)v[1], u[2] = (vec)(wide)(both - v[1]), u[3] = (vec)v[2];
+  else u[1] = (vec)both, u[2] = (vec)v[2], u[3] = u[4] = (vec)v[1];
+}
+
+// The products of P tiles with one vector of channels, a column of positions at a time: its SIDE rows stay in registers and
+// leave them combined to the two rows of A^T M, in half the space. rows[column][tile][2]
+template <int SIDE, int P, int COLUMN>
+static inline void winograd_column(const WinogradTile& t, ints* rows) {
+  const uint8_t* w = t.weights;
+  vec acc[SIDE][P];
+  EACH_ROW(const vec start = load_ints(t.init + (COLUMN * SIDE + i) * LANES); EACH_PIXEL(acc[i][p] = start;))
+  const uint8_t* a = t.input + COLUMN * t.position_stride;
+  const int64_t row = SIDE * t.position_stride;
+  constexpr int kStep = 5 * LANES * 4 / SIDE;
+  const uint8_t* next = t.next_weights + (int64_t)COLUMN * t.groups * kStep;
+  for (int64_t g = 0; g < t.groups; ++g) {
+    vec u[SIDE];
+    column_weights<SIDE, COLUMN>(w, u);
+    EACH_ROW(EACH_PIXEL(acc[i][p] = dot<Weights::kSmall>(acc[i][p], broadcast(a + i * row + p * t.tile_stride + g * 4), u[i]);))
+    // Each column fetches its share of the weights that come next, from the outer caches to the inner: early and evenly.
+    __builtin_prefetch(next), __builtin_prefetch(next + kStep / 2);
+    next += kStep, w += 5 * LANES * 4;
+  }
+  EACH_PIXEL(ints m[SIDE]; EACH_ROW(m[i] = (ints)acc[i][p];)
+             combine<SIDE>(m, 1, rows[(COLUMN * P + p) * 2], rows[(COLUMN * P + p) * 2 + 1]);)
+}
+
+template <Residual R, bool BYTES, int SIDE>
+static inline void winograd_finish(const Epilogue& e, const Output& o, const ints* rows, int tiles, int channels) {
+  const floats gain = *(const floats*)e.gain, bias = *(const floats*)e.bias;
+  for (int r = 0; r < tiles * 2; ++r) {
+    ints y[2];
+    combine<SIDE>(rows + r, tiles * 2, y[0], y[1]);
+    for (int x = 0; x < 2; ++x)
+      if (o.out[r * 2 + x]) finish_vector<R, BYTES>(e, o, r * 2 + x, o.first_channel, channels, y[x], gain, bias);
+  }
+}
+
+template <int SIDE, int P>
+static void winograd_tiles(const WinogradTile& t, const Epilogue& e, const Output& o, int channels) {
+  ints rows[SIDE * P * 2];
+  winograd_column<SIDE, P, 0>(t, rows), winograd_column<SIDE, P, 1>(t, rows);
+  winograd_column<SIDE, P, 2>(t, rows), winograd_column<SIDE, P, 3>(t, rows);
+  if constexpr (SIDE == 5) winograd_column<SIDE, P, 4>(t, rows);
+  by_kind(e, o, [&](auto residual, auto to_bytes) { winograd_finish<residual.value, to_bytes.value, SIDE>(e, o, rows, P, channels); });
+}
+
+template <int SIDE, int MOST>
+static void winograd_count(const WinogradTile& t, const Epilogue& e, const Output& o, int channels) {
+#define TERNARY_TILES(P) \
+  if constexpr (P <= MOST) if (t.tiles == P) return winograd_tiles<SIDE, P>(t, e, o, channels);
+  TERNARY_TILES(1) TERNARY_TILES(2) TERNARY_TILES(3) TERNARY_TILES(4) TERNARY_TILES(5) TERNARY_TILES(6)
+#undef TERNARY_TILES
+}
+
+static void winograd(int side, const WinogradTile& t, const Epilogue& e, const Output& o, int channels) {
+  if (side == 4) winograd_count<4, TILES4>(t, e, o, channels);
+  else winograd_count<5, TILES5>(t, e, o, channels);
+}
