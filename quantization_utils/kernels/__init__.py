@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from . import reference
@@ -36,6 +37,7 @@ def make_executor(nodes: Sequence[Node], backend: str = "auto") -> Any:
     Raises:
         ValueError: the backend was asked for by name and cannot run here.
     """
+    _not_while_tracing()
     chosen = _resolve(backend, _device([n.codes for n in nodes]))
     if chosen == "reference":
         return reference.NetworkExecutor(nodes)
@@ -52,12 +54,19 @@ def make_linear(
     Raises:
         ValueError: the backend was asked for by name and cannot run here.
     """
+    _not_while_tracing()
     chosen = _resolve(backend, _device([codes_NK]))
     if chosen == "reference":
         return reference.Linear(codes_NK, scale_N, bias_N, act_bits)
     from . import cpu
 
     return cpu.Linear(codes_NK, scale_N, bias_N, act_bits, chosen)
+
+
+def _not_while_tracing() -> None:
+    """Kernels are chosen and filled at a packed model's first call; a tracer sees no values and can do neither."""
+    if torch.compiler.is_compiling():
+        raise RuntimeError("run the packed model on one image before torch.compile or torch.export: that prepares its kernels")
 
 
 def _device(tensors: Sequence[Tensor | None]) -> str:

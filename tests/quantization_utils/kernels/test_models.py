@@ -1,0 +1,110 @@
+"""The study's models on the C++ kernels: equal to the reference bit for bit, compiled, exported, and without a compiler."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import models
+from quantization_utils import calibrate_, kernels, pack_, quantize_
+from quantization_utils.bit_layers import PackedLinear
+from quantization_utils.kernels import reference
+
+pytestmark = pytest.mark.skipif("cpu" not in kernels.available_backends(), reason="no C++ compiler")
+BACKENDS = [b for b in kernels.available_backends() if b.startswith("cpu-")]
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def packed(name: str, act_bits: int, **options: object) -> nn.Module:
+    model = quantize_(models.build(name, 10, **options).eval(), act_bits=act_bits)
+    return pack_(calibrate_(model, torch.rand(4, 3, 32, 32)))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "act_bits"),
+    [("alexnet", {}, 6), ("resnet_18", {}, 6), *(("resnet_18", {"stem": "maxpool"}, bits) for bits in (8, 6, 4))],
+)
+def test_networks_equal_the_reference(name: str, options: dict[str, object], act_bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, images, before = packed(name, act_bits, **options), torch.rand(2, 3, 32, 32), torch.get_num_threads()
+    expected = reference.NetworkExecutor(model.nodes)(images)
+    assert expected.unique().numel() > 10
+    try:
+        for backend in BACKENDS:
+            monkeypatch.setenv("TERNARY_ISA", backend.removeprefix("cpu-"))
+            executor = kernels.make_executor(model.nodes, "cpu")
+            assert executor.backend == backend
+            for threads, batch in ((1, 2), (2, 1)):
+                torch.set_num_threads(threads)
+                assert torch.equal(executor(images[:batch]), expected[:batch])
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_a_transformer_and_its_linear_layers(backend: str) -> None:
+    model, images = packed("vit", 8, width=64, depth=2), torch.rand(3, 3, 32, 32)
+    layers = [m for m in model.modules() if isinstance(m, PackedLinear)]
+    for layer in layers:
+        layer.backend = "reference"
+    expected = model(images), model(images[:1])
+    for layer in layers:
+        layer.backend, layer._runner = backend, None
+    assert torch.equal(model(images), expected[0]) and torch.equal(model(images[:1]), expected[1])
+    assert len(layers) == 13 and {layer._runner.backend for layer in layers} == {backend}
+
+
+@pytest.mark.parametrize(("name", "options"), [("resnet_18", {"stem": "maxpool"}), ("vit", {"width": 64, "depth": 1})])
+def test_packed_models_compile_and_export(name: str, options: dict[str, object]) -> None:
+    model, images = packed(name, 8, **options), torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        if name == "resnet_18":
+            with pytest.raises(RuntimeError, match="before torch.compile or torch.export"):
+                torch.export.export(model, (images,))
+        expected = model(images)
+        assert torch.equal(torch.compile(model, backend="eager", fullgraph=True)(images), expected)
+        program = torch.export.export(model, (images,))
+        assert torch.equal(program.module()(images), expected)
+        assert any("ternary" in str(node.target) for node in program.graph.nodes)
+
+
+def test_every_operator_passes_opcheck() -> None:
+    """Those that take tensors; the others only make, describe and free what these use."""
+    model, images = packed("resnet_18", 6, stem="maxpool"), torch.rand(1, 3, 32, 32)
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(torch.ops.ternary.network_run, (images, model.executor._handle, [10]), test_utils=tests)
+    layer = kernels.make_linear(torch.randint(-1, 2, (9, 37), dtype=torch.int8), torch.rand(9), torch.rand(9), 8, "cpu")
+    for x in (torch.randn(37), torch.randn(2, 3, 37), torch.randn(0, 37)):
+        torch.library.opcheck(torch.ops.ternary.linear_run, (x, layer._handle, 9), test_utils=tests)
+
+
+def test_without_a_compiler(tmp_path: Path) -> None:
+    """One warning and the reference; a backend that was asked for is an error that says why."""
+    script = """
+import torch, warnings
+from quantization_utils import kernels
+codes = torch.randint(-1, 2, (4, 8), dtype=torch.int8)
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    layers = [kernels.make_linear(codes, torch.ones(4), None) for _ in range(2)]
+print([layer.backend for layer in layers], len([w for w in said if "slow reference" in str(w.message)]), kernels.available_backends())
+try:
+    kernels.make_linear(codes, torch.ones(4), None, 8, "cpu")
+except ValueError as error:
+    print(error)
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "CXX"} | {"PATH": str(tmp_path), "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    out = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+    lines = out.splitlines()
+    assert lines[0] == "['reference', 'reference'] 1 ('reference',)"
+    assert "no C++ compiler was found" in lines[1]
