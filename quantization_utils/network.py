@@ -71,7 +71,7 @@ class PackedNetwork(nn.Module):
                 value = getattr(node, field.name)
                 if isinstance(value, Tensor):
                     # A network is moved, never cast: its integers and its float32 scales are its meaning.
-                    setattr(node, field.name, fn(value).to(value.dtype))
+                    setattr(node, field.name, value.to(fn(value).device))
         self._executor = None
         return super()._apply(fn, recurse)
 
@@ -104,7 +104,8 @@ def to_nodes(model: nn.Module, image_size: int = 32) -> list[Node]:
     if not is_chain(model):
         raise NotANetwork("not a chain of convolutions, batch norms and ReLUs")
     graph = trace(model)
-    device = next(model.parameters()).device
+    # A model that is packed layer by layer may have buffers only.
+    device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     ShapeProp(fx.GraphModule(model, graph)).propagate(torch.zeros(1, 3, image_size, image_size, device=device))
     return _Builder(model).build(graph)
 

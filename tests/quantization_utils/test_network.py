@@ -1,0 +1,202 @@
+"""A packed network against the trainable model it was made from, value by value and in double precision."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.graph import module_of, trace
+from models.normalize import Normalize
+from models.resnet_18 import BasicBlock
+from quantization_utils import absmean_fitted, calibrate_, int8_absmax, pack_, quantize_
+from quantization_utils.bit_layers import Quantized
+from quantization_utils.kernels import reference
+from quantization_utils.network import IMAGE, Node, NotANetwork, PackedNetwork, to_nodes
+from tests.networks import CHAINS, CLASSES, images, make
+
+
+def values_of(nodes: list[Node], batch: Tensor) -> list[Tensor]:
+    """What each node puts out, by the reference."""
+    executor = reference.NetworkExecutor(nodes)
+    values = {IMAGE: (batch * 255).round()}
+    for i, (node, weight) in enumerate(zip(nodes, executor.weights, strict=True)):
+        residual = None if node.residual is None else values[node.residual]
+        values[i] = reference._run(node, weight, values[node.input], residual)
+    return [values[i] for i in range(len(nodes))]
+
+
+@pytest.fixture(params=[(kind, bits) for kind in CHAINS for bits in (8, 4)], ids=lambda p: f"{p[0]} {p[1]} bits")
+def calibrated(request):
+    kind, bits = request.param
+    return calibrate_(quantize_(make(kind), absmean_fitted, act_bits=bits), images(64))
+
+
+def test_every_activation_is_that_of_the_trainable_model(calibrated):
+    """Codes may differ by one, and hardly ever do: where float32 rounding decides between two."""
+    batch, nodes, seen = images(16), to_nodes(calibrated), []
+    quantized = [module_of(calibrated, node) for node in trace(calibrated).nodes]
+    for module in quantized:
+        if isinstance(module, Quantized):
+            module.register_forward_hook(lambda m, args, out: seen.append((out / m.quantizer.step).round()))
+    with torch.no_grad():
+        logits = calibrated(batch)
+        values = values_of(nodes, batch)
+    codes = [v for v, n in zip(values, nodes, strict=True) if n.out_max is not None]
+    assert len(codes) == len(seen) > 2
+    for got, expected in zip(codes, seen, strict=True):
+        difference = (got.flatten(1) - expected.flatten(1)).abs()
+        assert difference.max() <= 1 and (difference > 0).float().mean() < 2e-3
+    torch.testing.assert_close(values[-1], logits, rtol=0, atol=0.02 * float(logits.max() - logits.min()))
+
+
+def test_codes_are_those_of_the_layers(calibrated):
+    layers = [m for m in calibrated.modules() if hasattr(m, "quantized_weight")]
+    nodes = [n for n in to_nodes(calibrated) if n.codes is not None]
+    expected = sorted((m.quantized_weight()[0].flatten().tolist() for m in layers), key=str)
+    assert sorted((n.codes.flatten().tolist() for n in nodes), key=str) == expected
+    assert all(n.codes.dtype == torch.int8 and n.gain.dtype == n.bias.dtype == torch.float32 for n in nodes)
+
+
+def test_nodes_read_what_comes_before_them(calibrated):
+    nodes = to_nodes(calibrated)
+    for i, node in enumerate(nodes):
+        assert IMAGE <= node.input < i and (node.residual is None or IMAGE <= node.residual < i)
+        assert node.out_max in (None, 2 ** calibrated_bits(calibrated) - 1)
+    assert nodes[-1].op == "linear" and nodes[-1].out_max is None
+    assert (nodes[0].pad_values == torch.tensor([125, 123, 114])).all()
+
+
+def calibrated_bits(model: nn.Module) -> int:
+    return next(m.quantizer.bits for m in model.modules() if isinstance(m, Quantized))
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("quantizer", [absmean_fitted, int8_absmax])
+def test_batch_norm_and_normalisation_fold_exactly(quantizer, bias, padding):
+    """The first node before rounding, against convolution and batch norm in double precision."""
+    norm = nn.BatchNorm2d(5, eps=1e-3)
+    nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+    norm.running_mean.normal_(), norm.running_var.uniform_(0.1, 3)
+    first = nn.Conv2d(3, 5, 3, padding=padding, bias=bias)
+    side = 30 + 2 * padding
+    model = nn.Sequential(Normalize(), first, norm, nn.ReLU(), nn.Flatten(), nn.Linear(5 * side**2, 2)).eval()
+    batch = images(4)
+    calibrate_(quantize_(model, quantizer), batch)
+    node, step = to_nodes(model)[0], float(model[3].quantizer.step.detach())
+
+    codes, scale = model[1].quantized_weight()
+    pixels = (batch * 255).round().double()
+    mean = torch.tensor([125, 123, 114], dtype=torch.float64).view(3, 1, 1)
+    weight = codes.double() * scale.double().view(-1, 1, 1, 1)
+    real = F.conv2d((pixels - mean) / 63, weight, model[1].bias.detach().double() if bias else None, padding=padding)
+    real = F.batch_norm(
+        real, norm.running_mean.double(), norm.running_var.double(), norm.weight.detach().double(),
+        norm.bias.detach().double(), eps=norm.eps,
+    )  # fmt: skip
+
+    padded = F.pad(pixels - mean, [padding] * 4) + mean
+    accumulator = F.conv2d(padded, node.codes.double())
+    y = accumulator * node.gain.double().view(-1, 1, 1) + node.bias.double().view(-1, 1, 1)
+    torch.testing.assert_close(y * step, real, rtol=1e-5, atol=1e-5 * float(real.abs().max()))
+
+
+def test_average_pool_by_its_formula():
+    model = calibrate_(quantize_(make("resnet_like"), absmean_fitted), images(32))
+    nodes, batch = to_nodes(model), images(3)
+    values = values_of(nodes, batch)
+    at = next(i for i, n in enumerate(nodes) if n.op == "avg_pool")
+    quantizers = [m.quantizer for m in model.modules() if isinstance(m, Quantized)]
+    before, after = (float(q.step.detach()) for q in quantizers[-2:])
+    exact = values[nodes[at].input].double().mean((2, 3)) * before / after
+    assert ((values[at] - exact.clamp(0, 255)).abs() <= 0.5 + 1e-4).all()
+
+
+def test_shortcuts_are_residuals_and_projections_nodes_of_their_own():
+    nodes = to_nodes(calibrate_(quantize_(make("resnet_like"), absmean_fitted), images(16)))
+    residual = [n for n in nodes if n.residual is not None]
+    assert len(residual) == 2
+    identity, projected = (nodes[n.residual] for n in residual)
+    assert identity.op == "max_pool" and residual[0].residual_gain > 0
+    assert projected.op == "conv" and projected.kernel == (1, 1) and projected.out_max is None and not projected.relu
+
+
+def spoil(which: str) -> nn.Module:
+    """A calibrated chain that cannot be a list of nodes."""
+    model = make("alexnet_like")
+    if which == "a grouped convolution":
+        model[5] = nn.Conv2d(8, 13, 3, padding=1, groups=1, dilation=1, bias=False, padding_mode="reflect")
+        model.eval()
+    if which == "a float layer":
+        return calibrate_(quantize_(model, keep=["1"]), images(8))
+    if which == "no calibration":
+        return quantize_(model)
+    if which == "a normalisation that is not in whole pixels":
+        model[0] = Normalize((125.5, 123, 114), (63, 63, 63))
+    if which == "a weight-only layer":
+        return quantize_(model, act_bits=None)
+    return calibrate_(quantize_(model), images(8))
+
+
+@pytest.mark.parametrize(
+    "which",
+    ["a float layer", "no calibration", "a normalisation that is not in whole pixels", "a grouped convolution",
+     "a weight-only layer"],
+)  # fmt: skip
+def test_what_is_not_a_network_is_packed_layer_by_layer(which):
+    model = spoil(which)
+    with pytest.raises(NotANetwork):
+        to_nodes(model)
+    if which != "a grouped convolution":  # its reflected padding cannot be packed at all
+        assert not isinstance(pack_(model), PackedNetwork)
+
+
+def test_transformers_are_not_chains():
+    with pytest.raises(NotANetwork):
+        to_nodes(quantize_(make("vit_like")))
+
+
+@pytest.fixture
+def packed():
+    return pack_(calibrate_(quantize_(make("resnet_like"), absmean_fitted), images(16)))
+
+
+def test_a_packed_network_is_never_cast(packed):
+    batch = images(2)
+    expected = packed(batch)
+    packed.half().double()
+    layers = [n for n in packed.nodes if n.codes is not None]
+    assert all(n.gain.dtype == torch.float32 and n.codes.dtype == torch.int8 for n in layers)
+    assert torch.equal(packed(batch), expected)
+
+
+def test_a_packed_network_can_be_copied(packed):
+    batch = images(2)
+    expected = packed(batch)
+    again = copy.deepcopy(packed)
+    assert torch.equal(again(batch), expected) and again.nodes[0].codes is not packed.nodes[0].codes
+    again.nodes[0].codes.zero_()
+    assert torch.equal(packed(batch), expected)
+
+
+def test_an_unknown_backend_is_told(packed):
+    packed.backend = "quantum"
+    with pytest.raises(ValueError, match="unknown backend 'quantum': choose one of auto, reference"):
+        packed(images(1))
+
+
+@pytest.mark.parametrize("size", [16, 40])
+def test_images_of_another_size(size):
+    """An average pool over the whole image knows its side, so a network is packed for one size."""
+    block = nn.Sequential(Normalize(), nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), BasicBlock(4, 4, 1).eval())
+    model = nn.Sequential(block, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, CLASSES)).eval()
+    batch = torch.randint(0, 256, (4, 3, size, size)).float() / 255
+    calibrate_(quantize_(model, absmean_fitted), batch)
+    with torch.no_grad():
+        expected = model(batch)
+        got = reference.NetworkExecutor(to_nodes(model, size))(batch)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0.03 * float(expected.abs().max()))

@@ -1,0 +1,201 @@
+"""The three verbs on every kind of network, together with pruning."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from pruning_utils import l1, l2_filters, prune_, zero_fraction
+from quantization_utils import absmean_fitted, calibrate_, int8_absmax, mse_optimal, pack_, quantize_
+from quantization_utils.bit_layers import BitConv2d, BitLinear, PackedConv2d, PackedLinear, Quantized, StaticQuantizer
+from quantization_utils.network import PackedNetwork
+from quantization_utils.transform import _best_step
+from tests.networks import CHAINS, KINDS, images, make
+
+
+def layers(model: nn.Module, kind=(nn.Linear, nn.Conv2d)) -> list:
+    return [m for m in model.modules() if isinstance(m, kind)]
+
+
+def logits_of(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(batch)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_quantize_with_nothing_but_a_model(kind):
+    model = make(kind)
+    names = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    assert quantize_(model) is model
+    bit = [n for n, m in model.named_modules() if isinstance(m, (BitLinear, BitConv2d))]
+    assert bit == names and all(m.input_quantizer.bits == 8 for m in layers(model))
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+
+
+def test_only_keep_and_a_second_quantizer_for_the_rest():
+    model = make("alexnet_like")
+    quantize_(model, int8_absmax, act_bits=None, only=("1", "14"))
+    quantize_(model, mse_optimal, act_bits=8, keep=["11"])
+    kinds = [(type(m).__name__, getattr(m, "weight_bits", None)) for m in layers(model)]
+    assert kinds == [("BitConv2d", 8), ("BitConv2d", "ternary"), ("Linear", None), ("BitLinear", 8)]
+    assert [getattr(getattr(m, "input_quantizer", None), "bits", None) for m in layers(model)] == [None, 8, None, None]
+
+
+@pytest.mark.parametrize(
+    "how, sentence",
+    [
+        ({"act_bits": 9}, "2 to 8 bits or None .float., not 9"),
+        ({"act_bits": 1}, "2 to 8 bits"),
+        ({"only": "conv9"}, "only='conv9', keep=.*: nothing to quantize"),
+        ({"keep": ["fc"]}, "keep='fc' matches no layer"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_changed(how, sentence):
+    model = make("alexnet_like")
+    with pytest.raises(ValueError, match=sentence):
+        quantize_(model, **how)
+    assert not layers(model, (BitLinear, BitConv2d))
+
+
+@pytest.mark.parametrize("act_bits", [None, 8])
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_without_calibration_is_the_trainable_model(kind, act_bits):
+    model = quantize_(make(kind), absmean_fitted, act_bits=act_bits)
+    batch = images(8)
+    expected = logits_of(model, batch)
+    packed = pack_(model)
+    assert packed is model and layers(packed) == [] and layers(packed, (PackedLinear, PackedConv2d))
+    got = logits_of(packed, batch)
+    if act_bits is None:
+        assert torch.equal(got, expected)
+    # A rounding of 1e-7 can move an activation by one code, 1/127 of the largest of its layer.
+    torch.testing.assert_close(got, expected, rtol=0, atol=0.03 * float(expected.max() - expected.min()))
+
+
+@pytest.mark.parametrize("act_bits", [8, 6, 4])
+@pytest.mark.parametrize("kind", CHAINS)
+def test_packed_network_has_the_classes_of_the_trainable_model(kind, act_bits):
+    model = calibrate_(quantize_(make(kind), absmean_fitted, act_bits=act_bits), images(64))
+    batch = images(100)
+    expected = logits_of(model, batch)
+    packed = pack_(model)
+    assert packed is model and isinstance(packed, PackedNetwork)
+    got = logits_of(packed, batch)
+    assert (got.argmax(1) == expected.argmax(1)).float().mean() >= 0.99
+    torch.testing.assert_close(got, expected, rtol=0, atol=0.02 * float(expected.max() - expected.min()))
+
+
+@pytest.mark.parametrize("calibrated", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_packing_twice_changes_nothing(kind, calibrated):
+    model = quantize_(make(kind))
+    model = calibrate_(model, images(8)) if calibrated else model
+    batch = images(2)
+    packed = pack_(model)
+    before = logits_of(packed, batch)
+    assert pack_(packed) is packed and torch.equal(logits_of(packed, batch), before)
+    assert not any(p.requires_grad for p in packed.parameters()) and not packed.training
+
+
+def test_a_packed_model_cannot_be_quantized_again():
+    packed = pack_(calibrate_(quantize_(make("alexnet_like")), images(8)))
+    with pytest.raises(ValueError, match="nothing to quantize"):
+        quantize_(packed)
+
+
+def test_packing_a_float_model_leaves_it_as_it_is():
+    model, batch = make("resnet_like"), images(2)
+    expected = logits_of(model, batch)
+    assert torch.equal(logits_of(pack_(model), batch), expected)
+
+
+@pytest.mark.parametrize("kind", CHAINS)
+def test_calibration_gives_every_input_one_static_step(kind):
+    model = quantize_(make(kind), act_bits=6)
+    dynamic = logits_of(model, images(4))
+    assert calibrate_(model, images(32)) is model
+    steps = [m.quantizer for m in layers(model, Quantized)]
+    assert all(m.input_quantizer is None for m in layers(model))
+    assert len(steps) == (6 if kind == "resnet_like" else 3) and {q.bits for q in steps} == {6}
+    assert all(float(q.step.detach()) > 0 for q in steps) and dynamic.isfinite().all()
+
+
+def test_calibrating_again_sets_the_steps_anew():
+    model = calibrate_(quantize_(make("alexnet_like")), images(16))
+    before = [float(q.step.detach()) for q in layers(model, StaticQuantizer)]
+    calibrate_(model, images(16) * 0.1)
+    after = [float(q.step.detach()) for q in layers(model, StaticQuantizer)]
+    assert len(before) == len(after) == 3 and before != after
+    calibrate_(model, images(16) * 0.1)
+
+
+def test_transformers_keep_their_dynamic_scales():
+    model = quantize_(make("vit_like"))
+    batch = images(2)
+    expected = logits_of(model, batch)
+    assert torch.equal(logits_of(calibrate_(model, images(4)), batch), expected)
+    assert not layers(model, Quantized)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_calibration_changes_no_weight_and_no_mode(kind):
+    model = quantize_(make(kind)).train()
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    calibrate_(model, images(8))
+    assert model.training and all(m.training for m in model.modules())
+    now = model.state_dict()
+    assert all(torch.equal(now[k], v) for k, v in state.items())
+
+
+def test_no_images():
+    with pytest.raises(ValueError, match="at least one image"):
+        calibrate_(quantize_(make("alexnet_like")), images(0))
+
+
+@pytest.mark.parametrize("code_max", [255, 15])
+def test_the_step_is_near_the_best_there_is(code_max):
+    values = torch.randn(5000).clamp_min(0).square()  # a long tail, so that clipping pays
+
+    def error(step: float) -> float:
+        return float((values - (values / step).round().clamp(0, code_max) * step).square().sum())
+
+    best = min(error(float(values.max()) * i / 1000 / code_max) for i in range(1, 1001))
+    assert error(_best_step(values, code_max)) <= 1.05 * best
+    assert _best_step(torch.zeros(10), code_max) > 0
+
+
+@pytest.mark.parametrize("score", [l1, l2_filters])
+@pytest.mark.parametrize("prune_first", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_pruned_quantized_packed(kind, prune_first, score):
+    """Pruned weights are zero codes in every state, and the three states agree."""
+    model = make(kind)
+    if prune_first:
+        prune_(model, score, 0.5)
+    quantize_(model, absmean_fitted)
+    if not prune_first:
+        prune_(model, score, 0.5)
+    calibrate_(model, images(32))
+    for layer in layers(model)[:-1]:
+        codes, _ = layer.quantized_weight()
+        assert (codes[layer.weight == 0] == 0).all() and (layer.weight == 0).float().mean() > 0.3
+    assert zero_fraction(model) >= 0.4
+    batch = images(50)
+    expected = logits_of(model, batch)
+    got = logits_of(pack_(copy.deepcopy(model)), batch)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0.03 * float(expected.max() - expected.min()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_everything_that_is_trainable_gets_a_gradient(kind):
+    model = calibrate_(quantize_(make(kind)), images(16)).train()
+    model(images(8)).square().mean().backward()
+    missing = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    assert missing == []
+    steps = [q.step.grad for q in layers(model, StaticQuantizer)]
+    assert all(float(g.abs()) > 0 for g in steps) and bool(steps) == (kind in CHAINS)
