@@ -11,9 +11,11 @@ from torch import nn
 
 from pruning_utils import l1, l1_global, l2_filters, random
 from quantization_utils import absmean_fitted, absmean_per_tensor, int8_absmax, mse_optimal, twn
+from quantization_utils.post_training import Settings
 from train_test_utils.experiment import main
 from train_test_utils.recipe import Recipe, sgd
 from train_test_utils.rows import Prune, Row, Ternary
+from train_test_utils.transforms import CalibratedTernary
 
 SCRATCH = Recipe(epochs=100, lr=0.05, optimizer=sgd, weight_decay=5e-4, clip_norm=5.0)
 FINETUNE = replace(SCRATCH, epochs=30, lr=0.01, weight_decay=1e-4)
@@ -31,6 +33,10 @@ ROWS = [
     Row("ptq_all_twn",          "float",     [Ternary(twn)],                                None),
     Row("ptq_all",              "float",     [Ternary(mse_optimal)],                        None),
     Row("ptq_all_8bit_acts",    "float",     [Ternary(mse_optimal, act_bits=8)],            None),
+    # ... and 1,024 unlabelled training images: each line adds a step to the one above
+    Row("ptq_all_error_feedback", "float",   [CalibratedTernary(Settings(correct=False))],   None),
+    Row("ptq_all_corrected",    "float",     [CalibratedTernary()],                          None),
+    Row("ptq_all_corrected_8bit_acts", "float", [CalibratedTernary(act_bits=8)],             None),
     # As the earlier study: convolutions pruned after the linear layers became ternary
     *[Row(f"ptq_linear_{score.__name__}_{p}", "float", [LINEAR, Prune(score, p / 100, only=nn.Conv2d)], None)
       for score in (random, l1, l2_filters, l1_global) for p in (30, 50, 70, 90)],

@@ -12,9 +12,11 @@ from torch import nn
 
 from pruning_utils import l1, l1_global, l2_filters, random
 from quantization_utils import absmean_fitted, absmean_per_tensor, int8_absmax, mse_optimal, twn
+from quantization_utils.post_training import Settings
 from train_test_utils.experiment import main
 from train_test_utils.recipe import Recipe, adamw
 from train_test_utils.rows import Prune, Row, Ternary
+from train_test_utils.transforms import CalibratedTernary
 
 FROM_SCRATCH = Recipe(epochs=200, lr=1e-3, optimizer=adamw, weight_decay=0.05, label_smoothing=0.1, clip_norm=1.0)
 PRETRAINED = Recipe(epochs=7, lr=5e-5, optimizer=adamw, weight_decay=0.01, batch_size=32, clip_norm=1.0)
@@ -38,6 +40,10 @@ def rows(options: dict) -> list[Row]:
         Row("ptq_all_twn",          "float",     [Ternary(twn)],                                None),
         Row("ptq_all",              "float",     [Ternary(mse_optimal)],                        None),
         Row("ptq_all_8bit_acts",    "float",     [Ternary(mse_optimal, act_bits=8)],            None),
+        # ... and 1,024 unlabelled training images: each line adds a step to the one above
+        Row("ptq_all_error_feedback", "float",   [CalibratedTernary(Settings(correct=False))],   None),
+        Row("ptq_all_corrected",    "float",     [CalibratedTernary()],                          None),
+        Row("ptq_all_corrected_8bit_acts", "float", [CalibratedTernary(act_bits=8)],             None),
         # During training, weights and activations (8 bits per token)
         Row("qat_linear",           "float",     [QAT_LINEAR],                                  finetune),
         Row("qat_all",              "float",     [QAT],                                         finetune),

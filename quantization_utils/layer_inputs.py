@@ -1,11 +1,13 @@
 """What goes into the layers of a network: order of execution, blocks, and inputs replayed a block at a time.
 
-Post-training methods look at two networks side by side, the float one and the one that is being quantized: a `Stream` each.
+Post-training methods look at two networks side by side, the float one and the one being quantized: a `Stream` each.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +23,7 @@ class _Reached(Exception):
 
 @torch.no_grad()
 def execution_order(model: nn.Module, image_1CHW: Tensor) -> dict[str, str | None]:
-    """Name of layer → name of the batch norm that takes its output, or None; linear layers and convolutions, as they run."""
+    """Name of layer → name of the batch norm that takes its output, or None; layers in the order in which they run."""
     order: dict[str, str | None] = {}
     outputs: dict[str, Tensor] = {}
 
@@ -88,8 +90,8 @@ class Call:
 class Stream:
     """A network on its way through the same images, standing at a block; blocks behind it are not computed again.
 
-    `enter` a block to have its inputs in `calls`, one for each batch; `leave` it, when its weights are what they shall be,
-    to have its outputs in `outputs`, which then stand for it. Blocks are entered in the order in which they run.
+    `enter` a block to have its inputs in `calls`, one for each batch; `leave` it, when its weights are what they shall
+    be, to have its outputs in `outputs`, which then stand for it. Blocks are entered in the order in which they run.
     """
 
     def __init__(self, model: nn.Module, images: Tensor, batch_size: int) -> None:
@@ -112,10 +114,8 @@ class Stream:
         try:
             for k, batch in enumerate(self.batches):
                 self._stand_in(previous[k] if previous else None, len(batch))
-                try:
+                with contextlib.suppress(_Reached):
                     self.model(batch)
-                except _Reached:
-                    pass
         finally:
             handle.remove()
             for block, _ in self._passed:
@@ -128,28 +128,35 @@ class Stream:
         self._passed.append((self.block, self.outputs[0].shape[1:]))
 
     def _stand_in(self, output: Tensor | None, count: int) -> None:
-        """Let the last block passed return what it has returned, and those before it nothing but zeros of the right shape."""
+        """Let the last block passed return what it has returned, and those before it zeros of the right shape."""
         for block, shape in self._passed[:-1]:
             zeros = self.batches[0].new_zeros(()).expand(count, *shape)
             block.forward = lambda *args, zeros=zeros, **kwargs: zeros  # type: ignore[method-assign]
         if self._passed:
             self._passed[-1][0].forward = lambda *args, **kwargs: output  # type: ignore[method-assign]
 
+    def input_of(self, layer: nn.Module, call: Call) -> Tensor:
+        """What a layer of the block entered reads in one of its calls."""
+        return self._until(call, lambda stop: layer.register_forward_pre_hook(lambda module, args: stop(args[0])))
+
+    def output_of(self, layer: nn.Module, call: Call) -> Tensor:
+        """What a layer of the block entered puts out in one of its calls."""
+        return self._until(call, lambda stop: layer.register_forward_hook(lambda module, args, output: stop(output)))
+
     @torch.no_grad()
-    def input_and_output(self, layer: nn.Module, call: Call) -> tuple[Tensor, Tensor]:
-        """What a layer of the block entered reads and puts out in one of its calls."""
+    def _until(self, call: Call, register: Callable[[Callable[[Tensor], None]], Any]) -> Tensor:
+        """Run the block up to where the hook that `register` sets calls `stop`; return what it was called with."""
         assert self.block is not None
         seen: list[Tensor] = []
 
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            seen.extend((args[0], output))
+        def stop(tensor: Tensor) -> None:
+            seen.append(tensor)
             raise _Reached
 
-        handle = layer.register_forward_hook(hook)
+        handle = register(stop)
         try:
-            self.block(*call.args, **call.kwargs)
-        except _Reached:
-            pass
+            with contextlib.suppress(_Reached):
+                self.block(*call.args, **call.kwargs)
         finally:
             handle.remove()
-        return seen[0], seen[1]
+        return seen[0]

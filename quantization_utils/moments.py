@@ -38,10 +38,6 @@ class Moments:
         """Var[t] for each output channel, (N,)."""
         return (self.target_power_N - self.target_mean_N.square()).clamp_min(0)
 
-    def covariance(self, weight_NK: Tensor) -> Tensor:
-        """Cov[w·x, t] for each output channel, (N,)."""
-        return (self.cross_NK * weight_NK).sum(1) - self.output_mean(weight_NK) * self.target_mean_N
-
 
 class MomentSum:
     """Adds up the moments of a layer over batches."""
@@ -57,12 +53,12 @@ class MomentSum:
         """`inputs` of the layer (B, …), and `targets` in the shape of its output."""
         x_KP, t_NP = self._columns(inputs.float(), targets.float())
         terms = [x_KP @ x_KP.T, x_KP.sum(1), t_NP @ x_KP.T, t_NP.sum(1), t_NP.square().sum(1)]
-        self.sums = [a + b for a, b in zip(self.sums, terms)] if self.sums else terms
+        self.sums = [a + b for a, b in zip(self.sums, terms, strict=True)] if self.sums else terms
         self.columns += x_KP.shape[1]
 
     def result(self) -> Moments:
         """The means over all that was added."""
-        return Moments(*[s / self.columns for s in self.sums], columns=self.columns)
+        return Moments(*[s / self.columns for s in self.sums], self.columns)  # type: ignore[arg-type]
 
     def _columns(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         layer = self.layer

@@ -1,12 +1,12 @@
 """From a trained float network to a ternary one without training: a thousand unlabelled images, layer by layer.
 
-Layers are taken in the order in which they run. Each sees the inputs that the network, ternary up to there, gives it, and
-aims at the outputs of the float network, so that it makes up for what earlier layers did. Then the mean and the variance of
-its output are brought back to those of the float network, in the batch norm that follows or in the bias.
+Layers are taken in the order in which they run. Each sees the inputs that the network, ternary up to there, gives it,
+and aims at the outputs of the float network, so that it makes up for what earlier layers did. Then the mean and the
+variance of its output are brought back to those of the float network, in the batch norm that follows or in the bias.
 
-References: E. Frantar et al., "GPTQ", arXiv 2210.17323; J. Zhang, Y. Zhou, R. Saab, arXiv 2201.11113 (GPFQ); M. Nagel et al.,
-"Data-Free Quantization Through Weight Equalization and Bias Correction", arXiv 1906.04721; I. Hubara et al., "Accurate
-Post Training Quantization With Small Calibration Sets", arXiv 2006.10518 (batch norm tuning).
+References: E. Frantar et al., "GPTQ", arXiv 2210.17323; J. Zhang, Y. Zhou, R. Saab, arXiv 2201.11113 (GPFQ);
+M. Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", arXiv 1906.04721;
+I. Hubara et al., "Accurate Post Training Quantization With Small Calibration Sets", arXiv 2006.10518 (batch norms).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import copy
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,11 +44,18 @@ class Settings:
     target_damping: float = 0.1  # of the weight that makes up for earlier layers: less follows the images more closely
     sweeps: int = 2  # of coordinate descent over the codes
 
+    def __str__(self) -> str:
+        steps = ["error feedback" if self.feedback else "nearest codes"] + ["corrected statistics"] * self.correct
+        return ", ".join(steps)
+
+
+DEFAULT = Settings()
+
 
 def ternarize_(
     model: nn.Module,
     images: Tensor,
-    settings: Settings = Settings(),
+    settings: Settings = DEFAULT,
     act_bits: int | None = None,
     only: Selection = None,
     keep: Sequence[str] = (),
@@ -55,8 +63,9 @@ def ternarize_(
 ) -> nn.Module:
     """Make a trained float model ternary from unlabelled images (B, 3, H, W) in [0, 1], in place; return the model.
 
-    The layers chosen (`models.select.select_layers`) become `BitLinear` and `BitConv2d` whose weights are ternary already, so
-    that packing, saving and loading treat them as after training. Pruned weights stay pruned. `act_bits`: see `quantize_`.
+    The layers chosen (`models.select.select_layers`) become `BitLinear` and `BitConv2d` whose weights are ternary
+    already, so that packing, saving and loading treat them as after training. Pruned weights stay pruned. `act_bits`:
+    see `quantize_`.
 
     Raises:
         ValueError: too few images, a layer that does not run, a grouped convolution, activations that are not finite.
@@ -81,8 +90,8 @@ def ternarize_(
             s.leave()
     if short_of_columns:
         warnings.warn(
-            f"fewer positions than weights per channel in {', '.join(short_of_columns)}: the inputs' covariance has no full "
-            "rank there and is damped; more images would help",
+            f"fewer positions than weights per channel in {', '.join(short_of_columns)}: the inputs' covariance has no "
+            "full rank there and is damped; more images would help",
             stacklevel=2,
         )
     quantize_(model.train(was_training), as_is, act_bits, only, keep)
@@ -100,21 +109,24 @@ def check_layers(model: nn.Module, ran: dict[str, str | None], only: Selection, 
         raise ValueError(f"no linear or convolution layer matches only={only!r}, keep={keep!r}: nothing to quantize")
     for name, module in chosen:
         if name not in ran:
-            raise ValueError(f"{name} did not run when the model saw an image, so its inputs are not known: leave it out (keep)")
+            raise ValueError(f"{name} did not run on an image, so its inputs are unknown: leave it out (keep)")
         if getattr(module, "groups", 1) != 1:
-            raise ValueError(f"{name} is a grouped convolution, which post-training methods cannot calibrate: leave it out (keep)")
+            raise ValueError(f"{name} is a grouped convolution, which cannot be calibrated: leave it out (keep)")
     return [name for name, _ in chosen]
 
 
 @torch.no_grad()
 def observe(reference: Stream, stream: Stream, name: str, images: int) -> Moments:
     """Moments of the inputs of layer `name` in `stream` against its outputs, without bias, in `reference`."""
-    layer, float_layer = stream.model.get_submodule(name), reference.model.get_submodule(name)
+    layer: Any = stream.model.get_submodule(name)
+    float_layer: Any = reference.model.get_submodule(name)
     total = MomentSum(layer, images)
-    for float_call, call in zip(reference.calls, stream.calls):
-        inputs, _ = stream.input_and_output(layer, call)
-        _, targets = reference.input_and_output(float_layer, float_call)
-        total.add(inputs, targets if float_layer.bias is None else targets - _along_channels(float_layer, float_layer.bias))
+    for float_call, call in zip(reference.calls, stream.calls, strict=True):
+        inputs = stream.input_of(layer, call)
+        targets = reference.output_of(float_layer, float_call)
+        if float_layer.bias is not None:
+            targets = targets - _along_channels(float_layer, float_layer.bias)
+        total.add(inputs, targets)
     return total.result()
 
 
@@ -123,8 +135,9 @@ def ternarize_layer_(
     float_model: nn.Module, model: nn.Module, name: str, follower: str | None, moments: Moments, settings: Settings
 ) -> None:
     """Put a ternary weight in the layer `name` of `model`, and correct the mean and variance of its output."""
-    layer = model.get_submodule(name)
-    float_NK = float_model.get_submodule(name).weight.flatten(1).float()
+    layer: Any = model.get_submodule(name)
+    float_layer: Any = float_model.get_submodule(name)
+    float_NK = float_layer.weight.flatten(1).float()
     if settings.feedback:
         kept_NK = float_NK != 0
         target_NK = matching_weight(float_NK, moments.inputs_KK, moments.cross_NK, settings.target_damping)
@@ -139,7 +152,7 @@ def ternarize_layer_(
         assign(layer, "bias", layer.bias + moments.target_mean_N - moments.output_mean(weight_NK))
 
 
-def correct_batch_norm_(norm: nn.Module, float_norm: nn.Module, moments: Moments, weight_NK: Tensor) -> None:
+def correct_batch_norm_(norm: Any, float_norm: Any, moments: Moments, weight_NK: Tensor) -> None:
     """Set a batch norm's statistics so that its output has the mean and variance that the float network's has.
 
     Not the statistics of its input as such: those of training, on augmented images, differ from what calibration images
@@ -155,7 +168,8 @@ def correct_batch_norm_(norm: nn.Module, float_norm: nn.Module, moments: Moments
 
 def assign(module: nn.Module, name: str, value: Tensor) -> None:
     """Give a tensor of a module a new value; where pruning has put a mask over it, the masked entries stay 0."""
-    tensor = module.parametrizations[name].original if parametrize.is_parametrized(module, name) else getattr(module, name)
+    masked = parametrize.is_parametrized(module, name)
+    tensor = module.parametrizations[name].original if masked else getattr(module, name)  # type: ignore[index, union-attr]
     tensor.data.copy_(value)
 
 

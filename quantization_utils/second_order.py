@@ -1,12 +1,12 @@
 """Ternary codes that keep a layer's output: rounding weighted by the second moments of the layer's inputs.
 
 For inputs x with H = E[x xᵀ], replacing the weight row w by s·q changes the output by (w - s·q)·x, whose mean square is
-(w - s·q) H (w - s·q)ᵀ. `feed_back` rounds one column at a time and lets the later columns make up for its error, `descend`
-then improves single codes, `fit_scale` is the best scale of given codes. All rows are independent of each other.
+(w - s·q) H (w - s·q)ᵀ. `feed_back` rounds one column at a time and lets the later columns make up for its error,
+`descend` then improves single codes, `fit_scale` is the best scale of given codes. Rows are independent of each other.
 
-References: E. Frantar, S. Ashkboos, T. Hoefler, D. Alistarh, "GPTQ", arXiv 2210.17323; J. Chen, Y. Shabanzadeh, E. Crnčević,
-T. Hoefler, D. Alistarh, "The Geometry of LLM Quantization: GPTQ as Babai's Nearest Plane Algorithm", arXiv 2507.18553;
-K. Behdin et al., "QuantEase", arXiv 2309.01885 (coordinate descent).
+References: E. Frantar, S. Ashkboos, T. Hoefler, D. Alistarh, "GPTQ", arXiv 2210.17323; J. Chen, Y. Shabanzadeh,
+E. Crnčević, T. Hoefler, D. Alistarh, "The Geometry of LLM Quantization: GPTQ as Babai's Nearest Plane Algorithm",
+arXiv 2507.18553; K. Behdin et al., "QuantEase", arXiv 2309.01885 (coordinate descent).
 
 Legend: N output channels, K weights of a channel, B columns of a block.
 """
@@ -33,22 +33,21 @@ def damped(moment_KK: Tensor, damping: float) -> Tensor:
 
 
 def cholesky(moment_KK: Tensor, damping: float) -> Tensor:
-    """The lower factor L of the damped moment, L Lᵀ = H + damping · mean · I; more damping, with a warning, if it needs it."""
+    """The lower L with L Lᵀ = H + damping · mean · I; if there is none, more damping, with a warning."""
     for attempt in range(4):
         factor_KK, failed = torch.linalg.cholesky_ex(damped(moment_KK, damping * 10**attempt))
         if not failed:
             if attempt:
-                warnings.warn(
-                    f"the inputs' covariance has no full rank: damping was raised to {damping * 10**attempt:g}", stacklevel=2
-                )
+                raised = f"damping was raised to {damping * 10**attempt:g}"
+                warnings.warn(f"the inputs' covariance has no full rank: {raised}", stacklevel=2)
             return factor_KK
-    raise ValueError("the inputs' covariance has no Cholesky factor even with heavy damping: are there non-finite activations?")
+    raise ValueError("the inputs' covariance has no Cholesky factor, however damped: are there non-finite activations?")
 
 
 def matching_weight(weight_NK: Tensor, moment_KK: Tensor, target_NK: Tensor, damping: float) -> Tensor:
-    """The float weight v whose output on the inputs at hand is nearest to given targets t: min E|v·x - t|² + λ |v - w|².
+    """The float weight v whose output on the inputs at hand is nearest to targets t: min E|v·x - t|² + λ |v - w|².
 
-    `moment_KK` = E[x xᵀ], `target_NK` = E[t xᵀ], λ = damping · mean of the diagonal: v = (E[t xᵀ] + λ w)(E[x xᵀ] + λ I)⁻¹.
+    `moment_KK` = E[x xᵀ], `target_NK` = E[t xᵀ], λ = damping · mean diagonal: v = (E[t xᵀ] + λ w)(E[x xᵀ] + λ I)⁻¹.
     With the inputs of the quantized network and the outputs of the float one, v makes up for errors of earlier layers.
 
     Reference: J. Zhang, Y. Zhou, R. Saab, "Post-training Quantization for Neural Networks with Provable Guarantees",
@@ -61,9 +60,9 @@ def matching_weight(weight_NK: Tensor, moment_KK: Tensor, target_NK: Tensor, dam
 def feed_back(weight_NK: Tensor, factor_KK: Tensor, scale_N: Tensor, kept_NK: Tensor) -> Tensor:
     """Round column after column from the last to the first; columns to come make up for the error. Codes int8 (N, K).
 
-    With H = L Lᵀ and the error r = w - s·q, r H rᵀ = Σ_j (Σ_{i≥j} r_i L_ij)². At column j all r_i with i > j are known, so the
-    j-th square is least for s·q_j nearest to w_j + Σ_{i>j} r_i L_ij / L_jj. That is what re-solving for the columns left over,
-    after every column, would give. `kept_NK`: false where the code must be 0.
+    With H = L Lᵀ and the error r = w - s·q, r H rᵀ = Σ_j (Σ_{i≥j} r_i L_ij)². At column j all r_i with i > j are known,
+    so the j-th square is least for s·q_j nearest to w_j + Σ_{i>j} r_i L_ij / L_jj. That is what re-solving for the
+    columns left over, after every column, would give. `kept_NK`: false where the code must be 0.
     """
     weight_KN, kept_KN = weight_NK.T.contiguous(), kept_NK.T.contiguous()
     error_KN, codes_KN = torch.zeros_like(weight_KN), torch.zeros_like(weight_KN)
@@ -120,20 +119,26 @@ def ternarize(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Codes int8 (N, K) and scale (N,) of small output error: error feedback, then descent and scale in turns.
 
-    Columns are rounded by falling input energy. Each channel starts from the best of several scales: `factors` times the
-    one of least squared error of the weights alone.
+    Columns are rounded by falling input energy. Each channel starts from the best of several scales: `factors` times
+    the one of least squared error of the weights alone.
     """
-    if len(weight_NK) > ROWS:
-        parts = zip(weight_NK.split(ROWS), kept_NK.split(ROWS))
-        done = [ternarize(w, moment_KK, damping, kept, factors, sweeps) for w, kept in parts]
-        return torch.cat([codes for codes, _ in done]), torch.cat([scale for _, scale in done])
     order_K = moment_KK.diagonal().argsort(stable=True)  # the last is rounded first
     moment_KK = damped(moment_KK, damping)[order_K][:, order_K]
-    weight_NK, kept_NK = weight_NK[:, order_K], kept_NK[:, order_K]
     factor_KK = cholesky(moment_KK, 1e-6)
+    done = [
+        _ternarize_rows(weight_RK[:, order_K], moment_KK, factor_KK, kept_RK[:, order_K], factors, sweeps)
+        for weight_RK, kept_RK in zip(weight_NK.split(ROWS), kept_NK.split(ROWS), strict=True)
+    ]
+    codes_NK, scale_N = torch.cat([codes for codes, _ in done]), torch.cat([scale for _, scale in done])
+    return torch.empty_like(codes_NK).index_copy_(1, order_K, codes_NK), scale_N
+
+
+def _ternarize_rows(
+    weight_NK: Tensor, moment_KK: Tensor, factor_KK: Tensor, kept_NK: Tensor, factors: tuple[float, ...], sweeps: int
+) -> tuple[Tensor, Tensor]:
     nearest_N = mse_optimal(weight_NK * kept_NK)[1].to(weight_NK.dtype)
     best_N = torch.full_like(nearest_N, torch.inf)
-    codes_NK, scale_N = torch.zeros_like(weight_NK, dtype=torch.int8), nearest_N.clone()
+    codes_NK, scale_N = torch.zeros_like(weight_NK, dtype=torch.int8), nearest_N
     for factor in factors:
         tried_NK = feed_back(weight_NK, factor_KK, factor * nearest_N, kept_NK)
         fitted_N = fit_scale(tried_NK, weight_NK, moment_KK, nearest_N)
@@ -144,4 +149,4 @@ def ternarize(
     for _ in range(sweeps):
         codes_NK = descend(codes_NK, weight_NK, moment_KK, scale_N, kept_NK)
         scale_N = fit_scale(codes_NK, weight_NK, moment_KK, scale_N)
-    return torch.empty_like(codes_NK).index_copy_(1, order_K, codes_NK), scale_N
+    return codes_NK, scale_N

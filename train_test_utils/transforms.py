@@ -1,0 +1,36 @@
+"""Transformations that need more than the weights: post-training methods that look at calibration images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from models.select import Selection
+from quantization_utils import calibrate_, quantize_
+from quantization_utils.post_training import DEFAULT, Settings, ternarize_
+from quantization_utils.quantizers import as_is
+
+
+@dataclass(frozen=True)
+class CalibratedTernary:
+    """Make layers ternary without training, from unlabelled images; see `ternarize_`."""
+
+    settings: Settings = DEFAULT
+    act_bits: int | None = None
+    only: Selection = None
+    keep: Sequence[str] = ()
+
+    def __call__(self, model: nn.Module, images: Tensor, seed: int) -> nn.Module:
+        return ternarize_(model, images, self.settings, self.act_bits, self.only, self.keep)
+
+    def structure(self, model: nn.Module, images: Tensor, seed: int) -> nn.Module:
+        """What the transformation makes of a model's modules, without its work: for weights that will be loaded."""
+        quantize_(model, as_is, self.act_bits, self.only, self.keep)
+        return model if self.act_bits is None else calibrate_(model, images[:2])
+
+    def __str__(self) -> str:
+        acts = "float activations" if self.act_bits is None else f"{self.act_bits}-bit activations"
+        ends = f", {' and '.join(self.keep)} float" if self.keep else ""
+        return f"ternary by {self.settings} ({acts}{ends})"
