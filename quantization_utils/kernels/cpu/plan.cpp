@@ -206,29 +206,29 @@ void Network::make_step(Plan& plan, int node) {
     }
 }
 
-// Runs the whole network a few times with the algorithms as they are set; adds each node's median microseconds to its step.
-// The whole network, because a node alone finds its weights in the caches, where in the network it does not. The median,
-// because the other threads may do all of a phase before this one looks at the clock.
+// Runs the whole network a few times with the algorithms as they are set; notes each node's microseconds in its step. The
+// whole network, because a node alone finds its weights in the caches, where in the network it does not. A node has ended
+// when the first thread leaves it: a thread that the system had put aside finds all done and passes many at once. The
+// second smallest, because all disturbances add time.
 void Network::measure(Plan& plan, int threads) {
   using Clock = std::chrono::steady_clock;
-  constexpr int kRuns = 7;
-  std::vector<std::vector<double>> micros(nodes_.size());
-  parallel(threads, [&](Member& member) {
-    for (size_t i = 0; i < nodes_.size(); ++i) run_node(plan, i, member);
-  });
-  for (int repetition = 0; repetition < kRuns; ++repetition)
+  constexpr int kRuns = 9;
+  const size_t n = nodes_.size();
+  std::vector<std::vector<double>> micros(n);
+  for (int repetition = 0; repetition < kRuns; ++repetition) {
+    std::vector<std::vector<Clock::time_point>> left(threads, std::vector<Clock::time_point>(n + 1, Clock::time_point::max()));
     parallel(threads, [&](Member& member) {
-      auto start = Clock::now();
-      for (size_t i = 0; i < nodes_.size(); ++i) {
-        run_node(plan, i, member);
-        const auto end = Clock::now();
-        if (member.index() == 0) micros[i].push_back(std::chrono::duration<double, std::micro>(end - start).count());
-        start = end;
-      }
+      std::vector<Clock::time_point>& times = left[member.index()];
+      times[0] = Clock::now();
+      for (size_t i = 0; i < n; ++i) run_node(plan, i, member), times[i + 1] = Clock::now();
     });
-  for (size_t i = 0; i < nodes_.size(); ++i) {
-    std::nth_element(micros[i].begin(), micros[i].begin() + kRuns / 2, micros[i].end());
-    plan.steps[i]->micros[plan.steps[i]->algorithm == Algorithm::kWinograd] = micros[i][kRuns / 2];
+    for (size_t i = 0; i <= n; ++i)
+      for (int t = 1; t < threads; ++t) left[0][i] = std::min(left[0][i], left[t][i]);
+    for (size_t i = 0; i < n; ++i) micros[i].push_back(std::chrono::duration<double, std::micro>(left[0][i + 1] - left[0][i]).count());
+  }
+  for (size_t i = 0; i < n; ++i) {
+    std::sort(micros[i].begin(), micros[i].end());
+    plan.steps[i]->micros[plan.steps[i]->algorithm == Algorithm::kWinograd] = micros[i][1];
   }
 }
 
