@@ -176,6 +176,7 @@ def report(case: str, batch: int, flushed: bool, times: dict[str, np.ndarray], l
         "flushed": flushed,
         "engines": engines,
         "best": best,
+        "vs": {kind: engines[name]["ratio"] for kind, name in best.items()},
         "limit_ms": limit_ms,
         "of_direct_limit_pct": round(percent, 1),
     }
