@@ -51,7 +51,7 @@ static inline void combine(const T* m, int64_t step, T& y0, T& y1) {
 
 // The nine numbers that a kernel's U is made of, from their five bytes (kernels.h): column B of the three.
 typedef uint8_t wide __attribute__((vector_size(LANES * 4), aligned(1), may_alias));
-static inline wide low_nibble(const uint8_t* w) { return (wide)((load_weights(w) + load_weights(w)) & (vec)(ints{} + 0x1E1E1E1E)) - 16; }
+static inline wide low_nibble(const uint8_t* w) { return (((wide)load_weights(w) + (wide)load_weights(w)) & 0x1E) - 16; }
 static inline wide high_nibble(const uint8_t* w) { return (wide)((vec)((ints)load_weights(w) >> 3) & (vec)(ints{} + 0x1E1E1E1E)) - 16; }
 
 template <int B>
@@ -104,7 +104,7 @@ static inline void winograd_column(const WinogradTile& t, ints* rows) {
     __builtin_prefetch(next), __builtin_prefetch(next + kStep / 2);
     next += kStep, w += 5 * LANES * 4;
   }
-  EACH_PIXEL(ints m[SIDE]; EACH_ROW(m[i] = (ints)acc[i][p];)
+  EACH_PIXEL(alignas(64) ints m[SIDE]; EACH_ROW(m[i] = (ints)acc[i][p];)
              combine<SIDE>(m, 1, rows[(COLUMN * P + p) * 2], rows[(COLUMN * P + p) * 2 + 1]);)
 }
 
@@ -112,7 +112,7 @@ template <Residual R, bool BYTES, int SIDE>
 static inline void winograd_finish(const Epilogue& e, const Output& o, const ints* rows, int tiles, int channels) {
   const floats gain = *(const floats*)e.gain, bias = *(const floats*)e.bias;
   for (int r = 0; r < tiles * 2; ++r) {
-    ints y[2];
+    alignas(64) ints y[2];
     combine<SIDE>(rows + r, tiles * 2, y[0], y[1]);
     for (int x = 0; x < 2; ++x)
       if (o.out[r * 2 + x]) finish_vector<R, BYTES>(e, o, r * 2 + x, o.first_channel, channels, y[x], gain, bias);
@@ -121,7 +121,7 @@ static inline void winograd_finish(const Epilogue& e, const Output& o, const int
 
 template <int SIDE, int P>
 static void winograd_tiles(const WinogradTile& t, const Epilogue& e, const Output& o, int channels) {
-  ints rows[SIDE * P * 2];
+  alignas(64) ints rows[SIDE * P * 2];  // deduced types lose the attribute that allows less
   winograd_column<SIDE, P, 0>(t, rows), winograd_column<SIDE, P, 1>(t, rows);
   winograd_column<SIDE, P, 2>(t, rows), winograd_column<SIDE, P, 3>(t, rows);
   if constexpr (SIDE == 5) winograd_column<SIDE, P, 4>(t, rows);
