@@ -20,7 +20,8 @@ from quantization_utils.second_order import (
 def problem(channels: int, weights: int, columns: int = 200) -> tuple[Tensor, Tensor]:
     """A weight (N, K) and correlated inputs x (columns, K), float64."""
     mixing_KK = torch.randn(weights, weights, dtype=torch.float64)
-    return torch.randn(channels, weights, dtype=torch.float64), torch.randn(columns, weights, dtype=torch.float64) @ mixing_KK
+    x_PK = torch.randn(columns, weights, dtype=torch.float64) @ mixing_KK
+    return torch.randn(channels, weights, dtype=torch.float64), x_PK
 
 
 def moment(x_PK: Tensor) -> Tensor:

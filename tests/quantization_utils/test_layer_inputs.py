@@ -1,0 +1,90 @@
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from quantization_utils.layer_inputs import Stream, blocks, execution_order
+from quantization_utils.moments import MomentSum
+from tests import networks
+
+
+def inputs_in_a_whole_pass(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    """What every module reads first when the model sees all images at once."""
+    seen: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        if name:
+            module.register_forward_pre_hook(lambda m, args, name=name: seen.setdefault(name, args[0]) is None or None)
+    with torch.no_grad():
+        model(images)
+    return seen
+
+
+@pytest.mark.parametrize("kind", networks.KINDS)
+def test_a_stream_sees_what_a_whole_pass_sees(kind: str) -> None:
+    model, images = networks.make(kind), networks.images(7)
+    layers = list(execution_order(model, images[:2]))
+    expected = inputs_in_a_whole_pass(copy.deepcopy(model), images)
+    stream = Stream(model, images, batch_size=3)
+    seen = []
+    for block, names in blocks(model, layers):
+        stream.enter(block)
+        torch.testing.assert_close(torch.cat([call.args[0] for call in stream.calls]), expected[block])
+        for name in names:
+            layer = model.get_submodule(name)
+            inputs = torch.cat([stream.input_of(layer, call) for call in stream.calls])
+            torch.testing.assert_close(inputs, expected[name])
+            seen.append(name)
+        stream.leave()
+    assert sorted(seen) == sorted(n for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d)))
+
+
+def test_a_stream_leaves_no_trace_in_the_model() -> None:
+    model, images = networks.make("resnet_like"), networks.images(4)
+    expected = model(images)
+    stream = Stream(model, images, 2)
+    for block, _ in blocks(model, list(execution_order(model, images[:2]))):
+        stream.enter(block)
+        stream.leave()
+    torch.testing.assert_close(model(images), expected, rtol=0, atol=0)
+    assert not any("forward" in vars(m) or m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+
+
+def test_blocks_and_batch_norms_of_a_residual_network() -> None:
+    model = networks.make("resnet_like")
+    order = execution_order(model, networks.images(2))
+    assert order["6.conv1"] == "6.bn1" and order["6.shortcut.0"] == "6.shortcut.1" and order["9"] is None
+    assert blocks(model, list(order)) == [
+        ("1", ["1"]), ("5", ["5.conv1", "5.conv2"]), ("6", ["6.conv1", "6.conv2", "6.shortcut.0"]), ("9", ["9"]),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("layer, shape", [
+    (nn.Conv2d(3, 5, 3, stride=2, padding=1, bias=False), (6, 3, 9, 9)),
+    (nn.Linear(4, 5, bias=False), (6, 7, 4)),
+    (nn.Linear(4, 5, bias=False), (6, 4)),
+])  # fmt: skip
+def test_moments_against_those_of_the_outputs_themselves(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    inputs = torch.randn(shape)
+    total = MomentSum(layer, images=6)
+    with torch.no_grad():
+        outputs = layer(inputs)
+        targets = outputs + torch.randn_like(outputs)
+        for part, wanted in zip(inputs.split(4), targets.split(4), strict=True):
+            total.add(part, wanted)
+        moments, weight_NK = total.result(), layer.weight.flatten(1)
+    dimensions = (0, 2, 3) if outputs.dim() == 4 else tuple(range(outputs.dim() - 1))
+    torch.testing.assert_close(moments.output_mean(weight_NK), outputs.mean(dimensions))
+    torch.testing.assert_close(moments.output_variance(weight_NK), outputs.var(dimensions, correction=0))
+    torch.testing.assert_close(moments.target_variance(), targets.var(dimensions, correction=0))
+
+
+def test_positions_are_thinned_out_and_stay_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quantization_utils.moments.MAX_COLUMNS", 60)
+    layer, inputs = nn.Conv2d(2, 3, 1, bias=False), torch.randn(10, 2, 8, 8)
+    total = MomentSum(layer, images=10)
+    total.add(inputs, F.conv2d(inputs, layer.weight.detach()))
+    moments = total.result()
+    assert moments.columns == 60  # 6 of 64 positions of each image
+    torch.testing.assert_close(moments.cross_NK, layer.weight.detach().flatten(1) @ moments.inputs_KK)

@@ -1,0 +1,171 @@
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pruning_utils import l1, prune_
+from quantization_utils import load_model, mse_optimal, pack_, quantize_, save_model
+from quantization_utils.bit_layers import BitConv2d, BitLinear
+from quantization_utils.post_training import Settings, ternarize_
+from tests import networks
+from train_test_utils.data import ImageDataset, Split
+from train_test_utils.experiment import Run
+from train_test_utils.rows import Row
+from train_test_utils.transforms import CalibratedTernary
+
+RANK = "ignore:fewer positions than weights:UserWarning"
+pytestmark = pytest.mark.filterwarnings(RANK)
+
+
+def outputs_of(model: nn.Module, kinds: tuple[type, ...], images: Tensor) -> list[Tensor]:
+    """Output of every module of these kinds, (channels, positions), in order of execution."""
+    found: list[Tensor] = []
+    for module in model.modules():
+        if isinstance(module, kinds):
+            module.register_forward_hook(lambda m, a, out: found.append(out.movedim(1, 0).flatten(1)))
+    with torch.no_grad():
+        model(images)
+    return found
+
+
+@pytest.fixture
+def every_position(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quantization_utils.moments.MAX_COLUMNS", 1_000_000)
+
+
+@pytest.mark.parametrize("act_bits", [None, 8])
+@pytest.mark.parametrize("kind", networks.KINDS)
+def test_every_layer_ternary_packed_saved_and_loaded(kind: str, act_bits: int | None, tmp_path: Path) -> None:
+    model, images = networks.make(kind), networks.images(48)
+    layers = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    assert ternarize_(model, images, act_bits=act_bits) is model and not model.training
+    for name in layers:
+        layer = model.get_submodule(name)
+        assert isinstance(layer, (BitConv2d, BitLinear))
+        # The codes and scales are the weight itself, bit for bit.
+        codes, scale_N = layer.quantized_weight()
+        assert torch.equal(codes * scale_N.view(-1, *[1] * (codes.dim() - 1)), layer.weight)
+    with torch.no_grad():
+        expected = model(images)
+    if kind == "vit_like":
+        save_model(pack_(copy.deepcopy(model)), tmp_path / "model.safetensors")
+        loaded = load_model(tmp_path / "model.safetensors")[0]
+    else:
+        loaded = pack_(copy.deepcopy(model))
+    with torch.no_grad():
+        logits = loaded(images)
+    assert (logits - expected).abs().max() < (1e-4 if act_bits is None else 0.05) * expected.abs().max()
+
+
+def test_each_step_of_the_ladder_brings_the_outputs_nearer() -> None:
+    model, images = networks.make("resnet_like"), networks.images(256)
+
+    def error(quantized: nn.Module) -> float:
+        with torch.no_grad():
+            return float((quantized(images[128:]) - model(images[128:])).square().mean())
+
+    nearest = error(quantize_(copy.deepcopy(model), mse_optimal, None))
+    corrected = error(ternarize_(copy.deepcopy(model), images[:128], Settings(feedback=False)))
+    feedback = error(ternarize_(copy.deepcopy(model), images[:128], Settings(correct=False)))
+    both = error(ternarize_(copy.deepcopy(model), images[:128]))
+    assert corrected < nearest and feedback < nearest and both < corrected
+
+
+def test_batch_norms_give_the_mean_and_variance_of_the_float_network(every_position: None) -> None:
+    model, images = networks.make("resnet_like"), networks.images(64)
+    ternary = ternarize_(copy.deepcopy(model), images)
+    norms = (nn.BatchNorm2d,)
+    pairs = zip(outputs_of(ternary, norms, images), outputs_of(model, norms, images), strict=True)
+    for found, wanted in pairs:
+        torch.testing.assert_close(found.mean(1), wanted.mean(1), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(found.var(1), wanted.var(1), rtol=1e-2, atol=1e-4)
+
+
+def test_biases_give_the_mean_of_the_float_network(every_position: None) -> None:
+    model, images = networks.make("alexnet_like_without_batch_norm"), networks.images(64)
+    ternary = ternarize_(copy.deepcopy(model), images)
+    layers = (nn.Conv2d, nn.Linear)
+    for found, wanted in zip(outputs_of(ternary, layers, images), outputs_of(model, layers, images), strict=True):
+        torch.testing.assert_close(found.mean(1), wanted.mean(1), rtol=1e-3, atol=1e-3)
+
+
+def test_pruned_weights_stay_pruned() -> None:
+    model = prune_(networks.make("resnet_like"), l1, 0.5)
+    zero = {n: m.weight == 0 for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+    ternarize_(model, networks.images(32))
+    for name, pruned in zero.items():
+        assert pruned.any() and not model.get_submodule(name).weight[pruned].any()
+
+
+def test_only_the_chosen_layers_change() -> None:
+    model, images = networks.make("resnet_like"), networks.images(32)
+    before = copy.deepcopy(model.state_dict())
+    ternarize_(model, images, keep=("1", "9"))
+    assert isinstance(model.get_submodule("5.conv1"), BitConv2d)
+    for name in ("1", "9"):
+        assert type(model.get_submodule(name)) in (nn.Conv2d, nn.Linear)
+        assert torch.equal(model.get_submodule(name).weight, before[f"{name}.weight"])
+
+
+@pytest.mark.parametrize("kind", ["resnet_like", "vit_like"])
+@pytest.mark.parametrize("act_bits", [None, 8])
+def test_the_structure_alone_takes_the_weights_of_the_whole(kind: str, act_bits: int | None) -> None:
+    model, images = networks.make(kind), networks.images(32)
+    transform = CalibratedTernary(act_bits=act_bits)
+    whole = transform(copy.deepcopy(model), images, 0)
+    rebuilt = transform.structure(copy.deepcopy(model), images, 0)
+    rebuilt.load_state_dict(whole.state_dict())
+    with torch.no_grad():
+        assert torch.equal(rebuilt(images), whole(images))
+
+
+def test_calibration_sees_neither_labels_nor_test_images() -> None:
+    """Another test split and other labels: the same weights, bit for bit."""
+    train = Split((networks.images(40) * 255).to(torch.uint8), torch.arange(40) % 10)
+    names = tuple("0123456789")
+    data = ImageDataset("made_up", names, train, train)
+    other = replace(data, train=Split(train.images, train.labels.flip(0)), test=Split(255 - train.images, train.labels))
+    model = networks.make("alexnet_like")
+    row = Row("ptq_all_corrected", None, [CalibratedTernary(act_bits=8)], None)
+    states = []
+    for dataset in (data, other):
+        run = object.__new__(Run)
+        run.row, run.data, run.seed = row, dataset, 0
+        states.append(run.transformed(copy.deepcopy(model)).state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+class WithALayerThatNeverRuns(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.network, self.spare = networks.make("alexnet_like"), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x)
+
+
+def test_wrong_input_is_refused_in_a_sentence() -> None:
+    images = networks.images(32)
+    with pytest.raises(ValueError, match="at least 16 images .* not 3"):
+        ternarize_(networks.make("alexnet_like"), images[:3])
+    with pytest.raises(ValueError, match="spare did not run"):
+        ternarize_(WithALayerThatNeverRuns(), images)
+    ternarize_(WithALayerThatNeverRuns(), images, keep=("spare",))
+    grouped = nn.Sequential(nn.Conv2d(3, 6, 3, groups=3), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 900, 2)).eval()
+    with pytest.raises(ValueError, match="0 is a grouped convolution"):
+        ternarize_(grouped, images)
+    with pytest.raises(ValueError, match="nothing to quantize"):
+        ternarize_(networks.make("alexnet_like"), images, only="no such layer")
+    broken = networks.make("alexnet_like")
+    broken.get_submodule("2").running_mean.fill_(torch.nan)
+    with pytest.raises(ValueError, match="non-finite"):
+        ternarize_(broken, images)
+
+
+@pytest.mark.filterwarnings("default:fewer positions than weights")
+def test_fewer_images_than_weights_of_a_channel_are_said() -> None:
+    with pytest.warns(UserWarning, match="fewer positions than weights per channel in 11: .* no full rank"):
+        ternarize_(networks.make("alexnet_like"), networks.images(32))
