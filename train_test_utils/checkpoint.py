@@ -33,7 +33,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     except FileNotFoundError:
         raise
     except Exception as error:  # safetensors and torch raise types of their own for damage and mismatch
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise ValueError(
             f"{path} is not a checkpoint of this model ({reason}): delete it to train the row again"
         ) from error
@@ -56,5 +56,10 @@ def load_state(path: Path, map_location: torch.device) -> dict[str, Any] | None:
         return torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:
         raise ValueError(
-            f"{path} cannot be read ({str(error).splitlines()[0]}): delete it to start the row anew"
+            f"{path} cannot be read ({first_line(error)}): delete it to start the row anew"
         ) from error
+
+
+def first_line(error: Exception) -> str:
+    """The first line of its message, or its type if it has none (EOFError of an empty file)."""
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -1,0 +1,169 @@
+"""The three scripts as a user starts them: lists, mistakes, a tiny run from end to end, a kill and a second start."""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from quantization_utils import load_model
+from train_test_utils import experiment
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ("alexnet", "resnet_18", "vit")
+TINY = (
+    "--dataset digits --options checkpoint=none width=64 depth=1 patch_size=16 --budget 0.005 --device cpu "
+    "--precision fp32 --wandb disabled --seeds 3"
+).split()
+
+
+def start(monkeypatch, script: str, *words: str) -> int:
+    """Run a script in this process; its exit code."""
+    monkeypatch.setattr(sys, "argv", [f"{script}_experiments.py", *words])
+    try:
+        runpy.run_path(str(ROOT / f"{script}_experiments.py"), run_name="__main__")
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_list_shows_every_row_and_runs_none(script, monkeypatch, capsys, tmp_path):
+    assert start(monkeypatch, script, "--list", "--out", str(tmp_path / "out")) == 0
+    lines = capsys.readouterr().out.splitlines()
+    names = [line.split()[0] for line in lines[2:]]
+    assert lines[0] == f"{script}: {len(names)} rows" and len(set(names)) == len(names)
+    assert {"float", "ptq_linear", "ptq_all", "ptq_all_per_tensor", "qat_linear", "qat_all"} <= set(names)
+    for score in ("random", "l1", "l2_filters", "l1_global"):
+        for percent in (30, 50, 70, 90):
+            assert any(name.endswith(f"_{score}_{percent}") for name in names)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_list_of_quick(script, monkeypatch, capsys):
+    assert start(monkeypatch, script, "--list", "--quick") == 0
+    assert capsys.readouterr().out.startswith(f"{script}: 6 rows")
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (["--only", "qta*"], "no row matches 'qta*': --list shows the rows"),
+        (["--dataset", "cifar11"], "unknown data set 'cifar11': choose cifar10, cifar100, digits, or a folder"),
+        (["--device", "tpu"], "unknown device 'tpu'"),
+        (["--quick", "--holdout", "1"], "a held-out fraction of 1 leaves no images"),
+        (["--quick", "--options", "stem=none"], "unknown stem None"),
+        (["--quick", "--options", "depth=3"], "resnet_18 has no option 'depth'"),
+    ],
+)
+def test_a_users_mistake_is_one_sentence_and_exit_code_2(words, sentence, monkeypatch, capsys, tmp_path):
+    assert start(monkeypatch, "resnet_18", *words, "--wandb", "disabled", "--out", str(tmp_path)) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert sentence in error[-1] and "Traceback" not in "".join(error)
+    assert error[-1].startswith("resnet_18_experiments.py: ")
+
+
+def test_a_missing_checkpoint_is_one_sentence(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    words = "--dataset digits --options checkpoint=nobody/nothing --wandb disabled --out".split()
+    assert start(monkeypatch, "vit", *words, str(tmp_path)) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "checkpoint=FOLDER" in error and "checkpoint=none" in error
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A tiny ViT on digits: a float row, one quantized after and one during training, one pruned."""
+    out = tmp_path_factory.mktemp("out")
+    only = ("--only", "ptq_all", "qat_all", "qat_linear_l1_50")
+    with pytest.MonkeyPatch.context() as patch:
+        assert start(patch, "vit", *TINY, *only, "--out", str(out)) == 0
+    return out, only
+
+
+def lines_of(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "vit-digits" / "rows.jsonl").read_text().splitlines()]
+
+
+def test_rows_from_end_to_end(finished):
+    out, _ = finished
+    rows = {line["row"]: line for line in lines_of(out)}
+    assert list(rows) == ["float", "ptq_all", "qat_all", "qat_linear_l1_50"]
+    for name, row in rows.items():
+        path = out / "vit-digits" / f"{name}-seed3" / "model.safetensors"
+        assert row["file_bytes"] == os.path.getsize(path)
+        assert row["float_file_bytes"] == rows["float"]["file_bytes"]
+        assert row["reload_agreement_pct"] >= 99 and 0 <= row["test_accuracy_pct"] <= 100
+        assert row["model"] == "vit" and row["dataset"] == "digits" and row["seed"] == 3 and row["budget"] == 0.005
+        assert row["latency_ms_p90_batch1"] >= row["latency_ms_p50_batch1"] > 0 < row["throughput_images_per_s"]
+        _, metadata = load_model(path)
+        assert metadata["trained"]["row"]["name"] == name
+    assert rows["ptq_all"]["file_bytes"] < rows["float"]["file_bytes"] / 5
+    assert rows["float"]["weight_bits"] == 32 and rows["ptq_all"]["weight_bits"] < 1.6
+    pruned = rows["qat_linear_l1_50"]  # half of the weights are in the patch embedding, a convolution
+    assert pruned["zero_fraction"] > 0.24 and pruned["pruned"] == "50% of single weights of linear layers by l1"
+    assert (out / "vit-digits" / "report.html").stat().st_size > 1000
+    assert not list(out.rglob("last.pt"))
+
+
+def test_a_second_run_computes_nothing_again(finished, monkeypatch, capsys):
+    out, only = finished
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")}
+    lines = lines_of(out)
+
+    def forbidden(*args, **kwargs):
+        raise AssertionError("trained or packed again")
+
+    for name in ("train", "pack_", "save_weights"):
+        monkeypatch.setattr(experiment, name, forbidden)
+    assert start(monkeypatch, "vit", *TINY, *only, "--out", str(out)) == 0
+    assert lines_of(out) == lines and {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")} == before
+    assert capsys.readouterr().out.count("done before") == 4
+
+
+def test_a_changed_configuration_is_a_new_row_and_the_old_one_is_kept(finished, monkeypatch, tmp_path):
+    words = [w if w != "0.005" else "0.001" for w in TINY]
+    out, _ = finished
+    old = lines_of(out)[0]
+    before = (out / "vit-digits" / "float-seed3" / "checkpoint.safetensors").read_bytes()
+    assert start(monkeypatch, "vit", *words, "--only", "float", "--out", str(out)) == 0
+    new = lines_of(out)[-1]
+    assert new["row"] == "float" and new["config_hash"] != old["config_hash"] and lines_of(out)[0] == old
+    kept = out / "vit-digits" / f"float-seed3.{old['config_hash']}" / "checkpoint.safetensors"
+    assert kept.read_bytes() == before
+
+
+def test_killed_and_started_again_ends_in_the_same_bytes(tmp_path):
+    """A real SIGKILL in the middle of training."""
+
+    def command(out: Path) -> list[str]:
+        words = [w if w != "0.005" else "0.03" for w in TINY]
+        return [sys.executable, str(ROOT / "vit_experiments.py"), *words,
+                "--only", "float", "--checkpoint-seconds", "0",
+                "--out", str(out)]  # fmt: skip
+
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    state = broken / "vit-digits" / "float-seed3" / "last.pt"
+    run = subprocess.Popen(command(broken), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while not state.exists():
+            assert run.poll() is None, "it ended before it saved anything"
+            time.sleep(0.01)
+    finally:
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+    assert run.returncode == -signal.SIGKILL and not (state.parent / "checkpoint.safetensors").exists()
+    for out in (broken, whole):
+        subprocess.run(command(out), cwd=tmp_path, check=True, capture_output=True)
+    for name in ("checkpoint.safetensors", "model.safetensors"):
+        one, two = (out / "vit-digits" / "float-seed3" / name for out in (whole, broken))
+        assert one.read_bytes() == two.read_bytes(), name
+    assert not state.exists() and len(lines_of(broken)) == 1

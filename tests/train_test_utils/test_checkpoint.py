@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pruning_utils import l1, prune_
+from quantization_utils import calibrate_, quantize_
+from tests.networks import KINDS, images, make
+from train_test_utils.checkpoint import load_state, load_weights, save_state, save_weights
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_masks_and_steps_come_back(kind, tmp_path):
+    def model():
+        return calibrate_(quantize_(prune_(make(kind), l1, 0.5)), images(8))
+
+    saved, path = model(), tmp_path / "row" / "checkpoint.safetensors"
+    save_weights(saved, path)
+    other = model()
+    assert any(not torch.equal(t, other.state_dict()[n]) for n, t in saved.state_dict().items())
+    load_weights(other, path)
+    assert all(torch.equal(t, other.state_dict()[n]) for n, t in saved.state_dict().items())
+    batch = images(2)
+    with torch.no_grad():
+        assert torch.equal(saved(batch), other(batch))
+
+
+def test_the_same_weights_are_the_same_bytes(tmp_path):
+    model = make("alexnet_like").to(memory_format=torch.channels_last)
+    save_weights(model, tmp_path / "a")
+    save_weights(model, tmp_path / "b")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def damaged(path, how):
+    whole = path.read_bytes()
+    path.write_bytes({"cut": whole[: len(whole) // 2], "empty": b"", "text": b"not a checkpoint"}[how])
+
+
+@pytest.mark.parametrize("how", ["cut", "empty", "text"])
+def test_damage_is_one_sentence_that_says_what_to_do(how, tmp_path):
+    weights, state = tmp_path / "checkpoint.safetensors", tmp_path / "last.pt"
+    save_weights(make("alexnet_like"), weights)
+    save_state({"step": 3, "model": make("alexnet_like").state_dict()}, state)
+    damaged(weights, how), damaged(state, how)
+    with pytest.raises(ValueError, match=r"checkpoint.safetensors is not a checkpoint of this model .*: delete it"):
+        load_weights(make("alexnet_like"), weights)
+    with pytest.raises(ValueError, match=r"last.pt cannot be read .*: delete it to start the row anew"):
+        load_state(state, CPU)
+
+
+def test_a_checkpoint_of_another_model(tmp_path):
+    path = tmp_path / "checkpoint.safetensors"
+    save_weights(make("alexnet_like"), path)
+    with pytest.raises(ValueError, match="is not a checkpoint of this model") as caught:
+        load_weights(make("resnet_like"), path)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(FileNotFoundError):
+        load_weights(make("alexnet_like"), tmp_path / "nothing")
+
+
+def test_state_of_an_unfinished_training(tmp_path):
+    path = tmp_path / "row" / "last.pt"
+    assert load_state(path, CPU) is None
+    save_state({"step": 3, "sums": torch.ones(4)}, path)
+    save_state({"step": 4, "sums": torch.ones(4)}, path)
+    assert load_state(path, CPU)["step"] == 4
+    assert [p.name for p in path.parent.iterdir()] == ["last.pt"], "no temporary file is left"
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path):
+    path = tmp_path / "last.pt"
+    save_state({"step": 3}, path)
+    with pytest.raises(Exception, match="pickle|lambda"):
+        save_state({"step": lambda: 0}, path)
+    assert load_state(path, CPU) == {"step": 3}
+    assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]

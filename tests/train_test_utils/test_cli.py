@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from train_test_utils.cli import parse_arguments, parse_options, pick_device, pick_precision
+
+
+def parse(*words):
+    return parse_arguments("alexnet", list(words))
+
+
+def test_what_holds_unless_told_otherwise():
+    given = parse()
+    assert given.dataset == ("cifar10", "cifar100") and given.budget == 1.0 and given.seeds == (0,) and given.only == ()
+    assert given.out == Path("runs") and given.wandb == "online" and given.options == {} and not given.quick
+
+
+def test_quick_is_digits_at_a_tenth_unless_told_otherwise():
+    assert (parse("--quick").dataset, parse("--quick").budget) == (("digits",), 0.1)
+    given = parse("--quick", "--budget", "0.01", "--dataset", "cifar10")
+    assert (given.dataset, given.budget) == (("cifar10",), 0.01)
+
+
+def test_lists_and_options():
+    given = parse(*"--seeds 0 2 --only qat* float --options stem=maxpool width=64 --device cpu".split())
+    assert given.seeds == (0, 2) and given.only == ("qat*", "float")
+    assert given.options == {"stem": "maxpool", "width": 64} and given.device == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    "word, value",
+    [("a=1", 1), ("a=0.5", 0.5), ("a=false", False), ("a=none", None), ("a=None", None), ("a=x=y", "x=y")],
+)
+def test_values_of_options(word, value):
+    assert parse_options([word]) == {"a": value}
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (["--device", "tpu"], "unknown device 'tpu': choose auto, cpu, cuda or cuda:N"),
+        (["--device", "cuda:x"], "unknown device 'cuda:x'"),
+        (["--device", "cuda:99"], "this machine has no device cuda:99"),
+        (["--budget", "0"], "--budget is a fraction above 0"),
+        (["--budget", "-1"], "--budget is a fraction above 0"),
+        (["--budget", "nan"], "--budget is a fraction above 0"),
+        (["--budget", "x"], "invalid float value: 'x'"),
+        (["--precision", "int4"], "invalid choice: 'int4'"),
+        (["--wandb", "maybe"], "invalid choice: 'maybe'"),
+        (["--options", "stem"], "--options takes KEY=VALUE words, not 'stem'"),
+        (["--frobnicate"], "unrecognized arguments: --frobnicate"),
+    ],
+)
+def test_mistakes_are_one_sentence_and_exit_code_2(words, sentence, capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse(*words)
+    assert caught.value.code == 2
+    assert sentence in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_precision(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert pick_precision("fp16", cpu) == torch.float16 and pick_precision("fp32", gpu) == torch.float32
+    for capability, expected in (((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        assert pick_precision("auto", gpu) == expected
+    for has, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr("train_test_utils.cli._cpu_has_bf16", lambda has=has: has)
+        assert pick_precision("auto", cpu) == expected
+
+
+def test_auto_is_cuda_where_there_is_one(monkeypatch):
+    for there, expected in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert pick_device("auto") == torch.device(expected)

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import json
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from torch import nn
+
+from pruning_utils import l1, l2_filters, zero_fraction
+from quantization_utils import absmean, int8_absmax, mse_optimal
+from quantization_utils.bit_layers import Quantized
+from tests.networks import images, make
+from train_test_utils.recipe import Recipe
+from train_test_utils.rows import (
+    Prune,
+    Row,
+    Ternary,
+    calibration_images,
+    choose,
+    config_hash,
+    describe,
+    format_rows,
+    pruned_text,
+)
+
+RECIPE = Recipe(epochs=3, lr=0.1)
+QAT = Ternary(absmean, act_bits=8)
+ROWS = [
+    Row("float", None, [], RECIPE),
+    Row("ptq_linear", "float", [Ternary(mse_optimal, only=nn.Linear)], None),
+    Row("qat_all", "float", [QAT], RECIPE),
+    Row("qat_all_again", "qat_all", [], RECIPE),
+    Row("qat_all_l1_50", "float", [Prune(l1, 0.5, only=nn.Conv2d), QAT], RECIPE),
+]
+
+
+@pytest.mark.parametrize(
+    "patterns, names",
+    [
+        (None, [r.name for r in ROWS]),
+        (["float"], ["float"]),
+        (["ptq*"], ["float", "ptq_linear"]),
+        (["qat_all_again"], ["float", "qat_all", "qat_all_again"]),
+        (["*_50", "ptq_linear"], ["float", "ptq_linear", "qat_all_l1_50"]),
+    ],
+)
+def test_rows_are_chosen_with_their_parents_in_order(patterns, names):
+    assert [row.name for row in choose(ROWS, patterns)] == names
+
+
+def test_a_pattern_that_matches_no_row():
+    with pytest.raises(ValueError, match="no row matches 'qta': --list shows the rows"):
+        choose(ROWS, ["float", "qta"])
+
+
+def test_ternary_ends_have_another_quantizer():
+    model = Ternary(absmean, act_bits=8, ends=int8_absmax)(make("alexnet_like"), images(8), 0)
+    layers = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    assert [m.weight_bits for m in layers] == [8, "ternary", "ternary", 8]
+    assert any(isinstance(m, Quantized) for m in model.modules()), "calibrated"
+
+
+def test_prune_prunes():
+    model = Prune(l1, 0.4, only=nn.Conv2d)(make("alexnet_like"), images(1), 0)
+    assert zero_fraction(model, nn.Conv2d) == pytest.approx(0.4, abs=0.01) and zero_fraction(model, nn.Linear) == 0
+
+
+def test_what_a_row_prunes_in_words():
+    assert pruned_text(ROWS[-1]) == "50% of single weights of convolutions by l1"
+    row = Row("x", "float", [Prune(l2_filters, 0.3)], None)
+    assert pruned_text(row) == "30% of filters of all layers by l2_filters"
+    assert pruned_text(ROWS[2]) == ""
+
+
+def test_the_table_of_rows():
+    lines = format_rows("alexnet", ROWS).splitlines()
+    assert lines[0] == "alexnet: 5 rows" and len(lines) == 7
+    assert "qat_all_l1_50" in lines[-1] and "3 epochs" in lines[-1] and "50% of single weights" in lines[-1]
+
+
+def test_a_description_is_json_and_every_field_is_in_it():
+    told = describe(ROWS[-1])
+    assert json.loads(json.dumps(told)) == told
+    assert told["transforms"][0]["score"] == "l1" and told["transforms"][0]["only"] == "Conv2d"
+    assert told["recipe"].keys() == {f.name for f in fields(Recipe)} | {"kind"}
+
+
+def test_the_hash_changes_with_everything_in_a_row():
+    row = ROWS[-1]
+    others = [
+        row, replace(row, name="x"), replace(row, parent="qat_all"), replace(row, recipe=None),
+        replace(row, recipe=replace(RECIPE, lr=0.2)), replace(row, recipe=replace(RECIPE, ema=0.9)),
+        replace(row, transforms=[QAT]), replace(row, transforms=[Prune(l1, 0.6, only=nn.Conv2d), QAT]),
+        replace(row, transforms=[Prune(l1, 0.5), QAT]), replace(row, transforms=[QAT, row.transforms[0]]),
+        replace(row, transforms=[row.transforms[0], replace(QAT, act_bits=6)]),
+    ]  # fmt: skip
+    hashes = [config_hash({"row": describe(r)}) for r in others]
+    assert len(set(hashes)) == len(others) and hashes[0] == config_hash({"row": describe(replace(row))})
+
+
+def test_calibration_images_depend_on_the_seed_alone():
+    pixels = torch.randint(0, 256, (50, 3, 4, 4), dtype=torch.uint8)
+    one = calibration_images(pixels, 1, 20)
+    torch.manual_seed(9)
+    assert torch.equal(one, calibration_images(pixels, 1, 20))
+    assert not torch.equal(one, calibration_images(pixels, 2, 20))
+    assert one.shape == (20, 3, 4, 4) and torch.equal((one * 255).round() / 255, one)
+    assert len(calibration_images(pixels, 1)) == 50, "all there are"

@@ -1,0 +1,196 @@
+"""Training: continued runs end in the same bits, divergence is told, the schedule is followed."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from pruning_utils import l1, prune_, zero_fraction
+from quantization_utils import absmean_fitted, calibrate_, quantize_
+from quantization_utils.bit_layers import BitConv2d, BitLinear
+from tests.networks import images, make
+from train_test_utils import train as train_module
+from train_test_utils.data import ImageDataset, Split
+from train_test_utils.recipe import Recipe, adamw, sgd
+from train_test_utils.train import NonFiniteLoss, Setup, train
+
+CPU = torch.device("cpu")
+PLAIN = Recipe(epochs=3, lr=0.05, batch_size=16)
+RECIPES = {
+    "sgd": PLAIN,
+    "everything": Recipe(
+        epochs=3, lr=1e-3, optimizer=adamw, batch_size=16, ema=0.8, cutout=8, label_smoothing=0.1, ramp=0.5,
+        clip_norm=1.0,
+    ),
+}  # fmt: skip
+
+
+def dataset(test_seed: int = 1) -> ImageDataset:
+    """80 images of four classes that differ in brightness."""
+    torch.manual_seed(4)
+    labels = torch.arange(80) % 4
+    pixels = (torch.rand(80, 3, 32, 32) * 60 + labels.view(-1, 1, 1, 1) * 60).to(torch.uint8)
+    test = torch.randint(0, 256, (8, 3, 32, 32), generator=torch.Generator().manual_seed(test_seed), dtype=torch.uint8)
+    return ImageDataset("bright", ("a", "b", "c", "d"), Split(pixels, labels), Split(test, torch.arange(8) % 4))
+
+
+def model() -> nn.Module:
+    """Quantized, calibrated and pruned: everything that has a state."""
+    torch.manual_seed(5)
+    return calibrate_(quantize_(prune_(make("alexnet_like"), l1, 0.3), absmean_fitted), images(16))
+
+
+def same(left: nn.Module, right: nn.Module) -> bool:
+    a, b = left.state_dict(), right.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("saves", [1, 7, 14])
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_an_interrupted_run_ends_in_the_same_bits(recipe, saves, tmp_path, monkeypatch):
+    """Fifteen steps, broken off after some of them, in the middle of an epoch too, and continued in a new model."""
+    data, path = dataset(), tmp_path / "last.pt"
+    records: list[dict] = []
+    whole = train(model(), data, recipe, Setup(CPU), seed=3, on_epoch=records.append)
+    done = 0
+
+    def save_and_stop(state, path, save=train_module.save_state):
+        nonlocal done
+        save(state, path)
+        done += 1
+        if done == saves:
+            raise Stop
+
+    monkeypatch.setattr(train_module, "save_state", save_and_stop)
+    begun: list[dict] = []
+    with pytest.raises(Stop):
+        train(model(), data, recipe, Setup(CPU, checkpoint_seconds=-1), seed=3, state_path=path, on_epoch=begun.append)
+    torch.manual_seed(99)  # another process has drawn other numbers
+    continued = train(model(), data, recipe, Setup(CPU), seed=3, state_path=path, on_epoch=begun.append)
+    assert same(whole, continued)
+    assert not same(whole, model())
+    without_time = [[{k: v for k, v in r.items() if k != "seconds"} for r in rs] for rs in (records, begun)]
+    assert without_time[0] == without_time[1]
+
+
+def test_a_run_broken_off_between_epochs(tmp_path):
+    data, path = dataset(), tmp_path / "last.pt"
+    whole = train(model(), data, PLAIN, Setup(CPU))
+
+    def stop(record):
+        if record["epoch"] == 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train(model(), data, PLAIN, Setup(CPU, checkpoint_seconds=-1), state_path=path, on_epoch=stop)
+    assert torch.load(path)["step"] == 9
+    assert same(whole, train(model(), data, PLAIN, Setup(CPU), state_path=path))
+
+
+def test_seeds_differ_and_nothing_else_does():
+    data = dataset()
+    one = train(model(), data, PLAIN, Setup(CPU), seed=1, budget=0.3)
+    torch.manual_seed(123)
+    assert same(one, train(model(), data, PLAIN, Setup(CPU), seed=1, budget=0.3))
+    assert not same(one, train(model(), data, PLAIN, Setup(CPU), seed=2, budget=0.3))
+
+
+def test_the_test_split_is_not_read():
+    one = train(model(), dataset(1), PLAIN, Setup(CPU), budget=0.3)
+    assert same(one, train(model(), dataset(2), PLAIN, Setup(CPU), budget=0.3))
+
+
+def test_it_learns_and_tells_how():
+    records: list[dict] = []
+    recipe = Recipe(epochs=12, lr=0.05, batch_size=16)
+    trained = train(make("alexnet_like"), dataset(), recipe, Setup(CPU), on_epoch=records.append)
+    assert [r["epoch"] for r in records] == list(range(1, 13)) and [r["step"] for r in records] == list(range(5, 65, 5))
+    assert records[-1]["train_loss"] < 0.5 * records[0]["train_loss"]
+    assert records[-1]["train_accuracy_pct"] > 80 and not trained.training
+
+
+def test_pruned_weights_stay_zero_through_momentum_and_decay():
+    pruned = prune_(make("alexnet_like"), l1, 0.5)
+    before = zero_fraction(pruned)
+    assert zero_fraction(train(pruned, dataset(), RECIPES["everything"], Setup(CPU))) == before > 0.49
+
+
+class Bomb(nn.Module):
+    """A classifier whose logits are not a number from a given step on."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self.linear, self.left = nn.Linear(3, 4), step
+
+    def forward(self, x):
+        self.left -= 1
+        return self.linear(x.mean((2, 3))) * (math.nan if self.left < 0 else 1.0)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path):
+    path = tmp_path / "last.pt"
+    with pytest.raises(NonFiniteLoss, match=f"not finite at step 3; the last good state is {path}"):
+        train(Bomb(3), dataset(), PLAIN, Setup(CPU, checkpoint_seconds=-1), state_path=path)
+    state = torch.load(path)
+    assert state["step"] == 3 and state["model"]["linear.weight"].isfinite().all()
+
+
+def test_the_step_is_named_however_late_it_is_looked_at():
+    with pytest.raises(NonFiniteLoss, match="at step 7; nothing was saved yet"):
+        train(Bomb(7), dataset(), PLAIN, Setup(CPU))
+
+
+def test_learning_rates_and_ramp_follow_the_recipe(monkeypatch):
+    rates, parts = [], []
+
+    class Spy(torch.optim.SGD):
+        def step(self, closure=None):
+            rates.append([g["lr"] / g["lr_factor"] for g in self.param_groups])
+            parts.append({m.quantized_part for m in trained.modules() if isinstance(m, (BitLinear, BitConv2d))})
+            return super().step(closure)
+
+    trained = model()
+    recipe = Recipe(epochs=2, lr=0.1, batch_size=16, ramp=0.5, optimizer=lambda groups, lr: Spy(groups, lr=lr))
+    train(trained, dataset(), recipe, Setup(CPU))
+    assert len(rates) == 10 and all(max(r) == pytest.approx(min(r)) for r in rates)
+    assert [r[0] for r in rates] == pytest.approx([recipe.lr_at(i, 10) for i in range(10)])
+    assert parts == [{recipe.quantized_part_at(i, 10)} for i in range(10)] and parts[-1] == {1.0}
+
+
+def test_averaged_weights_are_the_result():
+    """With a decay of almost one they have hardly left where they began."""
+    start = make("alexnet_like")
+    first = [p.detach().clone() for p in start.parameters()]
+    recipe = Recipe(epochs=2, lr=0.05, batch_size=16, ema=0.9999)
+    train(start, dataset(), recipe, Setup(CPU))
+    plain = train(make("alexnet_like"), dataset(), Recipe(epochs=2, lr=0.05, batch_size=16), Setup(CPU))
+    moved = sum(float((p.detach() - f).abs().sum()) for p, f in zip(start.parameters(), first, strict=True))
+    moved_plainly = sum(float((p.detach() - f).abs().sum()) for p, f in zip(plain.parameters(), first, strict=True))
+    assert moved < 0.2 * moved_plainly
+
+
+def test_distillation_by_its_formula():
+    logits, teacher, labels = torch.randn(6, 4), torch.randn(6, 4), torch.arange(6) % 4
+    recipe = Recipe(epochs=1, lr=1, distill=0.3, temperature=2.0, label_smoothing=0.1)
+    soft, p = F.softmax(teacher / 2, 1), F.softmax(logits / 2, 1)
+    divergence = (soft * (soft / p).log()).sum(1).mean()
+    hard = F.cross_entropy(logits, labels, label_smoothing=0.1)
+    expected = 0.7 * hard + 0.3 * 4 * divergence
+    torch.testing.assert_close(train_module._loss(logits, labels, teacher, recipe), expected)
+    torch.testing.assert_close(train_module._loss(logits, labels, None, recipe), hard)
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+def test_mixed_precision_trains_and_resumes(precision, tmp_path):
+    recipe = Recipe(epochs=1, lr=0.01, batch_size=16, optimizer=sgd)
+    whole = train(model(), dataset(), recipe, Setup(CPU, precision))
+    assert all(t.isfinite().all() and t.dtype != precision for t in whole.state_dict().values())
+    assert not same(whole, model())
