@@ -187,7 +187,11 @@ def forget(case: str, batch: int, flushed: bool) -> None:
     path = ROOT / "results" / "latency" / "peers.jsonl"
     if path.exists():
         rows = [line for line in path.read_text().splitlines() if line]
-        kept = [line for line in rows if [json.loads(line)[key] for key in ("case", "batch", "flushed")] != [case, batch, flushed]]
+        kept = [
+            line
+            for line in rows
+            if [json.loads(line)[key] for key in ("case", "batch", "flushed")] != [case, batch, flushed]
+        ]
         path.write_text("".join(line + "\n" for line in kept))
 
 

@@ -1,11 +1,11 @@
 """What each node of a packed network costs, and what removed filters give back.
 
-    python3 benchmarks/networks.py layers      each node: time within the network, algorithm, percent of the direct limit
-    python3 benchmarks/networks.py pruned      networks whose filters were pruned and are physically gone, beside the full one
+    python3 benchmarks/networks.py layers     each node: time within the network, algorithm, percent of the limit
+    python3 benchmarks/networks.py pruned     networks whose filters were pruned and are gone, beside the full one
 
-The direct limit of a node is its multiply-adds at the measured rate of the processor, or its 2-bit weights at the measured
-reading rate, whichever is longer; Winograd needs 2.25 (stride 2: 1.44) times fewer multiply-adds and may pass it. Writes
-results/latency/layers.jsonl and results/latency/pruned.jsonl anew.
+The direct limit of a node is its multiply-adds at the measured rate of the processor, or its 2-bit weights at the
+measured reading rate, whichever is longer; Winograd needs 2.25 (stride 2: 1.44) times fewer multiply-adds and may pass
+it. Writes results/latency/layers.jsonl and results/latency/pruned.jsonl anew.
 """
 
 from __future__ import annotations
@@ -50,11 +50,15 @@ def layers(batch: int, limits: dict[str, float]) -> None:
         for row, node in zip(rows, model.nodes, strict=True):
             micros = row["winograd_us" if row["algorithm"] == "winograd" else "direct_us"]
             weight_bytes = 0 if node.codes is None else node.codes.numel() / 4
-            limit = 1e6 * max(row["multiply_adds"] / limits["peak_multiply_adds_per_s"], weight_bytes / limits["read_13MiB_bytes_per_s"])
-            row |= {"shape": None if node.codes is None else list(node.codes.shape), "stride": node.stride[0], "us": micros,
+            limit = 1e6 * max(
+                row["multiply_adds"] / limits["peak_multiply_adds_per_s"],
+                weight_bytes / limits["read_13MiB_bytes_per_s"],
+            )
+            shape = None if node.codes is None else list(node.codes.shape)
+            row |= {"shape": shape, "stride": node.stride[0], "us": micros,
                     "of_direct_limit_pct": round(100 * limit / micros, 1) if limit else None}  # fmt: skip
-            print(f"  {row['node']:2} {row['op']:8} {row['shape']!s:20} /{row['stride']} {row['algorithm']:8} {micros:9.1f} µs"
-                  f"  direct {row['direct_us']:9.1f}  {row['of_direct_limit_pct'] or 0:6.1f}% of the direct limit")  # fmt: skip
+            print(f"  {row['node']:2} {row['op']:8} {shape!s:20} /{row['stride']} {row['algorithm']:8} {micros:9.1f} µs"
+                  f"  direct {row['direct_us']:9.1f}  {row['of_direct_limit_pct'] or 0:6.1f}% of the limit")  # fmt: skip
         append_record("latency/layers", {"model": name, "batch": batch, "nodes": rows, **limits})
 
 
@@ -77,10 +81,13 @@ def pruned(batch: int, limits: dict[str, float], rounds: int = 15) -> None:
             ratios = np.array(times[0.0]) / np.array(times[fraction])
             work = [sum(row["multiply_adds"] for row in n.executor.plan(batch)) for n in (networks[0.0], network)]
             figures: dict[str, Any] = {
-                "model": name, "batch": batch, "filters_removed": fraction, "p50_ms": round(float(np.median(times[fraction])), 4),
-                "times_faster": round(float(np.median(ratios)), 2), "times_fewer_multiply_adds": round(work[0] / work[1], 2),
+                "model": name, "batch": batch, "filters_removed": fraction,
+                "p50_ms": round(float(np.median(times[fraction])), 4),
+                "times_faster": round(float(np.median(ratios)), 2),
+                "times_fewer_multiply_adds": round(work[0] / work[1], 2),
             }  # fmt: skip
-            print(f"  {100 * fraction:3.0f}% of the filters removed  {figures['p50_ms']:8.3f} ms  {figures['times_faster']:6.2f}× faster"
+            print(f"  {100 * fraction:3.0f}% of the filters removed  {figures['p50_ms']:8.3f} ms"
+                  f"  {figures['times_faster']:6.2f}× faster"
                   f"  {figures['times_fewer_multiply_adds']:6.2f}× fewer multiply-adds")  # fmt: skip
             append_record("latency/pruned", {**figures, **limits})
 
@@ -92,7 +99,12 @@ def main() -> None:
     args = parser.parse_args()
     isa = cpu.choose_isa("cpu")
     peak, reading = torch.ops.ternary.machine_limits(isa, 13)
-    limits = {"isa": isa, "threads": torch.get_num_threads(), "peak_multiply_adds_per_s": peak, "read_13MiB_bytes_per_s": reading}
+    limits = {
+        "isa": isa,
+        "threads": torch.get_num_threads(),
+        "peak_multiply_adds_per_s": peak,
+        "read_13MiB_bytes_per_s": reading,
+    }
     (ROOT / "results" / "latency" / f"{args.what}.jsonl").unlink(missing_ok=True)
     for batch in args.batches:
         {"layers": layers, "pruned": pruned}[args.what](batch, limits)

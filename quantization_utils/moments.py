@@ -58,7 +58,8 @@ class MomentSum:
 
     def result(self) -> Moments:
         """The means over all that was added."""
-        return Moments(*[s / self.columns for s in self.sums], self.columns)  # type: ignore[arg-type]
+        inputs_KK, mean_K, cross_NK, target_mean_N, target_power_N = (s / self.columns for s in self.sums)
+        return Moments(inputs_KK, mean_K, cross_NK, target_mean_N, target_power_N, self.columns)
 
     def _columns(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         layer = self.layer

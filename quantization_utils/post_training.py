@@ -36,7 +36,7 @@ NO_VARIANCE = 1e-10  # of an output that never changes
 
 @dataclass(frozen=True)
 class Settings:
-    """How layers are made ternary; the defaults were chosen on held-out training images."""
+    """How layers are made ternary; the defaults were chosen on training images outside of the calibration."""
 
     feedback: bool = True  # error feedback against the float network's outputs; else the nearest codes (`mse_optimal`)
     correct: bool = True  # means and variances of outputs restored, in batch norms and biases

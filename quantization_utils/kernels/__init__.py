@@ -66,7 +66,9 @@ def make_linear(
 def _not_while_tracing() -> None:
     """Kernels are chosen and filled at a packed model's first call; a tracer sees no values and can do neither."""
     if torch.compiler.is_compiling():
-        raise RuntimeError("run the packed model on one image before torch.compile or torch.export: that prepares its kernels")
+        raise RuntimeError(
+            "run the packed model on one image before torch.compile or torch.export: its kernels are made then"
+        )
 
 
 def _device(tensors: Sequence[Tensor | None]) -> str:

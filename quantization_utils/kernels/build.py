@@ -52,7 +52,7 @@ def _load() -> str:
 
 
 def _openmp() -> list[str]:
-    """Flags for PyTorch's own OpenMP threads: the library in its folder, else the compiler's; none where there is no GNU one."""
+    """Flags for PyTorch's own OpenMP threads: the library in its folder, or the compiler's; none without GNU's."""
     if sys.platform != "linux":
         return []  # threads are made for each call
     bundled = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))

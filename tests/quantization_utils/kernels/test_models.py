@@ -1,4 +1,4 @@
-"""The study's models on the C++ kernels: equal to the reference bit for bit, compiled, exported, and without a compiler."""
+"""The study's models on the C++ kernels: equal to the reference, compiled, exported, and without a compiler."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ def packed(name: str, act_bits: int, **options: object) -> nn.Module:
     ("name", "options", "act_bits"),
     [("alexnet", {}, 6), ("resnet_18", {}, 6), *(("resnet_18", {"stem": "maxpool"}, bits) for bits in (8, 6, 4))],
 )
-def test_networks_equal_the_reference(name: str, options: dict[str, object], act_bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_networks_equal_the_reference(
+    name: str, options: dict[str, object], act_bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, images, before = packed(name, act_bits, **options), torch.rand(2, 3, 32, 32), torch.get_num_threads()
     expected = reference.NetworkExecutor(model.nodes)(images)
     assert expected.unique().numel() > 10
@@ -97,14 +99,20 @@ codes = torch.randint(-1, 2, (4, 8), dtype=torch.int8)
 with warnings.catch_warnings(record=True) as said:
     warnings.simplefilter("always")
     layers = [kernels.make_linear(codes, torch.ones(4), None) for _ in range(2)]
-print([layer.backend for layer in layers], len([w for w in said if "slow reference" in str(w.message)]), kernels.available_backends())
+warned = sum("slow reference" in str(w.message) for w in said)
+print([layer.backend for layer in layers], warned, kernels.available_backends())
 try:
     kernels.make_linear(codes, torch.ones(4), None, 8, "cpu")
 except ValueError as error:
     print(error)
 """
-    environment = {k: v for k, v in os.environ.items() if k != "CXX"} | {"PATH": str(tmp_path), "TORCH_EXTENSIONS_DIR": str(tmp_path)}
-    out = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+    environment = {k: v for k, v in os.environ.items() if k != "CXX"} | {
+        "PATH": str(tmp_path),
+        "TORCH_EXTENSIONS_DIR": str(tmp_path),
+    }
+    out = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    ).stdout
     lines = out.splitlines()
     assert lines[0] == "['reference', 'reference'] 1 ('reference',)"
     assert "no C++ compiler was found" in lines[1]
