@@ -189,7 +189,7 @@ def test_distillation_by_its_formula():
 
 
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
-def test_mixed_precision_trains_and_resumes(precision, tmp_path):
+def test_mixed_precision_trains(precision):
     recipe = Recipe(epochs=1, lr=0.01, batch_size=16, optimizer=sgd)
     whole = train(model(), dataset(), recipe, Setup(CPU, precision))
     assert all(t.isfinite().all() and t.dtype != precision for t in whole.state_dict().values())
