@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .bit_layers import PackedConv2d, PackedLinear
 from .network import PackedNetwork
 
+MARGIN = 4  # a thousand images speak for all others only if no class is near to changing
 MAX_RELATIVE_ERROR = 2**-10  # float16 rounds by at most 2^-11 unless a value is too small or too large for it
 
 
@@ -18,24 +19,26 @@ MAX_RELATIVE_ERROR = 2**-10  # float16 rounds by at most 2^-11 unless a value is
 def with_float16_scales(model: nn.Module, images: Tensor, batch_size: int = 256) -> nn.Module:
     """Return a copy of a packed model whose scales, gains and biases are float16 numbers, in float32 tensors.
 
-    All are tried at once, then scales alone and biases alone; what changes the class of any of `images` (B, 3, H, W)
-    stays as it was. Codes are shared with the model, which is not changed. A model without packed layers is returned
-    as it is.
+    All are tried at once, then scales alone and biases alone; what changes the class of any of `images` (B, 3, H, W),
+    or would if logits moved `MARGIN` times as far, stays as it was. Codes are shared with the model, which is not
+    changed. A model without packed layers is returned as it is.
     """
-    wanted = _classes(model, images, batch_size)
+    logits = _logits(model, images, batch_size)
     for names in (("scale", "gain", "bias"), ("scale", "gain"), ("bias",)):
         candidate, rounded = _rounded(model, names)
-        if rounded and torch.equal(_classes(candidate, images, batch_size), wanted):
-            return candidate
+        if rounded:
+            moved = logits + MARGIN * (_logits(candidate, images, batch_size) - logits)
+            if torch.equal(moved.argmax(1), logits.argmax(1)):
+                return candidate
     return model
 
 
-def _classes(model: nn.Module, images: Tensor, batch_size: int) -> Tensor:
+def _logits(model: nn.Module, images: Tensor, batch_size: int) -> Tensor:
     was_training = model.training
     model.eval()
-    classes = torch.cat([model(batch).argmax(1) for batch in images.split(batch_size)])
+    logits = torch.cat([model(batch) for batch in images.split(batch_size)])
     model.train(was_training)
-    return classes
+    return logits
 
 
 def _rounded(model: nn.Module, names: tuple[str, ...]) -> tuple[nn.Module, bool]:
