@@ -18,8 +18,8 @@ def test_what_holds_unless_told_otherwise():
     assert given.out == Path("runs") and given.wandb == "online" and given.options == {} and not given.quick
 
 
-def test_quick_is_digits_at_a_tenth_unless_told_otherwise():
-    assert (parse("--quick").dataset, parse("--quick").budget) == (("digits",), 0.1)
+def test_quick_is_digits_at_a_small_budget_unless_told_otherwise():
+    assert (parse("--quick").dataset, parse("--quick").budget) == (("digits",), 0.05)
     given = parse("--quick", "--budget", "0.01", "--dataset", "cifar10")
     assert (given.dataset, given.budget) == (("cifar10",), 0.01)
 
