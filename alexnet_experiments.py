@@ -15,7 +15,7 @@ from quantization_utils.post_training import Settings
 from train_test_utils.experiment import main
 from train_test_utils.recipe import Recipe, sgd
 from train_test_utils.rows import Prune, Row, Ternary
-from train_test_utils.transforms import CalibratedTernary
+from train_test_utils.transforms import CalibratedTernary, ReconstructedTernary
 
 SCRATCH = Recipe(epochs=100, lr=0.05, optimizer=sgd, weight_decay=5e-4, clip_norm=5.0)
 FINETUNE = replace(SCRATCH, epochs=30, lr=0.01, weight_decay=1e-4)
@@ -37,6 +37,8 @@ ROWS = [
     Row("ptq_all_error_feedback", "float",   [CalibratedTernary(Settings(correct=False))],   None),
     Row("ptq_all_corrected",    "float",     [CalibratedTernary()],                          None),
     Row("ptq_all_corrected_8bit_acts", "float", [CalibratedTernary(act_bits=8)],             None),
+    Row("ptq_all_reconstructed", "float",   [ReconstructedTernary()],                       None),
+    Row("ptq_all_reconstructed_8bit_acts", "float", [ReconstructedTernary(act_bits=8)],     None),
     # As the earlier study: convolutions pruned after the linear layers became ternary
     *[Row(f"ptq_linear_{score.__name__}_{p}", "float", [LINEAR, Prune(score, p / 100, only=nn.Conv2d)], None)
       for score in (random, l1, l2_filters, l1_global) for p in (30, 50, 70, 90)],

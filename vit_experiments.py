@@ -16,7 +16,7 @@ from quantization_utils.post_training import Settings
 from train_test_utils.experiment import main
 from train_test_utils.recipe import Recipe, adamw
 from train_test_utils.rows import Prune, Row, Ternary
-from train_test_utils.transforms import CalibratedTernary
+from train_test_utils.transforms import CalibratedTernary, ReconstructedTernary
 
 FROM_SCRATCH = Recipe(epochs=200, lr=1e-3, optimizer=adamw, weight_decay=0.05, label_smoothing=0.1, clip_norm=1.0)
 PRETRAINED = Recipe(epochs=7, lr=5e-5, optimizer=adamw, weight_decay=0.01, batch_size=32, clip_norm=1.0)
@@ -44,6 +44,8 @@ def rows(options: dict) -> list[Row]:
         Row("ptq_all_error_feedback", "float",   [CalibratedTernary(Settings(correct=False))],   None),
         Row("ptq_all_corrected",    "float",     [CalibratedTernary()],                          None),
         Row("ptq_all_corrected_8bit_acts", "float", [CalibratedTernary(act_bits=8)],             None),
+        Row("ptq_all_reconstructed", "float",   [ReconstructedTernary()],                       None),
+        Row("ptq_all_reconstructed_8bit_acts", "float", [ReconstructedTernary(act_bits=8)],     None),
         # During training, weights and activations (8 bits per token)
         Row("qat_linear",           "float",     [QAT_LINEAR],                                  finetune),
         Row("qat_all",              "float",     [QAT],                                         finetune),

@@ -27,6 +27,7 @@ from .bit_layers import BitConv2d, BitLinear
 from .layer_inputs import Stream, blocks, execution_order
 from .moments import Moments, MomentSum
 from .quantizers import as_is, dequantize, mse_optimal
+from .reconstruction import Reconstruction, reconstruct_block
 from .second_order import matching_weight, ternarize
 from .transform import calibrate_, quantize_
 
@@ -60,12 +61,13 @@ def ternarize_(
     only: Selection = None,
     keep: Sequence[str] = (),
     batch_size: int = 64,
+    reconstruction: Reconstruction | None = None,
 ) -> nn.Module:
     """Make a trained float model ternary from unlabelled images (B, 3, H, W) in [0, 1], in place; return the model.
 
     The layers chosen (`models.select.select_layers`) become `BitLinear` and `BitConv2d` whose weights are ternary
     already, so that packing, saving and loading treat them as after training. Pruned weights stay pruned. `act_bits`:
-    see `quantize_`.
+    see `quantize_`. `reconstruction`: the rounding of every block is then learned further (`reconstruct_block`).
 
     Raises:
         ValueError: too few images, a layer that does not run, a grouped convolution, activations that are not finite.
@@ -81,11 +83,17 @@ def ternarize_(
     for block_name, names in blocks(model, list(followers)):
         for s in (reference, stream):
             s.enter(block_name)
-        for name in (n for n in names if n in chosen):
+        names = [name for name in names if name in chosen]
+        for name in names:
             moments = observe(reference, stream, name, len(images))
             ternarize_layer_(reference.model, model, name, followers[name], moments, settings)
             if moments.columns < len(moments.mean_K):
                 short_of_columns.append(name)
+        if reconstruction is not None and names:
+            for name, weight in reconstruct_block(reference, stream, block_name, names, reconstruction).items():
+                assign(model.get_submodule(name), "weight", weight)
+                if name == block_name and settings.correct:  # what corrects it stands outside of the block
+                    correct_(reference.model, model, name, followers[name], moments)
         for s in (reference, stream):
             s.leave()
     if short_of_columns:
@@ -134,7 +142,7 @@ def observe(reference: Stream, stream: Stream, name: str, images: int) -> Moment
 def ternarize_layer_(
     float_model: nn.Module, model: nn.Module, name: str, follower: str | None, moments: Moments, settings: Settings
 ) -> None:
-    """Put a ternary weight in the layer `name` of `model`, and correct the mean and variance of its output."""
+    """Put a ternary weight in the layer `name` of `model`; correct the mean and variance of its output if wanted."""
     layer: Any = model.get_submodule(name)
     float_layer: Any = float_model.get_submodule(name)
     float_NK = float_layer.weight.flatten(1).float()
@@ -146,10 +154,20 @@ def ternarize_layer_(
         codes_NK, scale_N = mse_optimal(float_NK)
     weight_NK = dequantize(codes_NK, scale_N)
     assign(layer, "weight", weight_NK.view_as(layer.weight))
-    if settings.correct and follower is not None:
+    if settings.correct:
+        correct_(float_model, model, name, follower, moments)
+
+
+@torch.no_grad()
+def correct_(float_model: nn.Module, model: nn.Module, name: str, follower: str | None, moments: Moments) -> None:
+    """Correct the mean and variance of the output of layer `name`, in the batch norm that follows or in its bias."""
+    layer: Any = model.get_submodule(name)
+    weight_NK = layer.weight.flatten(1)
+    if follower is not None:
         correct_batch_norm_(model.get_submodule(follower), float_model.get_submodule(follower), moments, weight_NK)
-    elif settings.correct and layer.bias is not None:
-        assign(layer, "bias", layer.bias + moments.target_mean_N - moments.output_mean(weight_NK))
+    elif layer.bias is not None:
+        float_layer: Any = float_model.get_submodule(name)
+        assign(layer, "bias", float_layer.bias + moments.target_mean_N - moments.output_mean(weight_NK))
 
 
 def correct_batch_norm_(norm: Any, float_norm: Any, moments: Moments, weight_NK: Tensor) -> None:

@@ -10,11 +10,12 @@ from pruning_utils import l1, prune_
 from quantization_utils import load_model, mse_optimal, pack_, quantize_, save_model
 from quantization_utils.bit_layers import BitConv2d, BitLinear
 from quantization_utils.post_training import Settings, ternarize_
+from quantization_utils.reconstruction import Reconstruction
 from tests import networks
 from train_test_utils.data import ImageDataset, Split
 from train_test_utils.experiment import Run
 from train_test_utils.rows import Row
-from train_test_utils.transforms import CalibratedTernary
+from train_test_utils.transforms import CalibratedTernary, ReconstructedTernary
 
 RANK = "ignore:fewer positions than weights:UserWarning"
 pytestmark = pytest.mark.filterwarnings(RANK)
@@ -71,7 +72,8 @@ def test_each_step_of_the_ladder_brings_the_outputs_nearer() -> None:
     corrected = error(ternarize_(copy.deepcopy(model), images[:128], Settings(feedback=False)))
     feedback = error(ternarize_(copy.deepcopy(model), images[:128], Settings(correct=False)))
     both = error(ternarize_(copy.deepcopy(model), images[:128]))
-    assert corrected < nearest and feedback < nearest and both < corrected
+    learned = error(ternarize_(copy.deepcopy(model), images[:128], reconstruction=Reconstruction(200)))
+    assert corrected < nearest and feedback < nearest and both < corrected and learned < both
 
 
 def test_batch_norms_give_the_mean_and_variance_of_the_float_network(every_position: None) -> None:
@@ -84,6 +86,15 @@ def test_batch_norms_give_the_mean_and_variance_of_the_float_network(every_posit
         torch.testing.assert_close(found.var(1), wanted.var(1), rtol=1e-2, atol=1e-4)
 
 
+def test_a_batch_norm_outside_of_a_block_follows_what_reconstruction_learned(every_position: None) -> None:
+    model, images = networks.make("alexnet_like"), networks.images(64)
+    ternary = ternarize_(copy.deepcopy(model), images, reconstruction=Reconstruction(20, lr=0.05))
+    norms = (nn.BatchNorm2d,)
+    pairs = zip(outputs_of(ternary, norms, images), outputs_of(model, norms, images), strict=True)
+    for found, wanted in pairs:
+        torch.testing.assert_close(found.mean(1), wanted.mean(1), rtol=1e-3, atol=1e-3)
+
+
 def test_biases_give_the_mean_of_the_float_network(every_position: None) -> None:
     model, images = networks.make("alexnet_like_without_batch_norm"), networks.images(64)
     ternary = ternarize_(copy.deepcopy(model), images)
@@ -92,10 +103,11 @@ def test_biases_give_the_mean_of_the_float_network(every_position: None) -> None
         torch.testing.assert_close(found.mean(1), wanted.mean(1), rtol=1e-3, atol=1e-3)
 
 
-def test_pruned_weights_stay_pruned() -> None:
+@pytest.mark.parametrize("reconstruction", [None, Reconstruction(10, lr=0.1)])
+def test_pruned_weights_stay_pruned(reconstruction: Reconstruction | None) -> None:
     model = prune_(networks.make("resnet_like"), l1, 0.5)
     zero = {n: m.weight == 0 for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
-    ternarize_(model, networks.images(32))
+    ternarize_(model, networks.images(32), reconstruction=reconstruction)
     for name, pruned in zero.items():
         assert pruned.any() and not model.get_submodule(name).weight[pruned].any()
 
@@ -114,7 +126,7 @@ def test_only_the_chosen_layers_change() -> None:
 @pytest.mark.parametrize("act_bits", [None, 8])
 def test_the_structure_alone_takes_the_weights_of_the_whole(kind: str, act_bits: int | None) -> None:
     model, images = networks.make(kind), networks.images(32)
-    transform = CalibratedTernary(act_bits=act_bits)
+    transform = ReconstructedTernary(act_bits=act_bits, reconstruction=Reconstruction(5, lr=0.1))
     whole = transform(copy.deepcopy(model), images, 0)
     rebuilt = transform.structure(copy.deepcopy(model), images, 0)
     rebuilt.load_state_dict(whole.state_dict())

@@ -1,0 +1,99 @@
+import copy
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from quantization_utils.layer_inputs import Stream
+from quantization_utils.quantizers import dequantize, mse_optimal
+from quantization_utils.reconstruction import LatentCodes, Reconstruction, reconstruct_block
+from quantization_utils.second_order import ternarize
+from tests import networks
+
+
+def streams(model: nn.Module, images: Tensor, block: str, layers: list[str]) -> tuple[Stream, Stream]:
+    """The float network and one whose `layers` have their nearest ternary weights, both at `block`."""
+    ternary = copy.deepcopy(model)
+    for name in layers:
+        weight = ternary.get_submodule(name).weight
+        weight.data.copy_(dequantize(*mse_optimal(weight.detach())))
+    pair = Stream(model, images, 16), Stream(ternary, images, 16)
+    for stream in pair:
+        stream.enter(block)
+    return pair
+
+
+def error(reference: Stream, stream: Stream) -> float:
+    """Mean squared error of the outputs of the block entered."""
+    with torch.no_grad():
+        pairs = [
+            (stream.block(*call.args) - reference.block(*float_call.args)).square().mean()
+            for call, float_call in zip(stream.calls, reference.calls, strict=True)
+        ]
+    return float(torch.stack(pairs).mean())
+
+
+def test_latent_codes_start_from_the_given_ternary_weight() -> None:
+    wanted = torch.randn(8, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+    wanted[2] = 0  # a channel pruned away
+    wanted[3, 0] = 0
+    ternary = dequantize(*mse_optimal(wanted))
+    ternary[4] = -ternary[4]  # codes far from the weight: they stay all the same, until something is learned
+    assert torch.equal(LatentCodes(ternary, wanted).weight(), ternary)
+
+
+def test_the_gradient_passes_straight_through_the_rounding() -> None:
+    codes = LatentCodes(torch.tensor([[0.5, 0.0, -0.5]]), torch.tensor([[0.4, 0.0, -0.3]]))  # the second is pruned
+    codes.weight().backward(torch.tensor([[3.0, 5.0, 7.0]]))
+    torch.testing.assert_close(codes.latent.grad, torch.tensor([[1.5, 0.0, 3.5]]))
+    torch.testing.assert_close(codes.log_gain.grad, torch.tensor([[3.0 * 0.5 - 7.0 * 0.5]]))
+
+
+@pytest.mark.parametrize("count", [5, 64])
+def test_a_linear_layer_comes_near_what_error_feedback_finds_and_not_past_the_best_of_all_codes(count: int) -> None:
+    """128 channels with `count` strongly correlated inputs, from the nearest codes."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(256, count, generator=generator) @ torch.randn(count, count, generator=generator)
+    model = nn.Sequential(nn.Linear(count, 128, bias=False)).eval()
+    layer = model.get_submodule("0")
+    layer.weight.data = torch.randn(128, count, generator=generator)
+    reference, stream = streams(model, inputs, "0", ["0"])
+    nearest = error(reference, stream)
+
+    def error_with(weight: Tensor) -> float:
+        stream.model.get_submodule("0").weight.data.copy_(weight)
+        return error(reference, stream)
+
+    learned = error_with(reconstruct_block(reference, stream, "0", ["0"], Reconstruction(600, lr=0.01))["0"])
+    assert learned < nearest
+    if count == 64:
+        everything = torch.ones_like(layer.weight, dtype=torch.bool)
+        fed_back = ternarize(layer.weight.detach(), inputs.T @ inputs / len(inputs), 1e-4, everything)
+        assert learned < 1.15 * error_with(dequantize(*fed_back)) < 0.6 * nearest
+    else:
+        targets_PN = model(inputs).detach()
+        outputs_PC = inputs @ torch.tensor(list(product((-1.0, 0.0, 1.0), repeat=count))).T
+        saved_NC = (targets_PN.T @ outputs_PC).square() / outputs_PC.square().sum(0).clamp_min(1e-9)
+        best_N = targets_PN.square().sum(0) - saved_NC.amax(1)
+        assert learned > 0.999 * float(best_N.mean()) / len(inputs)
+
+
+def test_a_residual_block_comes_nearer_and_stays_ternary() -> None:
+    model, layers = networks.make("resnet_like"), ["5.conv1", "5.conv2"]
+    reference, stream = streams(model, networks.images(64), "5", layers)
+    before = error(reference, stream)
+    learned = reconstruct_block(reference, stream, "5", layers, Reconstruction(100, lr=0.01))
+    assert list(learned) == layers
+    for name, weight in learned.items():
+        magnitudes_NK = weight.flatten(1).abs()
+        scale_N = magnitudes_NK.amax(1, keepdim=True)
+        assert ((magnitudes_NK == 0) | (magnitudes_NK == scale_N)).all()
+        stream.model.get_submodule(name).weight.data.copy_(weight)
+    assert error(reference, stream) < 0.8 * before
+
+
+def test_what_is_no_better_is_not_taken() -> None:
+    model = networks.make("resnet_like")
+    reference, stream = streams(model, networks.images(64), "5", ["5.conv1"])
+    assert reconstruct_block(reference, stream, "5", ["5.conv1"], Reconstruction(3, lr=30.0)) == {}
