@@ -19,9 +19,10 @@ class ChainTracer(fx.Tracer):
 def is_chain(model: nn.Module) -> bool:
     """Whether `model` is a chain network: its non-linearities are ReLU modules, so that its data flow can be traced.
 
-    Transformers (GELU, layer norm, data-dependent Python in the attention) are not.
+    Transformers (layer norm, data-dependent Python in the attention) are not.
     """
-    return any(isinstance(m, nn.ReLU) for m in model.modules())
+    kinds = {type(m) for m in model.modules()}
+    return nn.ReLU in kinds and nn.LayerNorm not in kinds
 
 
 def trace(model: nn.Module) -> fx.Graph:

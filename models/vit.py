@@ -21,12 +21,23 @@ class ViT(nn.Module):
         super().__init__()
         self.normalize = Normalize([255 * m for m in mean], [255 * s for s in std])
         self.network = network
+        self.encoder: Any = None  # packing puts a faster way through the network's layers here
 
     def forward(self, images_NCHW: Tensor) -> Tensor:
         side: Any = self.network.config.image_size  # type: ignore[union-attr]
         if images_NCHW.shape[-1] != side:
             images_NCHW = F.interpolate(images_NCHW, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
-        return self.network(self.normalize(images_NCHW)).logits
+        pixels = self.normalize(images_NCHW)
+        if self.encoder is None:
+            return self.network(pixels).logits
+        network: Any = self.network
+        hidden_BTD = self.encoder(network.vit.embeddings(pixels))
+        return network.classifier(network.vit.layernorm(hidden_BTD[:, 0]))
+
+    def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
+        if self.encoder is not None:
+            self.encoder.reset()
+        return super()._apply(*args, **kwargs)
 
 
 ESSENTIAL = (

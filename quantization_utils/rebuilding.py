@@ -14,6 +14,7 @@ from models.normalize import Normalize
 
 from .bit_layers import PackedConv2d, PackedLinear, Quantized, StaticQuantizer
 from .file_format import ModelFileError
+from .packed_encoder import fuse_encoder_
 from .packing import Bits
 from .storage_checks import Record, bounded_construction, check_normalization, require, whole
 
@@ -28,7 +29,7 @@ def rebuild(constructor: dict[str, Any], described: Any, records: Mapping[str, R
     _swap_layers(model, described, records)
     _check_state(model, records)
     _restore_normalization(model)
-    return model
+    return fuse_encoder_(model)
 
 
 def normalization_of(model: nn.Module) -> dict[str, Any] | None:

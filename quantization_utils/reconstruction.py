@@ -32,7 +32,7 @@ EDGE = 0.49  # farthest that a latent code starts from its code, so that it roun
 class Reconstruction:
     """How long and how fast a block's rounding is learned; chosen on training images outside of the calibration."""
 
-    steps: int = 500  # of a batch each, for every block
+    steps: int = 300  # of a batch each, for every block
     lr: float = 3e-3  # of latent codes (in codes) and scales (relative), falling to 0 as a half cosine
     seed: int = 0  # of the order of the batches
 

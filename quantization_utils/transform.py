@@ -15,6 +15,7 @@ from models.select import Selection, select_layers
 from .bit_layers import BitConv2d, BitLinear, PackedConv2d, PackedLinear, Quantized, StaticQuantizer
 from .dead_channels import remove_dead_channels
 from .network import NotANetwork, PackedNetwork, to_nodes
+from .packed_encoder import fuse_encoder_
 from .quantizers import Quantizer, absmean
 
 FLOAT_TO_BIT: dict[type[nn.Module], Any] = {nn.Linear: BitLinear, nn.Conv2d: BitConv2d}
@@ -92,7 +93,7 @@ def pack_(model: nn.Module) -> nn.Module:
         nodes = remove_dead_channels(to_nodes(model))
     except NotANetwork:
         _pack_layers(model)
-        return model.requires_grad_(False)
+        return fuse_encoder_(model.requires_grad_(False))
     packed = PackedNetwork(nodes, getattr(model, "constructor", None))
     model.__dict__.clear()
     model.__dict__.update(packed.__dict__)

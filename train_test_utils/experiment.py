@@ -284,4 +284,5 @@ def backend_of(model: nn.Module) -> str:
     if hasattr(model, "executor"):
         return model.executor.backend
     runners = {m._runner.backend for m in model.modules() if hasattr(getattr(m, "_runner", None), "backend")}
+    runners |= {m.encoder.backend for m in model.modules() if getattr(getattr(m, "encoder", None), "backend", None)}
     return "+".join(sorted(runners)) or "torch"

@@ -63,6 +63,24 @@ def make_linear(
     return cpu.Linear(codes_NK, scale_N, bias_N, act_bits, chosen)
 
 
+def make_encoder(layers: Sequence[Any], heads: int, epsilon: float, act_bits: int, backend: str = "auto") -> Any:
+    """A function hidden states float32 (B, T, D) → the same, with the attribute `backend`; None for the reference.
+
+    `layers`: of each, its linear layers qkv, out, fc1, fc2 as (codes, scale, bias), and the weights and biases of its
+    two LayerNorms.
+
+    Raises:
+        ValueError: the backend was asked for by name and cannot run here.
+    """
+    _not_while_tracing()
+    chosen = _resolve(backend, _device([layers[0][0][0]]))
+    if chosen == "reference":
+        return None
+    from . import cpu
+
+    return cpu.Encoder([cpu.EncoderLayer(*layer) for layer in layers], heads, epsilon, act_bits, chosen)
+
+
 def _not_while_tracing() -> None:
     """Kernels are chosen and filled at a packed model's first call; a tracer sees no values and can do neither."""
     if torch.compiler.is_compiling():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,8 @@ ISAS = ("avx512vnni", "avx2", "portable")  # best first
 ALGORITHMS = ("auto", "direct", "winograd")
 OPS = {"conv": 0, "linear": 1, "max_pool": 2, "avg_pool": 3}
 NO_RESIDUAL = -2
+
+Dense = tuple[Tensor, Tensor, Tensor | None]  # codes int8 (N, K), scale (N,), bias (N,)
 
 
 def isas() -> tuple[str, ...]:
@@ -99,6 +102,39 @@ class Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         return torch.ops.ternary.linear_run(x, self._handle, self._n)
+
+
+@dataclass(frozen=True)
+class EncoderLayer:
+    """What `Encoder` needs of one transformer layer: its linear layers and the values of its LayerNorms."""
+
+    qkv: Dense  # of width 3·D: queries, keys, values
+    out: Dense
+    fc1: Dense
+    fc2: Dense
+    norms: Sequence[Tensor]  # weight and bias, before attention, then before fc1; (D,) each
+
+
+class Encoder:
+    """A pre-norm transformer encoder with GELU: hidden states float32 (B, T, D) on the CPU → the same, new.
+
+    Linear layers as `Linear`, exact integers; norms, GELU, softmax and attention in float32, whose sums are taken in
+    another order than PyTorch's.
+    """
+
+    def __init__(
+        self, layers: Sequence[EncoderLayer], heads: int, epsilon: float, act_bits: int, backend: str = "cpu"
+    ) -> None:
+        isa = choose_isa(backend)
+        self.backend = f"cpu-{isa}"
+        linears = [Linear(*dense, act_bits, backend) for la in layers for dense in (la.qkv, la.out, la.fc1, la.fc2)]
+        self._handle = torch.ops.ternary.encoder_create(
+            isa, heads, epsilon, [t for layer in layers for t in layer.norms], [linear._handle for linear in linears]
+        )
+        weakref.finalize(self, torch.ops.ternary.encoder_free, self._handle).atexit = False
+
+    def __call__(self, hidden_BTD: Tensor) -> Tensor:
+        return torch.ops.ternary.encoder_run(hidden_BTD, self._handle)
 
 
 def _is_ternary(codes: Tensor) -> bool:

@@ -16,3 +16,7 @@ def register() -> None:
     @torch.library.register_fake("ternary::linear_run")
     def linear_run(x: Tensor, handle: int, n: int) -> Tensor:
         return x.new_empty((*x.shape[:-1], n), dtype=torch.float32)
+
+    @torch.library.register_fake("ternary::encoder_run")
+    def encoder_run(hidden: Tensor, handle: int) -> Tensor:
+        return hidden.new_empty(hidden.shape, dtype=torch.float32)

@@ -8,6 +8,7 @@
 #include <numeric>
 #include <unordered_map>
 
+#include "encoder.h"
 #include "linear.h"
 #include "network.h"
 
@@ -60,6 +61,7 @@ struct NetworkItem {
 // Never destroyed, like the threads that use them.
 Registry<NetworkItem>& networks() { static auto* r = new Registry<NetworkItem>; return *r; }
 Registry<ternary::Linear>& linears() { static auto* r = new Registry<ternary::Linear>; return *r; }
+Registry<ternary::Encoder>& encoders() { static auto* r = new Registry<ternary::Encoder>; return *r; }
 
 template <typename T>
 std::vector<T> to_vector(const at::Tensor& t, at::ScalarType type) {
@@ -144,6 +146,30 @@ at::Tensor linear_run(const at::Tensor& input, int64_t handle, int64_t n) {
   return out;
 }
 
+// Tensors of a layer: weight and bias of both norms; numbers of linear layers: qkv, out, fc1, fc2.
+int64_t encoder_create(const std::string& isa_name, int64_t heads, double epsilon, at::TensorList norms, at::IntArrayRef linear_handles) {
+  TORCH_CHECK_VALUE(norms.size() == linear_handles.size() && norms.size() % 4 == 0, "a layer has four tensors and four linear layers");
+  std::vector<ternary::EncoderLayer> layers(norms.size() / 4);
+  for (size_t i = 0; i < layers.size(); ++i) {
+    std::vector<float>* vectors[] = {&layers[i].norm1_weight, &layers[i].norm1_bias, &layers[i].norm2_weight, &layers[i].norm2_bias};
+    std::shared_ptr<ternary::Linear>* products[] = {&layers[i].qkv, &layers[i].out, &layers[i].fc1, &layers[i].fc2};
+    for (int k = 0; k < 4; ++k) *vectors[k] = to_vector<float>(norms[4 * i + k], at::kFloat), *products[k] = linears().get(linear_handles[4 * i + k]);
+  }
+  try {
+    return encoders().add(std::make_shared<ternary::Encoder>(isa(isa_name), (int)heads, (float)epsilon, std::move(layers)));
+  } catch (const std::invalid_argument& error) {
+    TORCH_CHECK_VALUE(false, error.what());
+  }
+}
+
+at::Tensor encoder_run(const at::Tensor& hidden, int64_t handle) {
+  auto encoder = encoders().get(handle);
+  TORCH_CHECK_VALUE(hidden.dim() == 3 && hidden.size(2) == encoder->width(), "hidden states must be (images, tokens, ", encoder->width(), ")");
+  at::Tensor out = hidden.to(at::kFloat).clone(at::MemoryFormat::Contiguous);
+  encoder->run(out.data_ptr<float>(), out.size(0), (int)out.size(1), at::get_num_threads());
+  return out;
+}
+
 // Multiply-adds a second on registers and bytes a second read from a buffer of `megabytes`, on all threads together: the upper
 // quartile of 21 tries, as a single try may be too good (a thread that starts after another has ended was never measured
 // beside it) or too bad. Every thread measures its own rate between two meetings of all; rates are added.
@@ -180,12 +206,14 @@ std::tuple<double, double> machine_limits(const std::string& name, int64_t megab
 
 void network_free(int64_t handle) { networks().remove(handle); }
 void linear_free(int64_t handle) { linears().remove(handle); }
+void encoder_free(int64_t handle) { encoders().remove(handle); }
 
 }  // namespace
 
 TORCH_LIBRARY(ternary, m) {
   m.def("network_run(Tensor images, int handle, int[] tail) -> Tensor");
   m.def("linear_run(Tensor x, int handle, int n) -> Tensor");
+  m.def("encoder_run(Tensor hidden, int handle) -> Tensor");
   m.def("has_isa(str name) -> bool", has_isa);
   m.def("network_create(str isa, str algorithm, Tensor[] codes, Tensor[] gains, Tensor[] biases, Tensor[] pads, int[] meta, float[] residual_gains, int channels) -> int", network_create);
   m.def("network_shape(int handle, int batch, int height, int width) -> int[]", network_shape);
@@ -194,9 +222,12 @@ TORCH_LIBRARY(ternary, m) {
   m.def("network_free(int handle) -> ()", network_free);
   m.def("linear_create(str isa, Tensor codes, Tensor scale, Tensor? bias, bool is_ternary, int act_bits) -> int", linear_create);
   m.def("linear_free(int handle) -> ()", linear_free);
+  m.def("encoder_create(str isa, int heads, float epsilon, Tensor[] norms, int[] linear_handles) -> int", encoder_create);
+  m.def("encoder_free(int handle) -> ()", encoder_free);
 }
 
 TORCH_LIBRARY_IMPL(ternary, CPU, m) {
   m.impl("network_run", network_run);
   m.impl("linear_run", linear_run);
+  m.impl("encoder_run", encoder_run);
 }

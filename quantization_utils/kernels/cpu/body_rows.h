@@ -38,16 +38,11 @@ static float quantize_row(const float* x, int64_t k, int code_max, uint8_t* out)
     absmax = magnitude > absmax ? magnitude : absmax;
   }
   const float inverse = (float)code_max / absmax;
-  // |x * inverse| <= code_max * (1 + 2^-22): rounds to at most code_max, so only the lower clamp is implied too.
-  const ints low = ints{} - code_max - 1, high = ints{} + code_max;
+  // |x * inverse| <= code_max * (1 + 2^-22), which rounds to at most code_max: nothing to clamp. kRound's last bits are 0.
   for (i = 0; i < k; i += LANES) {
     const int n = k - i < LANES ? (int)(k - i) : LANES;
     const floats v = n == LANES ? *(const floats*)(x + i) : load_part<floats>(x + i, n * 4);
-    ints q = ((ints)(v * inverse + kRound) & 0x1ff);
-    q = (q << 23) >> 23;  // sign of the low 9 bits
-    q = q < low ? low : q;
-    q = q > high ? high : q;
-    const bytes b = ints_to_bytes((q + 128) & 255);
+    const bytes b = ints_to_bytes(((ints)(v * inverse + kRound) + 128) & 255);
     if (n == LANES) *(bytes*)(out + i) = b;
     else __builtin_memcpy(out + i, &b, n);
   }

@@ -81,6 +81,15 @@ struct Output {
   int first_channel;                     // Winograd: added to the pointers; a null pointer is a pixel beyond an odd edge
 };
 
+// One head of one image: softmax(scale * Q K^T) V over float32 rows `stride` apart. `dim` is a multiple of 16.
+struct Attention {
+  const float *q, *v;
+  const float* keys;  // transposed, [dim][tokens padded to whole vectors]: see transpose_keys
+  int64_t stride;
+  int tokens, dim;
+  float scale;
+};
+
 struct Kernels {
   const char* name;
   int lanes;         // int32 lanes of a vector; a block has up to max_vectors of them
@@ -101,6 +110,13 @@ struct Kernels {
   float (*quantize_row)(const float* x, int64_t k, int code_max, uint8_t* out);
   void (*max_row)(const uint8_t* in, int n, uint8_t* inout);    // inout = max(inout, in)
   void (*add_row)(const uint8_t* in, int n, int32_t* inout);    // inout += in
+  // Of a transformer, float32. Their sums are in the order of this instruction set's vectors.
+  void (*layer_norm)(const float* x, int n, const float* weight, const float* bias, float epsilon, float* out);
+  void (*gelu)(int n, float* inout);
+  void (*add_floats)(const float* in, int n, float* inout);
+  void (*transpose_keys)(const float* k, int64_t stride, int tokens, int dim, float* keys);
+  // Queries first … first + queries - 1; scores: room for `queries` rows of padded tokens.
+  void (*attention)(const Attention&, int first, int queries, float* scores, float* out, int64_t out_stride);
   int64_t (*peak_multiply_adds)(int64_t iterations, const uint8_t* data);  // benchmark: how many were done; data: 256 bytes
   void (*read_memory)(const uint8_t* data, int64_t bytes);                 // benchmark
 };

@@ -19,38 +19,58 @@ Linear::Linear(const Kernels& isa, int n, int k, const int8_t* codes, const floa
   }
 }
 
+// One block of channels; where the rows are and how many is left open.
+Tile Linear::tile(int block) const {
+  Tile tile;
+  tile.channels = std::min(panels_.block, n_ - block * panels_.block), tile.runs = 1, tile.groups = panels_.groups, tile.run_stride = 0;
+  tile.weights = panels_.bytes.data() + block * panels_.block_bytes, tile.init = panels_.init.data() + block * panels_.block;
+  return tile;
+}
+
+void Linear::finish(const Tile& tile, int block, const int32_t* acc, const float* row_scale, float* out) const {
+  const int first = block * panels_.block;
+  const Epilogue epilogue = {scale_.data() + first, bias_.data() + first, 0.0f, false, 0, panels_.kind == Weights::kTwoBit ? 6 : 0};
+  Output to;
+  to.has_row_scale = true, to.has_residual = to.residual_is_float = false;
+  for (int p = 0; p < tile.count; ++p) to.out[p] = out + (int64_t)p * n_ + first, to.row_scale[p] = row_scale[p];
+  isa_.finish(epilogue, to, acc, tile.count, tile.channels);
+}
+
+void Linear::multiply(const uint8_t* codes, const float* row_scale, int rows, float* out) const {
+  alignas(64) int32_t acc[kMaxPixels * kMaxChannels];
+  for (int block = 0; block * panels_.block < n_; ++block) {
+    Tile t = tile(block);
+    t.count = rows;
+    for (int p = 0; p < rows; ++p) t.pixels[p] = codes + (int64_t)p * stride_;
+    isa_.multiply(panels_.kind, t, acc);
+    finish(t, block, acc, row_scale, out);
+  }
+}
+
 void Linear::run(const float* x, int64_t rows, int threads, float* out) {
   if (rows == 0) return;
   std::lock_guard<std::mutex> lock(mutex_);
   threads = std::max(1, std::min(threads, 256));
   if ((int64_t)row_scale_.size() < rows) rows_.resize(rows * stride_ + 64), row_scale_.resize(rows);
-  const int block = panels_.block, blocks = (n_ + block - 1) / block, most = isa_.max_pixels;
+  const int blocks = (n_ + panels_.block - 1) / panels_.block, most = isa_.max_pixels;
   const int64_t groups = (rows + most - 1) / most;
   const int64_t chunk = std::max<int64_t>(1, std::min<int64_t>(16, groups * blocks / (threads * 8)));
   const int64_t rows_an_item = std::max<int64_t>(1, 4096 / k_);
   parallel(threads, [&](Member& member) {
     member.share((rows + rows_an_item - 1) / rows_an_item, [&](int64_t item) {
       for (int64_t r = item * rows_an_item; r < std::min(rows, (item + 1) * rows_an_item); ++r)
-        row_scale_[r] = isa_.quantize_row(x + r * k_, k_, code_max_, rows_.data() + r * stride_);
+        row_scale_[r] = quantize(x + r * k_, rows_.data() + r * stride_);
     });
     member.share((groups + chunk - 1) / chunk * blocks, [&](int64_t item) {
-      const int first = item % blocks * block;
       alignas(64) int32_t acc[kMaxPixels * kMaxChannels];
-      Tile tile;
-      tile.channels = std::min(block, n_ - first), tile.runs = 1, tile.groups = panels_.groups, tile.run_stride = 0;
-      tile.weights = panels_.bytes.data() + item % blocks * panels_.block_bytes, tile.init = panels_.init.data() + first;
-      const Epilogue epilogue = {scale_.data() + first, bias_.data() + first, 0.0f, false, 0, panels_.kind == Weights::kTwoBit ? 6 : 0};
-      Output to;
-      to.has_row_scale = true, to.has_residual = to.residual_is_float = false;
+      const int block = item % blocks;
+      Tile t = tile(block);
       const int64_t start = item / blocks * chunk * most, end = std::min(rows, start + chunk * most);
-      for (int64_t m = start; m < end; m += tile.count) {
-        tile.count = (int)std::min<int64_t>(most, end - m);
-        for (int p = 0; p < tile.count; ++p) {
-          tile.pixels[p] = rows_.data() + (m + p) * stride_;
-          to.out[p] = out + (m + p) * n_ + first, to.row_scale[p] = row_scale_[m + p];
-        }
-        isa_.multiply(panels_.kind, tile, acc);
-        isa_.finish(epilogue, to, acc, tile.count, tile.channels);
+      for (int64_t m = start; m < end; m += t.count) {
+        t.count = (int)std::min<int64_t>(most, end - m);
+        for (int p = 0; p < t.count; ++p) t.pixels[p] = rows_.data() + (m + p) * stride_;
+        isa_.multiply(panels_.kind, t, acc);
+        finish(t, block, acc, row_scale_.data() + m, out + m * n_);
       }
     });
   });

@@ -54,8 +54,9 @@ def test_networks_equal_the_reference(
 
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
-def test_a_transformer_and_its_linear_layers(backend: str) -> None:
+def test_the_linear_layers_of_a_transformer(backend: str) -> None:
     model, images = packed("vit", 8, width=64, depth=2), torch.rand(3, 3, 32, 32)
+    model.encoder = None  # which is tested on its own
     layers = [m for m in model.modules() if isinstance(m, PackedLinear)]
     for layer in layers:
         layer.backend = "reference"
@@ -88,6 +89,10 @@ def test_every_operator_passes_opcheck() -> None:
     layer = kernels.make_linear(torch.randint(-1, 2, (9, 37), dtype=torch.int8), torch.rand(9), torch.rand(9), 8, "cpu")
     for x in (torch.randn(37), torch.randn(2, 3, 37), torch.randn(0, 37)):
         torch.library.opcheck(torch.ops.ternary.linear_run, (x, layer._handle, 9), test_utils=tests)
+    vit = packed("vit", 8, width=64, depth=1)
+    vit(images)
+    encoder = vit.encoder._runner._handle
+    torch.library.opcheck(torch.ops.ternary.encoder_run, (torch.randn(2, 5, 64), encoder), test_utils=tests)
 
 
 def test_without_a_compiler(tmp_path: Path) -> None:

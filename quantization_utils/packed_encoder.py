@@ -1,0 +1,85 @@
+"""The encoder of a packed ViT as one operator: only attention needs all tokens, so all else stays in the cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.vit import ViT
+
+from .bit_layers import PackedLinear
+
+HEAD_MULTIPLE = 16  # the kernels take heads of whole vectors
+
+
+class PackedEncoder:
+    """The layers of a ViT's encoder: hidden states float32 (B, T, D) → the same, on the fused kernels or one by one.
+
+    It reads the modules at its first call on the CPU, and again after `reset`.
+    """
+
+    def __init__(self, layers: Any, heads: int, epsilon: float) -> None:
+        self.layers, self.heads, self.epsilon = layers, heads, epsilon
+        self._runner: Any = None
+
+    def __call__(self, hidden_BTD: Tensor) -> Tensor:
+        if self._runner is None:
+            self._runner = self._fused() or self._one_by_one
+        return self._runner(hidden_BTD)
+
+    def reset(self) -> None:
+        self._runner = None
+
+    @property
+    def backend(self) -> str | None:
+        """The kernels of the fused encoder; None where its layers run one by one."""
+        return getattr(self._runner, "backend", None)
+
+    def _one_by_one(self, hidden_BTD: Tensor) -> Tensor:
+        for layer in self.layers:
+            hidden_BTD = layer(hidden_BTD)
+        return hidden_BTD
+
+    def _fused(self) -> Any:
+        from . import kernels
+
+        first = self.layers[0].attention.q_proj
+        layers = []
+        for layer in self.layers:
+            queries, keys, values, *others = linear_layers(layer)
+            biases = [layer.bias for layer in (queries, keys, values)]
+            qkv = (
+                torch.cat([layer.codes for layer in (queries, keys, values)]),
+                torch.cat([layer.scale for layer in (queries, keys, values)]),
+                None if any(bias is None for bias in biases) else torch.cat(biases),  # type: ignore[arg-type]
+            )
+            norms = (layer.layernorm_before, layer.layernorm_after)
+            layers.append(
+                (qkv, *((o.codes, o.scale, o.bias) for o in others), [t for n in norms for t in (n.weight, n.bias)])
+            )
+        return kernels.make_encoder(layers, self.heads, self.epsilon, first.act_bits, first.backend)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_runner": None}
+
+
+def linear_layers(layer: Any) -> list[Any]:
+    """Of a `transformers` ViT layer: queries, keys, values, output of attention, first and second of the MLP."""
+    attention, mlp = layer.attention, layer.mlp
+    return [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, mlp.fc1, mlp.fc2]
+
+
+def fuse_encoder_(model: nn.Module) -> nn.Module:
+    """Let a packed ViT run its encoder as one operator, if it is built as the kernels expect; return the model."""
+    if isinstance(model, ViT):
+        network: Any = model.network
+        config, layers = network.config, network.vit.layers
+        packed = [linear for layer in layers for linear in linear_layers(layer)]
+        bits = {linear.act_bits if isinstance(linear, PackedLinear) else None for linear in packed}
+        heads = config.num_attention_heads
+        fits = config.hidden_act == "gelu" and config.hidden_size % (heads * HEAD_MULTIPLE) == 0
+        if fits and len(bits) == 1 and None not in bits:
+            model.encoder = PackedEncoder(layers, heads, config.layer_norm_eps)
+    return model

@@ -1,0 +1,131 @@
+"""The fused encoder against the modules it stands for."""
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import models
+from quantization_utils import absmean, int8_absmax, load_model, pack_, quantize_, save_model
+from quantization_utils.kernels import available_backends, cpu
+from quantization_utils.packed_encoder import linear_layers
+
+BACKENDS = [name for name in available_backends() if name.startswith("cpu-")]
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def packed_vit(quantizer: object = absmean, act_bits: int | None = 8, **options: object) -> nn.Module:
+    torch.manual_seed(0)
+    model = models.build("vit", 10, **({"width": 128, "depth": 2} | options)).eval()
+    for name, parameter in model.named_parameters():
+        if "layernorm" in name or name.endswith("bias"):  # zeros and ones would hide what is left out
+            nn.init.normal_(parameter, 1.0 if name.endswith("weight") else 0.0, 0.2)
+    return pack_(quantize_(model, quantizer, act_bits))  # type: ignore[arg-type]
+
+
+def use(model: nn.Module, backend: str) -> None:
+    for layer in model.network.vit.layers:
+        for linear in linear_layers(layer):
+            linear.backend, linear._runner = backend, None
+    model.encoder.reset()
+
+
+def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
+    """Equal but for roundings of floats, and the few codes that these move by one."""
+    error, size = (found - wanted).abs(), wanted.abs().max()
+    assert error.median() < 1e-5 * size and error.max() < 0.02 * size
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"patch_size": 8, "width": 192, "depth": 1}, {"patch_size": 16}, {"quantizer": int8_absmax}, {"act_bits": 4}],
+    ids=str,
+)
+@torch.no_grad()
+def test_equals_the_modules(backend: str, options: dict[str, object]) -> None:
+    """17 tokens, 5 and 65: fewer than a vector's lanes, and not a multiple of the rows of a tile."""
+    model = packed_vit(**options)
+    hidden = torch.randn(3, (32 // int(options.get("patch_size", 4))) ** 2 + 1, int(options.get("width", 128)))
+    use(model, "reference")
+    wanted = model.encoder(hidden)
+    assert model.encoder.backend is None
+    use(model, backend)
+    close(model.encoder(hidden), wanted)
+    assert model.encoder.backend == backend
+    alone = torch.cat([model.encoder(image) for image in hidden.split(1)])
+    torch.set_num_threads(1)
+    assert torch.equal(model.encoder(hidden), alone)  # whatever the batch and the threads
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@torch.no_grad()
+def test_large_scores_and_constant_tokens(backend: str) -> None:
+    """Softmax with one winner; a LayerNorm without variance."""
+    model = packed_vit()
+    hidden = 1000 * torch.randn(2, 65, 128)
+    hidden[0, 3] = 5.0
+    for layer in model.network.vit.layers:
+        layer.attention.q_proj.scale *= 1000
+    use(model, "reference")
+    wanted = model.encoder(hidden)
+    use(model, backend)
+    found = model.encoder(hidden)
+    assert found.isfinite().all()
+    close(found, wanted)
+
+
+@torch.no_grad()
+def test_a_model_takes_it_and_keeps_it_through_copies_moves_and_files(tmp_path: Path) -> None:
+    model, images = packed_vit(), torch.rand(4, 3, 32, 32)
+    logits = model(images)
+    assert model.encoder.backend.startswith("cpu-")
+    close(logits, model.network(model.normalize(images)).logits)
+    save_model(model, tmp_path / "vit.safetensors")
+    loaded, _ = load_model(tmp_path / "vit.safetensors")
+    twin = copy.deepcopy(model)
+    bias = twin.network.vit.layers[0].mlp.fc1.bias
+    kept = bias.clone()
+    bias += 1
+    assert not torch.equal(twin(images), logits)  # its own layers, not those of the model it was copied from
+    assert torch.equal(loaded(images), logits) and torch.equal(model(images), logits)
+    bias.copy_(kept)
+    assert torch.equal(twin.to("cpu").float()(images), model(images))  # moved: read again
+
+
+@torch.no_grad()
+def test_networks_of_another_kind_run_layer_by_layer() -> None:
+    assert packed_vit(act_bits=None).encoder is None
+    config = models.build("vit", 10, width=64, depth=1).constructor["options"]["config"]
+    for change in ({"hidden_act": "relu"}, {"num_attention_heads": 8}):
+        assert packed_vit(config=config | change).encoder is None
+    torch.manual_seed(0)
+    partly = models.build("vit", 10, width=64, depth=1).eval()
+    assert pack_(quantize_(partly, absmean, 8, keep=("*.fc1",))).encoder is None
+
+
+def test_what_does_not_fit_together_is_refused() -> None:
+    def dense(n: int, k: int) -> cpu.Dense:
+        return torch.ones(n, k, dtype=torch.int8), torch.ones(n), None
+
+    norms = [torch.ones(32)] * 4
+    good = cpu.EncoderLayer(dense(96, 32), dense(32, 32), dense(64, 32), dense(32, 64), norms)
+    hidden = torch.randn(1, 3, 32)
+    encoder = cpu.Encoder([good], 2, 1e-6, 8)
+    assert encoder(hidden).shape == (1, 3, 32) and encoder(hidden[:0]).shape == (0, 3, 32)
+    with pytest.raises(ValueError, match="heads are a multiple of 16"):
+        cpu.Encoder([good], 4, 1e-6, 8)
+    bad = cpu.EncoderLayer(dense(96, 32), dense(32, 32), dense(64, 32), dense(32, 48), norms)
+    with pytest.raises(ValueError, match="do not fit together"):
+        cpu.Encoder([bad], 2, 1e-6, 8)
+    with pytest.raises(ValueError, match=r"\(images, tokens, 32\)"):
+        encoder(torch.randn(1, 3, 31))
