@@ -3,8 +3,9 @@
 //
 //   x += out(attention(qkv(LN1(x))));  x += fc2(gelu(fc1(LN2(x))))
 //
-// A few rows go through everything between two attentions while they lie in the nearest cache; only attention needs all
-// rows of an image, so a layer has two phases.
+// A few rows go through everything between two attentions while they lie in the nearest cache. Only attention needs all rows of
+// an image: with many images, each thread takes whole ones through all layers; with few, all threads share an image's rows,
+// and a layer has two phases. The results are the same, bit for bit.
 #pragma once
 #include <memory>
 #include <vector>
@@ -27,14 +28,17 @@ class Encoder {
 
  private:
   struct Scratch;  // of a thread
-  void project(const EncoderLayer& layer, const float* x, int64_t first, int rows, Scratch& s);
-  void finish(const EncoderLayer& layer, float* x, int64_t first, int rows, Scratch& s);
-  void attend(int64_t item, int tokens, Scratch& s);
+  Scratch scratch(int tokens) const;
+  // `rows` rows of one tile: x (rows x width) to qkv (rows x 3 width), and what attention gave to x.
+  void project(const EncoderLayer& layer, const float* x, int rows, float* qkv, Scratch& s) const;
+  void finish(const EncoderLayer& layer, const float* attended, float* x, int rows, Scratch& s) const;
+  void attend(int head, const float* qkv, int tokens, float* attended, Scratch& s) const;  // of one image
+  void run_image(float* x, int tokens, float* qkv, float* attended, Scratch& s) const;
   const Kernels& isa_;
   int heads_, width_;
   float epsilon_;
   std::vector<EncoderLayer> layers_;
-  std::vector<float> qkv_, attended_;  // of all rows
+  std::vector<float> qkv_, attended_;  // of all rows, or of an image of each thread
   std::mutex mutex_;
 };
 
