@@ -11,6 +11,8 @@ ends.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -101,6 +103,7 @@ class _BitLayer(nn.Module):
     input_quantizer: nn.Module | None
     fx_leaf = True  # the graph sees one step
     quantized_part = 1.0  # ramp: 0 = the float weight, 1 = the quantized one; a recipe may raise it during training
+    fixed: Tensor | None = None  # the dequantized weight inside `fixed_weights`
 
     def _adopt(self, layer: nn.Module, quantizer: Quantizer, input_quantizer: nn.Module | None) -> None:
         parametrizations = getattr(layer, "parametrizations", {})
@@ -120,6 +123,8 @@ class _BitLayer(nn.Module):
 
     def effective_weight(self) -> Tensor:
         """The dequantized weight, with the gradient of the float weight (straight-through)."""
+        if self.fixed is not None:
+            return self.fixed
         weight = self.weight
         with torch.autocast(weight.device.type, enabled=False):
             quantized = dequantize(*self.quantized_weight()).to(weight.dtype)
@@ -130,6 +135,19 @@ class _BitLayer(nn.Module):
 
     def quantized_input(self, x: Tensor) -> Tensor:
         return x if self.input_quantizer is None else self.input_quantizer(x)
+
+
+@contextmanager
+def fixed_weights(model: nn.Module) -> Iterator[None]:
+    """Quantize every weight once and not in every forward pass: for many passes between which no weight changes."""
+    layers = [module for module in model.modules() if isinstance(module, _BitLayer)]
+    try:
+        for layer in layers:
+            layer.fixed = layer.effective_weight().detach()
+        yield
+    finally:
+        for layer in layers:
+            layer.fixed = None
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -17,6 +17,7 @@ from quantization_utils.bit_layers import (
     PackedLinear,
     Quantized,
     StaticQuantizer,
+    fixed_weights,
 )
 from quantization_utils.quantizers import TERNARY, absmean, absmean_per_tensor, dequantize, int8_absmax, mse_optimal
 
@@ -252,3 +253,22 @@ def test_mixed_precision_quantizes_in_float32():
         inside, _ = layer.quantized_weight()
     assert out.dtype == torch.bfloat16 and torch.equal(inside, codes)
     torch.testing.assert_close(out.float(), layer(x), rtol=0.05, atol=0.05)
+
+
+def test_weights_are_quantized_once_where_they_are_fixed() -> None:
+    calls = []
+
+    def counting(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        calls.append(1)
+        return absmean(weight)
+
+    model = nn.Sequential(linear(counting, 8), nn.ReLU(), linear(counting, 8, k=11, n=3))
+    x = torch.randn(4, 37)
+    before = model(x)
+    calls.clear()
+    with fixed_weights(model):
+        assert torch.equal(model(x), before) and torch.equal(model(x), before)
+    assert len(calls) == 2
+    with torch.no_grad():
+        model[2].weight.neg_()
+    assert not torch.equal(model(x), before)  # and quantized anew afterwards
