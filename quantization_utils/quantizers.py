@@ -113,7 +113,7 @@ def _mean_magnitude(weight_NK: Tensor, kept_NK: Tensor) -> Tensor:
 
 
 def _round_to_ternary(weight_NK: Tensor, scale_N: Tensor) -> Tensor:
-    return (weight_NK.float() / scale_N[:, None]).round().clamp(-1, 1).to(torch.int8)
+    return (weight_NK.float() / scale_N[:, None]).round_().clamp_(-1, 1).to(torch.int8)
 
 
 def _fitted_scale(weight: Tensor, codes: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from torch import nn
 from benchmarks.fuzz_files import fuzz, small_models
 from benchmarks.kill_while_saving import kill_while_saving, save_on_full_disk
 from models import build
+from pruning_utils import l2_filters, prune_
 from quantization_utils import calibrate_, int8_absmax, pack_, quantize_
 from quantization_utils.network import PackedNetwork
 from quantization_utils.storage import ModelFileError, load_model, save_model
@@ -52,6 +53,10 @@ def variants():
 
         return make
 
+    def thinned(name, **options):
+        model = prune_(build(name, 10, **options).eval(), l2_filters, 0.5, only=nn.Conv2d)
+        return lambda: pack_(calibrate_(quantize_(model), images()))
+
     def two_kinds():
         model = build("vit", 10, width=64, depth=1, patch_size=16)
         return pack_(quantize_(quantize_(model, int8_absmax, only="*classifier"), act_bits=None))
@@ -63,6 +68,8 @@ def variants():
         "resnet float": lambda: build("resnet_18", 10, stem="maxpool").eval(), "resnet": resnet(True),
         "resnet linear": resnet(False, only=nn.Linear, act_bits=None),
         "resnet half calibrated": resnet(True, keep=["conv1"]),
+        "resnet without half its filters": thinned("resnet_18", stem="maxpool"),
+        "vit without half its patch filters": thinned("vit", width=64, depth=1, patch_size=16),
     }  # fmt: skip
 
 
