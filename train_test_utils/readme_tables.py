@@ -6,7 +6,7 @@
     <!-- table:latency/networks columns=model,batch,engine,p50_ms last=model,batch,engine -->      any other lines
     <!-- /table -->
 
-Options after the name: `only=float,qat_*` (row names, as a shell matches names), `columns=` (fields, `a.b` and `a.0`
+Options after the name: `only=float,qat_*` (row names, as a shell matches names, in this order), `columns=` (fields, `a.b` and `a.0`
 for nested ones, `field:title` with underscores for spaces; without it, all that are plain values), `last=` (of lines
 that agree in these fields the last counts).
 """
@@ -50,7 +50,8 @@ def markdown(name: str, options: str, results: Path) -> str:
     given = _options(name, options)
     rows: Sequence[Mapping[str, Any]] = read_rows(path)
     if "only" in given:
-        rows = [row for row in rows if any(fnmatchcase(str(row.get("row")), p) for p in given["only"])]
+        groups = [[row for row in rows if _first(str(row.get("row")), given["only"]) == p] for p in given["only"]]
+        rows = [row for group in groups for row in group]
     if "last" in given:
         rows = list({tuple(_text(_get(row, f)) for f in given["last"]): row for row in rows}.values())
     if not rows:
@@ -58,6 +59,11 @@ def markdown(name: str, options: str, results: Path) -> str:
     if "columns" not in given and all("test_accuracy_pct" in row for row in rows):
         return _experiments(rows)
     return _anything(rows, given.get("columns"))
+
+
+def _first(name: str, patterns: Sequence[str]) -> str | None:
+    """The first of the patterns that a name matches."""
+    return next((pattern for pattern in patterns if fnmatchcase(name, pattern)), None)
 
 
 def _experiments(rows: Sequence[Mapping[str, Any]]) -> str:

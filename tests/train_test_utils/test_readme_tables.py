@@ -73,6 +73,11 @@ def test_only_some_rows(results):
     assert "`qat_all`" in text and "`float`" not in text
 
 
+def test_rows_come_in_the_order_of_the_patterns(results):
+    text = with_tables(marked("cifar10/vit only=qat_*,f*,*"), results)
+    assert text.index("`qat_all`") < text.index("`float`") and text.count("`float`") == 1
+
+
 def test_any_other_lines_with_chosen_columns_and_only_the_last_of_repetitions(results):
     columns = "columns=engine,p50_ms,ratio,detail.p90"
     text = with_tables(marked(f"latency/networks {columns} last=model,batch,engine"), results)
