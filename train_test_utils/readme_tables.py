@@ -6,9 +6,9 @@
     <!-- table:latency/networks columns=model,batch,engine,p50_ms last=model,batch,engine -->      any other lines
     <!-- /table -->
 
-Options after the name: `only=float,qat_*` (row names, as a shell matches names, in this order), `columns=` (fields, `a.b` and `a.0`
-for nested ones, `field:title` with underscores for spaces; without it, all that are plain values), `last=` (of lines
-that agree in these fields the last counts).
+Options after the name: `only=float,qat_*` (row names, as a shell matches names, in this order), `columns=` (fields,
+`a.b` and `a.0` for nested ones, `field:title` with underscores for spaces; without it, all that are plain values),
+`last=` (of lines that agree in these fields the last counts).
 """
 
 from __future__ import annotations
