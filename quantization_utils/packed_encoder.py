@@ -75,8 +75,11 @@ def fuse_encoder_(model: nn.Module) -> nn.Module:
     """Let a packed ViT run its encoder as one operator, if it is built as the kernels expect; return the model."""
     if isinstance(model, ViT):
         network: Any = model.network
-        config, layers = network.config, network.vit.layers
-        packed = [linear for layer in layers for linear in linear_layers(layer)]
+        try:
+            config, layers = network.config, network.vit.layers
+            packed = [linear for layer in layers for linear in linear_layers(layer)]
+        except AttributeError:  # a version of transformers that names its modules in another way
+            return model
         bits = {linear.act_bits if isinstance(linear, PackedLinear) else None for linear in packed}
         heads = config.num_attention_heads
         fits = config.hidden_act == "gelu" and config.hidden_size % (heads * HEAD_MULTIPLE) == 0

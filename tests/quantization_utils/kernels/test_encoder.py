@@ -113,6 +113,15 @@ def test_networks_of_another_kind_run_layer_by_layer() -> None:
     assert pack_(quantize_(partly, absmean, 8, keep=("*.fc1",))).encoder is None
 
 
+@torch.no_grad()
+def test_layers_under_other_names_run_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, images = packed_vit(), torch.rand(2, 3, 32, 32)
+    monkeypatch.setattr("quantization_utils.packed_encoder.linear_layers", lambda layer: [layer.attention.query])
+    model = packed_vit()
+    assert model.encoder is None
+    close(model(images), expected(images))
+
+
 def test_what_does_not_fit_together_is_refused() -> None:
     def dense(n: int, k: int) -> cpu.Dense:
         return torch.ones(n, k, dtype=torch.int8), torch.ones(n), None
