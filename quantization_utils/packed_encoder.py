@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -86,3 +88,17 @@ def fuse_encoder_(model: nn.Module) -> nn.Module:
         if fits and len(bits) == 1 and None not in bits:
             model.encoder = PackedEncoder(layers, heads, config.layer_norm_eps)
     return model
+
+
+@contextmanager
+def layer_by_layer(model: nn.Module) -> Iterator[None]:
+    """The encoder of a packed ViT runs its modules one by one, so that hooks on them are called."""
+    encoders = [module.encoder for module in model.modules() if isinstance(module, ViT) and module.encoder is not None]
+    before = [encoder._runner for encoder in encoders]
+    for encoder in encoders:
+        encoder._runner = encoder._one_by_one
+    try:
+        yield
+    finally:
+        for encoder, runner in zip(encoders, before, strict=True):
+            encoder._runner = runner

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from quantization_utils.bit_layers import BitConv2d, BitLinear, PackedConv2d, PackedLinear
 from quantization_utils.network import IMAGE, PackedNetwork
+from quantization_utils.packed_encoder import layer_by_layer
 from quantization_utils.packing import Bits, entropy_bits
 from quantization_utils.storage import _is_float16  # the writer's own rule, so that the bound is one of that very file
 
@@ -154,7 +155,7 @@ def count_macs(model: nn.Module, image_size: int = 32) -> int:
     handles = [m.register_forward_hook(add) for m in model.modules() if isinstance(m, _LAYERS)]
     try:
         device = next((t.device for t in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
-        with torch.inference_mode():
+        with torch.inference_mode(), layer_by_layer(model):
             model.eval()(torch.zeros(1, 3, image_size, image_size, device=device))
     finally:
         for handle in handles:
