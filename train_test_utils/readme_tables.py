@@ -8,7 +8,8 @@
 
 Options after the name: `only=float,qat_*` (row names, as a shell matches names, in this order), `columns=` (fields,
 `a.b` and `a.0` for nested ones, `field:title` with underscores for spaces; without it, all that are plain values),
-`last=` (of lines that agree in these fields the last counts).
+`last=` (of lines that agree in these fields the last counts), `each=nodes` (a line for each member of that list, which
+has its line's fields too).
 """
 
 from __future__ import annotations
@@ -54,6 +55,8 @@ def markdown(name: str, options: str, results: Path) -> str:
         rows = [row for group in groups for row in group]
     if "last" in given:
         rows = list({tuple(_text(_get(row, f)) for f in given["last"]): row for row in rows}.values())
+    for field in given.get("each", ()):
+        rows = [{**row, **member} for row in rows for member in row.get(field, ())]
     if not rows:
         raise ValueError(f"table:{name} would be empty")
     if "columns" not in given and all("test_accuracy_pct" in row for row in rows):
@@ -113,8 +116,8 @@ def _options(name: str, text: str) -> dict[str, list[str]]:
     given = {}
     for word in shlex.split(text):
         key, _, value = word.partition("=")
-        if key not in ("columns", "only", "last") or not value:
-            raise ValueError(f"table:{name} has the options columns=, only= and last=, not {word!r}")
+        if key not in ("columns", "only", "last", "each") or not value:
+            raise ValueError(f"table:{name} has the options columns=, only=, last= and each=, not {word!r}")
         given[key] = value.split(",")
     return given
 
@@ -140,4 +143,6 @@ def _text(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, int):
         return f"{value:,}"
+    if isinstance(value, list):  # a shape
+        return "×".join(map(str, value))
     return significant(value) if isinstance(value, float) else str(value)

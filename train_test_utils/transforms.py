@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from models.select import Selection
-from quantization_utils import calibrate_, quantize_
+from quantization_utils import absmean_fitted, calibrate_, quantize_
+from quantization_utils.bit_layers import BitConv2d, BitLinear
 from quantization_utils.post_training import DEFAULT, Settings, ternarize_
-from quantization_utils.quantizers import as_is
+from quantization_utils.quantizers import Quantizer, as_is
 from quantization_utils.reconstruction import DEFAULT as DEFAULT_RECONSTRUCTION
 from quantization_utils.reconstruction import Reconstruction
 
@@ -51,3 +52,28 @@ class ReconstructedTernary(CalibratedTernary):
 
     def __str__(self) -> str:
         return super().__str__().replace(" (", ", blocks reconstructed (", 1)
+
+
+@dataclass(frozen=True)
+class CalibratedStart(CalibratedTernary):
+    """`CalibratedTernary` as the place where quantization-aware training starts, instead of the nearest codes.
+
+    The float weights that are trained begin as the ternary ones, scale · code, which `quantizer` maps to the same codes.
+    """
+
+    quantizer: Quantizer = absmean_fitted
+
+    def __call__(self, model: nn.Module, images: Tensor, seed: int) -> nn.Module:
+        return self._trainable(super().__call__(model, images, seed))
+
+    def structure(self, model: nn.Module, images: Tensor, seed: int) -> nn.Module:
+        return self._trainable(super().structure(model, images, seed))
+
+    def _trainable(self, model: nn.Module) -> nn.Module:
+        for layer in model.modules():
+            if isinstance(layer, (BitLinear, BitConv2d)) and layer.quantizer is as_is:
+                layer.quantizer = self.quantizer
+        return model
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}, then {self.quantizer.__name__}"

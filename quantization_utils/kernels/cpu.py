@@ -77,14 +77,18 @@ class NetworkExecutor:
     def plan(self, batch: int, height: int = 32, width: int = 32) -> list[dict[str, Any]]:
         """One dict a node for a batch size that has run: op, algorithm, microseconds of each candidate, multiply-adds.
 
-        Microseconds are zero where an algorithm was not measured or cannot be used.
+        Microseconds are None where an algorithm was not measured or cannot be used.
         """
         lines = torch.ops.ternary.network_describe(self._handle, batch, height, width).splitlines()
         names = ("node", "op", "algorithm", "direct_us", "winograd_us", "multiply_adds")
-        types = (int, str, str, float, float, int)
+        types = (int, str, str, _micros, _micros, int)
         return [
             dict(zip(names, (t(v) for t, v in zip(types, line.split(), strict=True)), strict=True)) for line in lines
         ]
+
+
+def _micros(text: str) -> float | None:
+    return float(text) or None
 
 
 class Linear:

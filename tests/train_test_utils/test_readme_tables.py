@@ -98,6 +98,15 @@ def test_titles_and_members_of_lists(results):
     ]  # fmt: skip
 
 
+def test_a_line_for_each_member_of_a_list(tmp_path):
+    (tmp_path / "layers.jsonl").write_text(
+        '{"model": "a", "nodes": [{"shape": [64, 3], "us": 1.5}, {"shape": null, "us": null}]}\n{"model": "b"}\n'
+    )
+    text = with_tables(marked("layers each=nodes columns=model,shape,us"), tmp_path)
+    assert [line for line in text.splitlines() if line.startswith("| a")] == ["| a | 64×3 | 1.50 |", "| a | – | – |"]
+    assert "| b |" not in text
+
+
 def test_a_second_time_changes_nothing(results):
     once = with_tables(marked("cifar10/vit") + marked("latency/networks"), results)
     assert with_tables(once, results) == once
