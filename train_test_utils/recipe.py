@@ -17,12 +17,12 @@ ParameterGroups = list[dict[str, Any]]
 
 def sgd(groups: ParameterGroups, lr: float) -> torch.optim.Optimizer:
     """SGD with Nesterov momentum 0.9."""
-    return torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True)
+    return torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True, fused=True)
 
 
 def adamw(groups: ParameterGroups, lr: float) -> torch.optim.Optimizer:
     """AdamW, betas (0.9, 0.999). Reference: I. Loshchilov, F. Hutter, arXiv 1711.05101."""
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999))
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), fused=True)
 
 
 @dataclass(frozen=True)

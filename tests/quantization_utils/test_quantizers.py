@@ -200,3 +200,13 @@ def test_half_precision_weights_are_quantized_in_float32(quantizer):
     same, same_scale = quantizer(weight.float())
     assert scale.dtype == torch.float32 and torch.equal(codes, same)
     torch.testing.assert_close(scale, same_scale)
+
+
+@pytest.mark.parametrize("quantizer", [absmean, absmean_fitted, twn])
+@pytest.mark.parametrize("shape", [(7, 97), (11, 5, 3, 3), (3, 257)])
+def test_blocks_of_channels_change_nothing(quantizer, shape, monkeypatch):
+    weight = torch.randn(*shape)
+    weight[1] = 0
+    whole = quantizer(weight)
+    monkeypatch.setattr("quantization_utils.quantizers.BLOCK", 2 * weight[0].numel())
+    assert all(torch.equal(a, b) for a, b in zip(quantizer(weight), whole, strict=True))
