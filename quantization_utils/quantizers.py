@@ -22,7 +22,7 @@ BLOCK = 2**17  # weights of a block of channels: what a quantizer makes of it st
 
 
 def by_blocks(quantizer: Quantizer) -> Quantizer:
-    """Apply a quantizer that takes every channel for itself to blocks of channels on a CPU, where it is bound by memory.
+    """Apply a quantizer, one that takes every channel for itself, to blocks of channels on a CPU: memory bounds it.
 
     For AlexNet's 57 million weights that takes a sixth of the time, and it is done in every step of a training.
     """

@@ -58,7 +58,7 @@ class ReconstructedTernary(CalibratedTernary):
 class CalibratedStart(CalibratedTernary):
     """`CalibratedTernary` as the place where quantization-aware training starts, instead of the nearest codes.
 
-    The float weights that are trained begin as the ternary ones, scale · code, which `quantizer` maps to the same codes.
+    The float weights that are trained begin as the ternary ones, scale · code; `quantizer` maps them to the same codes.
     """
 
     quantizer: Quantizer = absmean_fitted

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -81,7 +81,7 @@ class NetworkExecutor:
         """
         lines = torch.ops.ternary.network_describe(self._handle, batch, height, width).splitlines()
         names = ("node", "op", "algorithm", "direct_us", "winograd_us", "multiply_adds")
-        types = (int, str, str, _micros, _micros, int)
+        types: tuple[Callable[[str], Any], ...] = (int, str, str, _micros, _micros, int)
         return [
             dict(zip(names, (t(v) for t, v in zip(types, line.split(), strict=True)), strict=True)) for line in lines
         ]
