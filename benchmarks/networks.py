@@ -57,8 +57,8 @@ def layers(batch: int, limits: dict[str, float]) -> None:
             shape = None if node.codes is None else list(node.codes.shape)
             row |= {"shape": shape, "stride": node.stride[0], "us": micros,
                     "of_direct_limit_pct": round(100 * limit / micros, 1) if limit else None}  # fmt: skip
-            print(f"  {row['node']:2} {row['op']:8} {shape!s:20} /{row['stride']} {row['algorithm']:8} {micros:9.1f} µs, "
-                  f"direct {row['direct_us'] or 0:9.1f}, {row['of_direct_limit_pct'] or 0:6.1f}% of limit")  # fmt: skip
+            print(f"  {row['node']:2} {row['op']:8} {shape!s:20} /{row['stride']} {row['algorithm']:8} {micros:9.1f} µs"
+                  f" (direct {row['direct_us'] or 0:9.1f}) {row['of_direct_limit_pct'] or 0:6.1f}% of the limit")
         append_record("latency/layers", {"model": name, "batch": batch, "nodes": rows, **limits})
 
 
