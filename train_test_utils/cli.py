@@ -45,7 +45,7 @@ def parse_arguments(model_name: str, words: list[str]) -> Arguments:
     add("--seeds", nargs="+", type=int, default=[0])
     add("--quick", action="store_true", help="handwritten digits and a few rows: minutes on a CPU, nothing to download")
     add("--budget", type=float, metavar="FRACTION",
-        help="scale every recipe's optimizer steps; recorded in the rows (default: 1, with --quick 0.05)")  # fmt: skip
+        help="scale every recipe's optimizer steps; recorded in the rows (default: 1, with --quick 0.04)")  # fmt: skip
     add("--holdout", type=float, default=0.0, metavar="FRACTION",
         help="measure on this part of the training split, left out of training: for choosing")  # fmt: skip
     add("--measure-again", action="store_true", help="pack and measure rows again that are done, without training them")
@@ -58,7 +58,7 @@ def parse_arguments(model_name: str, words: list[str]) -> Arguments:
         help="options of the model's constructor, e.g. stem=maxpool")  # fmt: skip
     given = parser.parse_args(words)
     try:
-        budget = given.budget if given.budget is not None else (0.05 if given.quick else 1.0)
+        budget = given.budget if given.budget is not None else (0.04 if given.quick else 1.0)
         if not 0 < budget <= 100:
             raise ValueError(f"--budget is a fraction above 0, 1 for the full recipes, not {budget:g}")
         device = pick_device(given.device)

@@ -216,7 +216,7 @@ class Run:
             "file_bytes": os.path.getsize(path), "float_file_bytes": os.path.getsize(float_path),
             "ideal_bytes": ideal_bytes(packed), "zero_fraction": round(code_zero_fraction(model), 5),
             "weight_bits": weight_bits(packed), "macs": count_macs(packed),
-            **latency_beside(floating, packed),
+            **latency_beside(floating, packed, seconds=2.0 if args.quick else 6.0),
             "device": device_name(args.device), "latency_device": device_name(torch.device("cpu")),
             "threads": torch.get_num_threads(),
             "backend": backend_of(packed), "budget": args.budget,
