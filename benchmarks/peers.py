@@ -3,6 +3,9 @@
 Integer engines get what their own tools make of the float model: onnxruntime static QDQ (per channel, unsigned
 activations, signed weights), OpenVINO through nncf.quantize with its default preset. They all see the same images for
 calibration.
+
+Tried and left out: MNN 3.6.1's quantizer and OpenVINO 2026.4's compilation of 2-bit constants abort the process on these
+networks; ncnn's package has no tool that makes an int8 model.
 """
 
 from __future__ import annotations
@@ -167,6 +170,33 @@ def ort_2bit(model: nn.Module, x: Tensor) -> Run:
     return _ort_session(path, x)
 
 
+def litespark(model: nn.Module, x: Tensor) -> Run:
+    """Only for chains of linear layers and ReLUs: ternary weights at 2 bits, int8 activations, one scale a tensor."""
+    from litespark_inference.torchless import kernel
+    from litespark_inference.torchless.pack import pack_ternary_4_per_byte
+
+    random, images = np.random.default_rng(0), x.contiguous().numpy()
+    weights = [
+        pack_ternary_4_per_byte(random.integers(-1, 2, tuple(layer.weight.shape), dtype=np.int8))
+        for layer in model if isinstance(layer, nn.Linear)
+    ]  # fmt: skip
+
+    def run() -> np.ndarray:
+        values = images
+        for i, packed in enumerate(weights):
+            values = np.maximum(values, 0, out=values) if i else values
+            codes, scales = np.empty(values.shape, np.int8), np.empty(len(values), np.float32)
+            if len(values) == 1:
+                scale = kernel.quantize_activation(values[0], codes[0])
+                values = kernel.matmul_packed_m1(codes[0], packed, 0.01, scale)[None]
+            else:
+                kernel.quantize_activation_batched(values, codes, scales)
+                values = kernel.matmul_packed_mT(codes, scales, packed, 0.01)
+        return values
+
+    return run
+
+
 FLOAT = (torch_fp32, torch_bf16, torch_fp32_compiled, torch_bf16_compiled, ort_fp32, openvino_fp32, openvino_default)
 INT8 = (ort_int8, ort_int8_dynamic, openvino_int8)
-TWO_BIT = (ort_2bit,)
+TWO_BIT = (ort_2bit, litespark)
