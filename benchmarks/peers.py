@@ -4,7 +4,7 @@ Integer engines get what their own tools make of the float model: onnxruntime st
 activations, signed weights), OpenVINO through nncf.quantize with its default preset. They all see the same images for
 calibration.
 
-Tried and left out: MNN 3.6.1's quantizer and OpenVINO 2026.4's compilation of 2-bit constants abort the process on these
+Tried and left out: MNN 3.6.1's quantizer and OpenVINO 2026.4's compiler of 2-bit constants abort the process on these
 networks; ncnn's package has no tool that makes an int8 model.
 """
 
