@@ -15,7 +15,7 @@ from tests import networks
 from train_test_utils.data import ImageDataset, Split
 from train_test_utils.experiment import Run
 from train_test_utils.rows import Row
-from train_test_utils.transforms import CalibratedTernary, ReconstructedTernary
+from train_test_utils.transforms import CalibratedStart, CalibratedTernary, ReconstructedTernary
 
 RANK = "ignore:fewer positions than weights:UserWarning"
 pytestmark = pytest.mark.filterwarnings(RANK)
@@ -132,6 +132,27 @@ def test_the_structure_alone_takes_the_weights_of_the_whole(kind: str, act_bits:
     rebuilt.load_state_dict(whole.state_dict())
     with torch.no_grad():
         assert torch.equal(rebuilt(images), whole(images))
+
+
+@pytest.mark.parametrize("kind", ["alexnet_like", "vit_like"])
+def test_training_starts_from_the_calibrated_codes_and_moves_them(kind: str) -> None:
+    model, images = networks.make(kind), networks.images(32)
+    calibrated = CalibratedTernary(act_bits=8)(copy.deepcopy(model), images, 0)
+    start = CalibratedStart(act_bits=8)
+    trainable = start(copy.deepcopy(model), images, 0)
+    torch.testing.assert_close(trainable(images), calibrated(images))
+    layers = [m for m in trainable.modules() if isinstance(m, (BitConv2d, BitLinear))]
+    before = [layer.quantized_weight()[0] for layer in layers]
+    optimizer = torch.optim.SGD(trainable.parameters(), lr=0.5)
+    for _ in range(5):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(trainable(images), torch.arange(32) % 10).backward()
+        optimizer.step()
+    assert any(not torch.equal(layer.quantized_weight()[0], codes) for layer, codes in zip(layers, before, strict=True))
+    rebuilt = start.structure(copy.deepcopy(model), images, 0)
+    rebuilt.load_state_dict(trainable.state_dict())
+    with torch.no_grad():
+        assert torch.equal(rebuilt(images), trainable(images))
 
 
 def test_calibration_sees_neither_labels_nor_test_images() -> None:
