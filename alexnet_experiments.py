@@ -15,7 +15,7 @@ from quantization_utils.post_training import Settings
 from train_test_utils.experiment import main
 from train_test_utils.recipe import Recipe, sgd
 from train_test_utils.rows import Prune, Row, Ternary
-from train_test_utils.transforms import CalibratedTernary, ReconstructedTernary
+from train_test_utils.transforms import CalibratedStart, CalibratedTernary, ReconstructedTernary
 
 SCRATCH = Recipe(epochs=100, lr=0.05, optimizer=sgd, weight_decay=5e-4, clip_norm=5.0)
 FINETUNE = replace(SCRATCH, epochs=30, lr=0.01, weight_decay=1e-4)
@@ -23,10 +23,12 @@ SHORT = replace(FINETUNE, epochs=15)
 
 LINEAR = Ternary(mse_optimal, only=nn.Linear)
 QAT = Ternary(absmean_fitted, act_bits=8)
+CALIBRATED = CalibratedStart(act_bits=8)
 
 ROWS = [
     #   name                    starts from  then transformed by                            then trained with
     Row("float",                None,        [],                                            SCRATCH),
+    Row("float_finetuned",      "float",     [],                                            FINETUNE),
     # After training, weights only
     Row("ptq_linear",           "float",     [LINEAR],                                      None),
     Row("ptq_all_per_tensor",   "float",     [Ternary(absmean_per_tensor)],                 None),
@@ -48,6 +50,10 @@ ROWS = [
     Row("qat_all_6bit_acts",    "float",     [replace(QAT, act_bits=6)],                    FINETUNE),
     Row("qat_all_weight_only",  "float",     [replace(QAT, act_bits=None)],                 FINETUNE),
     Row("qat_all_8bit_ends",    "float",     [replace(QAT, ends=int8_absmax)],              FINETUNE),
+    # ... and from the codes of ptq_all_corrected, where the rows above start from the nearest ones
+    Row("qat_all_calibrated",   "float",     [CALIBRATED],                                  FINETUNE),
+    Row("qat_all_calibrated_6bit_acts", "float", [replace(CALIBRATED, act_bits=6)],     FINETUNE),
+    Row("qat_all_calibrated_weight_only", "float", [replace(CALIBRATED, act_bits=None)], FINETUNE),
     *[Row(f"qat_all_{score.__name__}_{p}", "float", [Prune(score, p / 100), QAT],           SHORT)
       for score in (random, l1, l2_filters, l1_global) for p in (30, 50, 70, 90)],
 ]  # fmt: skip

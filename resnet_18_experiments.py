@@ -16,7 +16,7 @@ from quantization_utils.post_training import Settings
 from train_test_utils.experiment import main
 from train_test_utils.recipe import Recipe, sgd
 from train_test_utils.rows import Prune, Reinitialize, Row, Ternary
-from train_test_utils.transforms import CalibratedTernary, ReconstructedTernary
+from train_test_utils.transforms import CalibratedStart, CalibratedTernary, ReconstructedTernary
 
 SCRATCH = Recipe(epochs=200, lr=0.1, optimizer=sgd, weight_decay=5e-4, cutout=8)
 FINETUNE = replace(SCRATCH, epochs=60, lr=0.02, weight_decay=1e-4)
@@ -24,6 +24,7 @@ SHORT = replace(FINETUNE, epochs=30)
 
 LINEAR = Ternary(mse_optimal, only=nn.Linear)
 QAT = Ternary(absmean_fitted, act_bits=8)
+CALIBRATED = CalibratedStart(act_bits=8)
 
 ROWS = [
     #   name                    starts from  then transformed by                            then trained with
@@ -52,6 +53,10 @@ ROWS = [
     Row("qat_all_4bit_acts",    "float",     [replace(QAT, act_bits=4)],                    FINETUNE),
     Row("qat_all_weight_only",  "float",     [replace(QAT, act_bits=None)],                 FINETUNE),
     Row("qat_all_8bit_ends",    "float",     [replace(QAT, ends=int8_absmax)],              FINETUNE),
+    # ... and from the codes of ptq_all_corrected, where the rows above start from the nearest ones
+    Row("qat_all_calibrated",   "float",     [CALIBRATED],                                  FINETUNE),
+    Row("qat_all_calibrated_6bit_acts", "float", [replace(CALIBRATED, act_bits=6)],     FINETUNE),
+    Row("qat_all_calibrated_weight_only", "float", [replace(CALIBRATED, act_bits=None)], FINETUNE),
     # What each ingredient of qat_all does: it is left out or put in
     Row("qat_all_from_scratch", "float",     [Reinitialize(), QAT],                         SCRATCH),
     Row("qat_all_absmean",      "float",     [replace(QAT, quantizer=absmean)],             FINETUNE),

@@ -16,13 +16,14 @@ from quantization_utils.post_training import Settings
 from train_test_utils.experiment import main
 from train_test_utils.recipe import Recipe, adamw
 from train_test_utils.rows import Prune, Row, Ternary
-from train_test_utils.transforms import CalibratedTernary, ReconstructedTernary
+from train_test_utils.transforms import CalibratedStart, CalibratedTernary, ReconstructedTernary
 
 FROM_SCRATCH = Recipe(epochs=200, lr=1e-3, optimizer=adamw, weight_decay=0.05, label_smoothing=0.1, clip_norm=1.0)
 PRETRAINED = Recipe(epochs=7, lr=5e-5, optimizer=adamw, weight_decay=0.01, batch_size=32, clip_norm=1.0)
 
 LINEAR = Ternary(mse_optimal, only=nn.Linear)
 QAT = Ternary(absmean_fitted, act_bits=8)
+CALIBRATED = CalibratedStart(act_bits=8)
 QAT_LINEAR = replace(QAT, only=nn.Linear)
 
 
@@ -34,6 +35,7 @@ def rows(options: dict) -> list[Row]:
     return [
         #   name                    starts from  then transformed by                            then trained with
         Row("float",                None,        [],                                            first),
+        Row("float_finetuned",      "float",     [],                                            finetune),
         # After training, weights only
         Row("ptq_linear",           "float",     [LINEAR],                                      None),
         Row("ptq_all_per_tensor",   "float",     [Ternary(absmean_per_tensor)],                 None),
@@ -52,6 +54,8 @@ def rows(options: dict) -> list[Row]:
         Row("qat_all_per_tensor",   "float",     [replace(QAT, quantizer=absmean_per_tensor)],  finetune),
         Row("qat_all_weight_only",  "float",     [replace(QAT, act_bits=None)],                 finetune),
         Row("qat_all_8bit_ends",    "float",     [replace(QAT, ends=int8_absmax)],              finetune),
+        # ... and from the codes of ptq_all_corrected, where the rows above start from the nearest ones
+        Row("qat_all_calibrated",   "float",     [CALIBRATED],                                  finetune),
         # As the earlier study: pruned, then quantization-aware
         *[Row(f"qat_linear_{score.__name__}_{p}", "float", [Prune(score, p / 100, only=nn.Linear), QAT_LINEAR], short)
           for score in (random, l1, l2_filters, l1_global) for p in (30, 50, 70, 90)],
