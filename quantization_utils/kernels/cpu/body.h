@@ -18,6 +18,12 @@ static inline T load_part(const void* from, int size) {
   return value;
 }
 
+template <typename T>
+static inline void store_part(void* to, T value, int size) {
+  if (size == (int)sizeof(T)) __builtin_memcpy(to, &value, sizeof(T));  // one instruction
+  else __builtin_memcpy(to, &value, size);
+}
+
 // Loops over pixels and vectors, unrolled by the preprocessor: with indices that are constants from the start the compiler
 // keeps the accumulators in registers (an ordinary loop is unrolled too late for that, and they pass through the stack).
 #define EACH(I, COUNT, N, ...) if constexpr (N < COUNT) { constexpr int I = N; __VA_ARGS__ }

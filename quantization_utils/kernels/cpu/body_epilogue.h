@@ -1,49 +1,57 @@
 // Part of body.h: from accumulators to a node's output.
 
-// Adding and removing 1.5 * 2^23 rounds a float of magnitude < 2^22 to the nearest integer, ties to even, as rint does; the
-// low bits of the sum are that integer. Values are clamped first (the bounds are integers, so the order does not matter).
+// Adding 1.5 * 2^23 rounds a float of magnitude < 2^22 to the nearest integer, ties to even, as rint does; the low bits of the
+// sum are that integer, and larger sums have larger bits, taken as an integer (smaller than -1.5 * 2^23: negative ones).
 static constexpr float kRound = 12582912.0f;
+static constexpr int32_t kRoundBits = 0x4B400000;
 
 enum class Residual { kNone, kBytes, kFloats };
 
-// One vector of channels of one pixel, of which n are real; `at` is its first channel within the pixel.
+// What a whole tile has in common, copied: behind a reference it would be loaded again after every byte that is stored.
+struct Finish {
+  explicit Finish(const Epilogue& e)
+      : residual_gain(floats{} + e.residual_gain), shift(e.shift), top(ints{} + kRoundBits + e.out_max), relu(e.relu) {}
+  floats residual_gain;
+  int shift;
+  ints top;
+  bool relu;
+};
+
+// One vector of channels of one pixel, of which n are real, with that vector's residual.
 template <Residual R, bool BYTES>
-static inline void finish_vector(const Epilogue& e, const Output& o, int p, int at, int n, ints acc, floats gain, floats bias) {
-  floats y = __builtin_convertvector(acc >> e.shift, floats) * gain;
+static inline void finish_vector(const Finish& f, void* out, const void* residual, int n, ints acc, floats gain, floats bias) {
+  floats y = __builtin_convertvector(acc >> f.shift, floats) * gain;
   y = y + bias;
   if constexpr (R == Residual::kFloats) {
-    const float* from = (const float*)o.residual[p] + at;
-    y = y + (n == LANES ? *(const floats*)from : load_part<floats>(from, n * 4)) * e.residual_gain;
+    y = y + (n == LANES ? *(const floats*)residual : load_part<floats>(residual, n * 4)) * f.residual_gain;
   } else if constexpr (R == Residual::kBytes) {
-    const uint8_t* from = (const uint8_t*)o.residual[p] + at;
-    y = y + bytes_to_floats(n == LANES ? *(const bytes*)from : load_part<bytes>(from, n)) * e.residual_gain;
+    y = y + bytes_to_floats(n == LANES ? *(const bytes*)residual : load_part<bytes>(residual, n)) * f.residual_gain;
   }
   if constexpr (BYTES) {  // the clamp is the ReLU
-    const floats top = floats{} + (float)e.out_max;
-    y = y > 0.0f ? y : floats{};
-    y = y < top ? y : top;
-    const bytes q = ints_to_bytes((ints)(y + kRound) & 255);
-    uint8_t* to = (uint8_t*)o.out[p] + at;
-    if (n == LANES) *(bytes*)to = q;
-    else __builtin_memcpy(to, &q, n);
+    const ints zero = ints{} + kRoundBits;
+    ints q = (ints)(y + kRound);
+    q = q > zero ? q : zero;
+    q = q < f.top ? q : f.top;
+    store_part<bytes>(out, ints_to_bytes(q & 255), n);
   } else {
-    if (e.relu) y = y > 0.0f ? y : floats{};
-    float* to = (float*)o.out[p] + at;
-    if (n == LANES) *(floats*)to = y;
-    else __builtin_memcpy(to, &y, n * 4);
+    if (f.relu) y = y > 0.0f ? y : floats{};
+    store_part<floats>(out, y, n * 4);
   }
 }
 
 template <Residual R, bool BYTES, bool ROW_SCALE>
 static void finish_kind(const Epilogue& e, const Output& o, const int32_t* acc, int pixels, int channels) {
   const int vectors = (channels + LANES - 1) / LANES;
+  const Finish f(e);
   for (int j = 0; j < vectors; ++j) {
     const int n = channels - j * LANES < LANES ? channels - j * LANES : LANES;
     const floats gain = *(const floats*)(e.gain + j * LANES), bias = *(const floats*)(e.bias + j * LANES);
     for (int p = 0; p < pixels; ++p) {
+      void* const out = (char*)o.out[p] + j * LANES * (BYTES ? 1 : 4);
+      const void* const residual = R == Residual::kNone ? nullptr : (const char*)o.residual[p] + j * LANES * (R == Residual::kBytes ? 1 : 4);
       const ints sum = *(const ints*)(acc + (p * vectors + j) * LANES);
-      if constexpr (ROW_SCALE) finish_vector<R, BYTES>(e, o, p, j * LANES, n, sum, gain * o.row_scale[p], bias);
-      else finish_vector<R, BYTES>(e, o, p, j * LANES, n, sum, gain, bias);
+      if constexpr (ROW_SCALE) finish_vector<R, BYTES>(f, out, residual, n, sum, gain * o.row_scale[p], bias);
+      else finish_vector<R, BYTES>(f, out, residual, n, sum, gain, bias);
     }
   }
 }

@@ -13,7 +13,7 @@ static inline void transform_line(const u8 (&d)[5], u8 (&v)[5]) {
   v[0] = d[0] - d[2], v[1] = d[2], v[2] = d[2] - d[4], v[3] = d[1], v[4] = d[3];
 }
 
-// V = B^T d B of WIDTH channels, in bytes modulo 256, +128 where the position can be negative.
+// V = B^T d B of WIDTH channels, in signed bytes, -128 where the position can exceed them.
 template <int SIDE, int WIDTH>
 static inline void transform_patch(const uint8_t* d, int64_t row, int64_t pixel, uint8_t* v, int64_t v_stride) {
   typedef uint8_t u8 __attribute__((vector_size(WIDTH), aligned(1), may_alias));
@@ -36,9 +36,45 @@ static void transform_channels(const uint8_t* d, int64_t row, int64_t pixel, int
   for (; c < channels; c += 4) transform_patch<SIDE, 4>(d + c, row, pixel, v + c, v_stride);  // channels is a multiple of 4
 }
 
-static void winograd_input(int side, const uint8_t* d, int64_t row, int64_t pixel, int channels, uint8_t* v, int64_t v_stride) {
-  if (side == 4) transform_channels<4>(d, row, pixel, channels, v, v_stride);
-  else transform_channels<5>(d, row, pixel, channels, v, v_stride);
+typedef uint8_t wide __attribute__((vector_size(LANES * 4), aligned(1), may_alias));
+static inline wide load_channels(const uint8_t* from, int n) { return n == LANES * 4 ? *(const wide*)from : load_part<wide>(from, n); }
+
+// kWinogradOffset times the sums of d over the channels of the pixels that kernels.h names.
+template <int SIDE>
+static inline void excess_sums(const uint8_t* d, int64_t row, int64_t pixel, int channels, int32_t* excess) {
+  constexpr int kStep = SIDE == 4 ? 2 : 1, kSize = SIDE == 4 ? 1 : 2, kWide = LANES * 4;
+  const vec ten = (vec)(ints{} + 0x01010101 * kWinogradOffset);
+  vec sums[4] = {};
+  for (int c = 0; c < channels; c += kWide) {
+    const int n = channels - c < kWide ? channels - c : kWide;
+    wide line[2][SIDE];  // for each output row, its pixels' sum down a column
+    for (int x = 0; x < SIDE; ++x)
+      for (int y = 0; y < 2; ++y) {
+        line[y][x] = wide{};
+        for (int k = 0; k <= kSize; ++k) line[y][x] += load_channels(d + c + (y * kSize + k * kStep) * row + x * pixel, n);
+      }
+    for (int y = 0; y < 2; ++y)
+      for (int x = 0; x < 2; ++x)
+        for (int k = 0; k <= kSize; ++k) sums[y * 2 + x] = dot<Weights::kSmall>(sums[y * 2 + x], (vec)line[y][x * kSize + k * kStep], ten);
+  }
+  typedef int32_t four __attribute__((vector_size(16), aligned(4), may_alias));
+  alignas(64) int32_t by_lane[4 * LANES], quarter[16];
+  for (int i = 0; i < 4; ++i) store_ints(by_lane + i * LANES, sums[i]);
+  for (int i = 0; i < 4; ++i) {
+    four sum = *(const four*)(by_lane + i * LANES);
+    for (int l = 4; l < LANES; l += 4) sum += *(const four*)(by_lane + i * LANES + l);
+    *(four*)(quarter + i * 4) = sum;
+  }
+  for (int i = 0; i < 4; ++i) {
+    int32_t x = quarter[i * 4];
+    for (int l = 1; l < 4; ++l) x += quarter[i * 4 + l];
+    excess[i] = x;
+  }
+}
+
+static void winograd_input(int side, const uint8_t* d, int64_t row, int64_t pixel, int channels, uint8_t* v, int64_t v_stride, int32_t* excess) {
+  if (side == 4) transform_channels<4>(d, row, pixel, channels, v, v_stride), excess_sums<4>(d, row, pixel, channels, excess);
+  else transform_channels<5>(d, row, pixel, channels, v, v_stride), excess_sums<5>(d, row, pixel, channels, excess);
 }
 
 // A^T in one dimension: SIDE values to 2.
@@ -50,9 +86,8 @@ static inline void combine(const T* m, int64_t step, T& y0, T& y1) {
 }
 
 // The nine numbers that a kernel's U is made of, from their five bytes (kernels.h): column B of the three.
-typedef uint8_t wide __attribute__((vector_size(LANES * 4), aligned(1), may_alias));
-static inline wide low_nibble(const uint8_t* w) { return (((wide)load_weights(w) + (wide)load_weights(w)) & 0x1E) - 16; }
-static inline wide high_nibble(const uint8_t* w) { return (wide)((vec)((ints)load_weights(w) >> 3) & (vec)(ints{} + 0x1E1E1E1E)) - 16; }
+static inline wide low_nibble(const uint8_t* w) { return (((wide)load_weights(w) + (wide)load_weights(w)) & 0x1E); }
+static inline wide high_nibble(const uint8_t* w) { return (wide)((vec)((ints)load_weights(w) >> 3) & (vec)(ints{} + 0x1E1E1E1E)); }
 
 template <int B>
 static inline void base_column(const uint8_t* w, wide (&v)[3]) {
@@ -91,17 +126,19 @@ template <int SIDE, int P, int COLUMN>
 static inline void winograd_column(const WinogradTile& t, ints* rows) {
   const uint8_t* w = t.weights;
   vec acc[SIDE][P];
-  EACH_ROW(const vec start = load_ints(t.init + (COLUMN * SIDE + i) * LANES); EACH_PIXEL(acc[i][p] = start;))
-  const uint8_t* a = t.input + COLUMN * t.position_stride;
+  EACH_ROW(const vec start = winograd_has_offset(SIDE, i, COLUMN) ? load_ints(t.init) : vec{}; EACH_PIXEL(acc[i][p] = start;))
+  const uint8_t* a[P];
+  EACH_PIXEL(a[p] = t.input + COLUMN * t.position_stride + p * t.tile_stride;)
   const int64_t row = SIDE * t.position_stride;
   constexpr int kStep = 5 * LANES * 4 / SIDE;
   const uint8_t* next = t.next_weights + (int64_t)COLUMN * t.groups * kStep;
   for (int64_t g = 0; g < t.groups; ++g) {
     vec u[SIDE];
     column_weights<SIDE, COLUMN>(w, u);
-    EACH_ROW(EACH_PIXEL(acc[i][p] = dot<Weights::kSmall>(acc[i][p], broadcast(a + i * row + p * t.tile_stride + g * 4), u[i]);))
+    EACH_ROW(EACH_PIXEL(acc[i][p] = dot_four(acc[i][p], u[i], a[p] + i * row);))
     // Each column fetches its share of the weights that come next, from the outer caches to the inner: early and evenly.
     __builtin_prefetch(next), __builtin_prefetch(next + kStep / 2);
+    EACH_PIXEL(a[p] += 4;)
     next += kStep, w += 5 * LANES * 4;
   }
   EACH_PIXEL(alignas(64) ints m[SIDE]; EACH_ROW(m[i] = (ints)acc[i][p];)
@@ -109,13 +146,19 @@ static inline void winograd_column(const WinogradTile& t, ints* rows) {
 }
 
 template <Residual R, bool BYTES, int SIDE>
-static inline void winograd_finish(const Epilogue& e, const Output& o, const ints* rows, int tiles, int channels) {
+static inline void winograd_finish(const Epilogue& e, const Output& o, const ints* rows, const int32_t* excess, int tiles, int channels) {
   const floats gain = *(const floats*)e.gain, bias = *(const floats*)e.bias;
+  const Finish f(e);
+  const int64_t out = o.first_channel * (BYTES ? 1 : 4), residual = o.first_channel * (R == Residual::kBytes ? 1 : 4);
   for (int r = 0; r < tiles * 2; ++r) {
     alignas(64) ints y[2];
     combine<SIDE>(rows + r, tiles * 2, y[0], y[1]);
-    for (int x = 0; x < 2; ++x)
-      if (o.out[r * 2 + x]) finish_vector<R, BYTES>(e, o, r * 2 + x, o.first_channel, channels, y[x], gain, bias);
+    for (int x = 0; x < 2; ++x) {
+      const int p = r * 2 + x;
+      if (!o.out[p]) continue;
+      const void* const from = R == Residual::kNone ? nullptr : (const char*)o.residual[p] + residual;
+      finish_vector<R, BYTES>(f, (char*)o.out[p] + out, from, channels, y[x] - excess[p], gain, bias);
+    }
   }
 }
 
@@ -125,7 +168,7 @@ static void winograd_tiles(const WinogradTile& t, const Epilogue& e, const Outpu
   winograd_column<SIDE, P, 0>(t, rows), winograd_column<SIDE, P, 1>(t, rows);
   winograd_column<SIDE, P, 2>(t, rows), winograd_column<SIDE, P, 3>(t, rows);
   if constexpr (SIDE == 5) winograd_column<SIDE, P, 4>(t, rows);
-  by_kind(e, o, [&](auto residual, auto to_bytes) { winograd_finish<residual.value, to_bytes.value, SIDE>(e, o, rows, P, channels); });
+  by_kind(e, o, [&](auto residual, auto to_bytes) { winograd_finish<residual.value, to_bytes.value, SIDE>(e, o, rows, t.excess, P, channels); });
 }
 
 template <int SIDE, int MOST>

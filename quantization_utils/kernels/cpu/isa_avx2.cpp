@@ -44,6 +44,8 @@ static inline vec dot(vec acc, vec a, vec w) {
   const vec w_even = _mm256_srai_epi16(_mm256_slli_epi16(w, 8), 8), w_odd = _mm256_srai_epi16(w, 8);
   return _mm256_add_epi32(acc, _mm256_add_epi32(_mm256_madd_epi16(a_even, w_even), _mm256_madd_epi16(a_odd, w_odd)));
 }
+// As dot, of unsigned bytes with four signed ones from memory.
+static inline vec dot_four(vec acc, vec a, const uint8_t* four) { return dot<Weights::kSmall>(acc, a, broadcast(four)); }
 #define bytes_to_floats(b) __builtin_convertvector(b, floats)
 #define ints_to_bytes(i) __builtin_convertvector(i, bytes)
 #include "body.h"

@@ -41,6 +41,11 @@ static inline vec dot(vec acc, vec a, vec w) {
   __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(w));  // the intrinsic makes GCC copy every accumulator
   return acc;
 }
+// As dot, of unsigned bytes with four signed ones from memory.
+static inline vec dot_four(vec acc, vec a, const uint8_t* four) {
+  __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(a), "m"(*(const int32_t __attribute__((may_alias))*)four));
+  return acc;
+}
 static inline __m512 bytes_to_floats_(__m128i b) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(b)); }
 #define bytes_to_floats(b) ((floats)bytes_to_floats_((__m128i)(b)))
 #define ints_to_bytes(i) ((bytes)_mm512_cvtepi32_epi8((__m512i)(i)))

@@ -44,6 +44,8 @@ static inline vec dot(vec acc, vec a, vec w) {
   acc += (vec)(ua >> 24) * (w >> 24);
   return acc;
 }
+// As dot, of unsigned bytes with four signed ones from memory.
+static inline vec dot_four(vec acc, vec a, const uint8_t* four) { return dot<Weights::kSmall>(acc, a, broadcast(four)); }
 #define bytes_to_floats(b) __builtin_convertvector(b, floats)
 #define ints_to_bytes(i) __builtin_convertvector(i, bytes)
 #include "body.h"

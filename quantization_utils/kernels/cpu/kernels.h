@@ -41,24 +41,30 @@ struct Tile {
 //   B^T = [1 0 -1 0; 0 1 1 0; 0 -1 1 0; 0 1 0 -1]   2G = [2 0 0; 1 1 1; 1 -1 1; 0 0 2]   A^T = [1 1 1 0; 0 1 -1 -1]
 // Stride 2, side 5, is F(2,2) over the odd inputs with the outer taps, and the even inputs times the middle tap; |u| <= 4:
 //   B^T d = (d0 - d2, d2, d2 - d4, d1, d3)   G g = (g0, g0 + g2, g2, g1, g1)   A^T m = (m0 + m1 + m3, m1 - m2 + m4)
-// With activations of at most 63, V lies in +-126 and +128 makes it an unsigned byte, except where it is a sum or a plain
-// input in both dimensions (0 ... 252): those have no offset. The accumulators start at -128 * sum(u) where there is one.
+// With activations of at most 63, V lies in +-126, a signed byte, except where stride 1 has a sum in both dimensions (0 ... 252):
+// there 128 is taken off, and the accumulators start at 128 * sum(u).
+// The products take the weights as the unsigned factor, because a processor reads four signed bytes from memory, spreads them
+// and multiplies in one instruction. So U is made of v + 10, between 1 and 48 everywhere, and Y is too large by
+//   10 * A^T (B^T d B * o o^T) A summed over channels,   o = 1, or (1, 2, 1, 1, 1) for stride 2, whose second row adds two,
+// which is ten times the sum of d over the pixels (y, x), y + 2 and x + 2 (stride 1), or over y ... y + 2, x ... x + 2
+// (stride 2): the same for all output channels, taken with the transform and taken off at the end.
 // G has one row too many for its rank: with v = (2 g0, g0 + g1 + g2, 2 g2) in both dimensions, nine numbers, stride 1's U is
 // v in rows and columns 0, 1, 3 and v0 + v2 - v1 in 2; stride 2's is made of v = 2 g, without a division, so Y is twice the
-// result there. Eight of the nine are even and within +-6 (8 + v/2 is a nibble), the one in the middle is within +-9: five bytes
+// result there. Eight of the nine are even and within +-6 (5 + v/2 is a nibble), the one in the middle is within +-9: five bytes
 // for a kernel instead of 16 or 25, small enough to come from the outer caches as fast as they are used.
-// |M| <= 255 * 9 * C, and Y is a sum of at most nine: below 2^31 for C < 100,000.
-static constexpr bool winograd_has_offset(int side, int i, int j) {
-  return side == 4 ? !(i == 1 && j == 1) : i == 0 || i == 2 || j == 0 || j == 2;
-}
+// Pair sums of AVX2's vpmaddubsw: 2 * 48 * 128 <= 32,767. |M| <= 48 * 128 * C, and Y is a sum of at most nine: below 2^31 for
+// C < 38,000.
+constexpr int kWinogradOffset = 10;
+static constexpr bool winograd_has_offset(int side, int i, int j) { return side == 4 && i == 1 && j == 1; }
 
 struct WinogradTile {
   const uint8_t* input;          // transformed: [position][tile][channel]
+  const int32_t* excess;         // [tile][2][2]: by how much the outputs are too large
   int64_t position_stride, tile_stride;
   int tiles, groups;             // tiles: 1 ... tiles[] of the instruction set; groups of 4 input channels
   const uint8_t* weights;        // [group][5][lanes * 4 bytes]: v00 | v20 << 4, v02 | v22 << 4, v10 | v12 << 4, v01 | v21 << 4, v11
   const uint8_t* next_weights;   // those of the following call, to be fetched meanwhile
-  const int32_t* init;           // [column][row][lanes]
+  const int32_t* init;           // [lanes]: start of the accumulators where there is an offset
 };
 
 // y = float(acc >> shift) * gain_n [* row scale]; y += bias_n; y += residual * residual_gain; ReLU; round; clamp.
@@ -100,8 +106,8 @@ struct Kernels {
   void (*multiply)(Weights, const Tile&, int32_t* acc);
   // `pixels` rows of acc (vectors * lanes apart) to output.
   void (*finish)(const Epilogue&, const Output&, const int32_t* acc, int pixels, int channels);
-  // V[position][channel] of one patch of side x side pixels, positions `v_stride` bytes apart.
-  void (*winograd_input)(int side, const uint8_t* patch, int64_t row_stride, int64_t pixel_stride, int channels, uint8_t* v, int64_t v_stride);
+  // V[position][channel] of one patch of side x side pixels, positions `v_stride` bytes apart, and its excess[2][2].
+  void (*winograd_input)(int side, const uint8_t* patch, int64_t row_stride, int64_t pixel_stride, int channels, uint8_t* v, int64_t v_stride, int32_t* excess);
   // Products, output transform and epilogue for one vector of channels, of which `channels` are real; outputs [tile][2][2].
   void (*winograd)(int side, const WinogradTile&, const Epilogue&, const Output&, int channels);
   // float32 image planes -> uint8 NHWC row of `width` pixels, `stride` bytes each, round(x * 255) clamped to 0 … 255

@@ -38,7 +38,7 @@ struct Panels {
   int runs = 0, groups = 0, block = 0;
   int64_t block_bytes = 0;
   Bytes bytes;
-  std::vector<int32_t> init;  // per padded channel; Winograd: [vector of channels][column][row][lanes]
+  std::vector<int32_t> init;  // per padded channel
 };
 
 // weight(n, run, i): code of output channel n at byte i of a run; zero-padded to whole groups and blocks.
@@ -126,7 +126,7 @@ class Network {
   void run_direct(Plan& plan, int node, Member& member);
   void run_winograd(Plan& plan, int node, Member& member);
   void tile_outputs(Plan& plan, int node, int64_t first, int count, Output& to) const;
-  void run_tiles(const Step& step, const NodeSpec& s, int vector, int tiles, const uint8_t* v, int channels, Output& to) const;
+  void run_tiles(const Step& step, const NodeSpec& s, int vector, int tiles, const uint8_t* v, const int32_t* excess, int channels, Output& to) const;
   void run_max_pool(Plan& plan, int node, Member& member);
   void run_avg_pool(Plan& plan, int node, Member& member);
   uint8_t* scratch(int thread, size_t bytes);

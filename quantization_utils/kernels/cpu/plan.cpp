@@ -55,9 +55,9 @@ Plan& Network::plan(int batch, int height, int width) {
 int Network::winograd_side(const Plan& plan, int node) const {
   const NodeSpec& s = nodes_[node];
   const Value& in = plan.values[s.input + 1];
-  // Fewer than 16 channels are not worth a transform.
+  // Fewer than 16 channels are not worth a transform; more than 38,000 could overflow.
   const bool possible = s.op == Op::kConv && s.ternary && s.kernel[0] == 3 && s.kernel[1] == 3 && s.stride[0] == s.stride[1] &&
-                        s.stride[0] <= 2 && s.c >= 16 && s.pad_values.empty() && in.code_max <= 63 && !in.is_float;
+                        s.stride[0] <= 2 && s.c >= 16 && s.c < 38000 && s.pad_values.empty() && in.code_max <= 63 && !in.is_float;
   return !possible ? 0 : s.stride[0] == 1 ? 4 : 5;
 }
 
@@ -144,22 +144,20 @@ std::shared_ptr<Panels> Network::winograd_panels(int node, const Value& in, int 
   if (slot) return slot;
   slot = std::make_shared<Panels>();
   Panels& p = *slot;
-  const int lanes = isa_.lanes, vectors = (s.n + lanes - 1) / lanes, positions = side * side;
+  const int lanes = isa_.lanes, vectors = (s.n + lanes - 1) / lanes;
   p.kind = Weights::kSmall, p.groups = in.cs / 4, p.block = lanes;
   p.block_bytes = (int64_t)5 * in.cs * lanes;
   p.bytes.assign(vectors * p.block_bytes, 0);
-  p.init.resize((size_t)vectors * positions * lanes);
+  p.init.resize((size_t)vectors * lanes);
   for (int n = 0; n < s.n; ++n) {
-    int32_t* init = p.init.data() + (size_t)n / lanes * positions * lanes + n % lanes;
     for (int c = 0; c < in.cs; ++c) {
       int v[3][3] = {}, u[5][5] = {};
       if (c < s.c) transform_kernel(side, s.codes.data() + ((size_t)n * s.c + c) * 9, v, u);
-      auto pair = [](int low, int high) { return (uint8_t)(8 + low / 2 + (8 + high / 2) * 16); };
-      const uint8_t five[5] = {pair(v[0][0], v[2][0]), pair(v[0][2], v[2][2]), pair(v[1][0], v[1][2]), pair(v[0][1], v[2][1]), (uint8_t)v[1][1]};
+      auto pair = [](int low, int high) { return (uint8_t)((kWinogradOffset + low) / 2 + (kWinogradOffset + high) / 2 * 16); };
+      const uint8_t five[5] = {pair(v[0][0], v[2][0]), pair(v[0][2], v[2][2]), pair(v[1][0], v[1][2]), pair(v[0][1], v[2][1]), (uint8_t)(kWinogradOffset + v[1][1])};
       uint8_t* to = p.bytes.data() + n / lanes * p.block_bytes + (int64_t)c / 4 * 5 * lanes * 4 + n % lanes * 4 + c % 4;
       for (int i = 0; i < 5; ++i) to[i * lanes * 4] = five[i];
-      for (int i = 0; i < positions; ++i)
-        if (winograd_has_offset(side, i % side, i / side)) init[i * lanes] -= 128 * u[i % side][i / side];
+      p.init[n] += 128 * (kWinogradOffset + u[1][1]);  // used where there is an offset
     }
   }
   return slot;
@@ -243,7 +241,7 @@ void Network::choose(Plan& plan, int threads, const std::string& algorithm) {
     if (!step.winograd_side) continue;
     const Value &in = plan.values[nodes_[i].input + 1], &out = plan.values[i + 1];
     const int64_t tiles = (int64_t)in.n * ((out.h + 1) / 2) * ((out.w + 1) / 2) + isa_.max_pixels;
-    shared = std::max(shared, (size_t)(tiles * step.winograd_side * step.winograd_side * in.cs));
+    shared = std::max(shared, (size_t)(tiles * (step.winograd_side * step.winograd_side * in.cs + 16)));
     step.winograd = winograd_panels(i, in, step.winograd_side);
     step.algorithm = Algorithm::kWinograd;
   }

@@ -133,13 +133,13 @@ void Network::tile_outputs(Plan& plan, int node, int64_t first, int count, Outpu
   }
 }
 
-// One vector of channels of a group of tiles, from their transformed input v[position][tile][channel].
-void Network::run_tiles(const Step& step, const NodeSpec& s, int vector, int tiles, const uint8_t* v, int channels, Output& to) const {
+// One vector of channels of a group of tiles, from their transformed input v[position][tile][channel] and its excess.
+void Network::run_tiles(const Step& step, const NodeSpec& s, int vector, int tiles, const uint8_t* v, const int32_t* excess, int channels, Output& to) const {
   const Panels& panels = *step.winograd;
   const int first_channel = vector * isa_.lanes, side = step.winograd_side;
-  const WinogradTile tile = {v, (int64_t)tiles * channels, channels, tiles, panels.groups, panels.bytes.data() + vector * panels.block_bytes,
+  const WinogradTile tile = {v, excess, (int64_t)tiles * channels, channels, tiles, panels.groups, panels.bytes.data() + vector * panels.block_bytes,
                              panels.bytes.data() + std::min((int64_t)panels.bytes.size() - panels.block_bytes, (vector + 1) * panels.block_bytes),
-                             panels.init.data() + (int64_t)vector * side * side * isa_.lanes};
+                             panels.init.data() + first_channel};
   Epilogue epilogue = step.epilogue;
   epilogue.gain = step.gain.data() + first_channel, epilogue.bias = step.bias.data() + first_channel;
   epilogue.shift = side == 4 ? 2 : 1;
@@ -155,13 +155,16 @@ void Network::run_winograd(Plan& plan, int node, Member& member) {
   const int across = (out.w + 1) / 2, per_image = across * ((out.h + 1) / 2), cs = in.cs;
   const int64_t tiles = (int64_t)per_image * in.n, fewest = (tiles + isa_.tiles[side - 4] - 1) / isa_.tiles[side - 4];
   const int size = (int)((tiles + fewest - 1) / fewest);  // tiles a group: as even as can be
-  const int64_t groups = (tiles + size - 1) / size, group_bytes = (int64_t)positions * size * cs;
+  const int64_t groups = (tiles + size - 1) / size, input_bytes = (int64_t)positions * size * cs, group_bytes = input_bytes + size * 16;
   auto count = [&](int64_t group) { return (int)std::min<int64_t>(size, tiles - group * size); };
   auto transform = [&](int64_t group, int t, uint8_t* v) {
     const int64_t tile = group * size + t;
     const int y = tile % per_image / across * 2 * s.stride[0], x = tile % across * 2 * s.stride[0];
     const uint8_t* patch = in.data + tile / per_image * in.image() + in.at(y - s.padding[0], x - s.padding[1]);
-    isa_.winograd_input(side, patch, in.row(), cs, cs, v + (int64_t)t * cs, (int64_t)count(group) * cs);
+    isa_.winograd_input(side, patch, in.row(), cs, cs, v + (int64_t)t * cs, (int64_t)count(group) * cs, (int32_t*)(v + input_bytes) + t * 4);
+  };
+  auto multiply = [&](int vector, int64_t group, const uint8_t* v, Output& to) {
+    run_tiles(step, s, vector, count(group), v, (const int32_t*)(v + input_bytes), cs, to);
   };
   // Where there are many tiles, a thread transforms a few groups and uses them at once for all channels, from its cache;
   // else the threads share the transform and split channels as well.
@@ -176,7 +179,7 @@ void Network::run_winograd(Plan& plan, int node, Member& member) {
         tile_outputs(plan, node, g * size, count(g), to[g - first]);
       }
       for (int n = 0; n < vectors; ++n)
-        for (int64_t g = first; g < last; ++g) run_tiles(step, s, n, count(g), v + (g - first) * group_bytes, cs, to[g - first]);
+        for (int64_t g = first; g < last; ++g) multiply(n, g, v + (g - first) * group_bytes, to[g - first]);
     });
     return;
   }
@@ -193,7 +196,7 @@ void Network::run_winograd(Plan& plan, int node, Member& member) {
     const int64_t first = item % items * per_item, last = std::min(groups, first + per_item), n = item / items * run;
     for (int64_t g = first; g < last; ++g) tile_outputs(plan, node, g * size, count(g), to[g - first]);
     for (int64_t vector = n; vector < std::min<int64_t>(vectors, n + run); ++vector)
-      for (int64_t g = first; g < last; ++g) run_tiles(step, s, vector, count(g), plan.shared.data() + g * group_bytes, cs, to[g - first]);
+      for (int64_t g = first; g < last; ++g) multiply(vector, g, plan.shared.data() + g * group_bytes, to[g - first]);
   });
 }
 
