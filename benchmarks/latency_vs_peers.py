@@ -125,6 +125,7 @@ def measure(engines: dict[str, peers.Run], rounds: int, flushed: bool, seconds: 
         random.Random(round_index).shuffle(order)
         for name in order:
             run, times = engines[name], []
+            time.sleep(0.03)  # the threads of the engine before this one stop spinning, and leave it the cores
             for _ in range(2 if not flushed else 0):
                 run()
             for _ in range(repetitions[name]):

@@ -1,37 +1,32 @@
 // Part of body.h: the float arithmetic of a transformer encoder between its integer products.
 
+// Horner's scheme, the highest power's coefficient first.
+template <typename... Rest>
+static inline floats polynomial(floats x, float highest, Rest... rest) {
+  floats y = floats{} + highest;
+  ((y = multiply_add(y, x, floats{} + rest)), ...);
+  return y;
+}
+
 // exp(x) for x in [-87, 0], exp(-87) below; relative error below 2e-7. x = n * log(2) + r, a polynomial of
 // degree 6 for exp(r) (the coefficients of Cephes' expf, S. Moshier), and n added to the exponent's bits.
 static inline floats exponential(floats x) {
-  x = x > -87.0f ? x : floats{} - 87.0f;
+  x = larger(x, floats{} - 87.0f);
   const floats shifted = x * 1.44269504f + kRound, n = shifted - kRound;
   const floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  floats y = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  y = y * r + 8.3334519073e-3f;
-  y = y * r + 4.1665795894e-2f;
-  y = y * r + 1.6666665459e-1f;
-  y = y * r + 5.0000001201e-1f;
-  y = y * r * r + r + 1.0f;
+  const floats y = multiply_add(polynomial(r, 1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f,
+                                           5.0000001201e-1f), r * r, r + 1.0f);
   return (floats)((ints)y + (__builtin_convertvector(n, ints) << 23));
 }
 
 // x * (1 + erf(x / sqrt(2))) / 2, with erf(z) = z * P(z^2) / Q(z^2) fitted to |z| <= 3.9, where 1 - erf is below 4e-8: its error
 // is below 5e-7 everywhere.
 static inline floats gelu_of(floats x) {
-  floats z = x * 0.70710678f;
-  z = z > -3.9f ? z : floats{} - 3.9f;
-  z = z < 3.9f ? z : floats{} + 3.9f;
+  const floats z = smaller(larger(x * 0.70710678f, floats{} - 3.9f), floats{} + 3.9f);
   const floats t = z * z;
-  floats p = t * -1.497414697e-6f + 2.633031481e-4f;
-  p = p * t + 1.046049956e-2f;
-  p = p * t + 7.329031436e-2f;
-  p = p * t + 3.698464242e-1f;
-  p = p * t + 1.128381515f;
-  floats q = t * 2.454245028e-3f + 2.868578647e-2f;
-  q = q * t + 1.853339642e-1f;
-  q = q * t + 6.611085427e-1f;
-  q = q * t + 1.0f;
-  return x * 0.5f * (z * p / q + 1.0f);
+  const floats p = polynomial(t, -1.497414697e-6f, 2.633031481e-4f, 1.046049956e-2f, 7.329031436e-2f, 3.698464242e-1f, 1.128381515f);
+  const floats q = polynomial(t, 2.454245028e-3f, 2.868578647e-2f, 1.853339642e-1f, 6.611085427e-1f, 1.0f);
+  return x * 0.5f * multiply_add(z * p, reciprocal(q), floats{} + 1.0f);
 }
 
 static void gelu(int n, float* inout) {
@@ -49,12 +44,6 @@ static void add_floats(const float* in, int n, float* inout) {
   for (int i = 0; i < n; ++i) inout[i] += in[i];
 }
 
-static inline float sum_of(floats v) {
-  float sum = 0.0f;
-  for (int l = 0; l < LANES; ++l) sum += v[l];
-  return sum;
-}
-
 static void layer_norm(const float* x, int n, const float* weight, const float* bias, float epsilon, float* out) {
   floats sums = {};
   int i = 0;
@@ -65,7 +54,7 @@ static void layer_norm(const float* x, int n, const float* weight, const float* 
   floats squares = {};
   for (i = 0; i + LANES <= n; i += LANES) {
     const floats d = *(const floats*)(x + i) - mean;
-    squares = squares + d * d;
+    squares = multiply_add(d, d, squares);
   }
   float square = sum_of(squares);
   for (; i < n; ++i) square += (x[i] - mean) * (x[i] - mean);
@@ -83,7 +72,7 @@ static inline void float_tile(const float* a, int64_t a_stride, const float* b, 
   for (int i = 0; i < count; ++i) {
     floats row[J];
     EACH_VECTOR(row[j] = *(const floats*)(b + i * b_stride + j * LANES);)
-    EACH_PIXEL(const float x = a[p * a_stride + i]; EACH_VECTOR(acc[p][j] = acc[p][j] + row[j] * x;))
+    EACH_PIXEL(const floats x = floats{} + a[p * a_stride + i]; EACH_VECTOR(acc[p][j] = multiply_add(row[j], x, acc[p][j]);))
   }
   EACH_PIXEL(EACH_VECTOR(*(floats*)(out + p * out_stride + j * LANES) = acc[p][j];))
 }
@@ -93,7 +82,7 @@ static void float_product(const float* a, int64_t a_stride, int rows, const floa
                           int64_t out_stride) {
   int p = 0;
   const auto tiles = [&]<int P>(Constant<P>) {
-    for (; p + P <= rows; p += P) {
+    if constexpr (P > 0) for (; p + P <= rows; p += P) {
       const float* from = a + p * a_stride;
       float* to = out + p * out_stride;
       int j = 0;
@@ -101,9 +90,12 @@ static void float_product(const float* a, int64_t a_stride, int rows, const floa
       for (; j < columns; j += LANES) float_tile<P, 1>(from, a_stride, b + j, b_stride, count, to + j, out_stride);
     }
   };
-  tiles(Constant<PIXELS>());
-  tiles(Constant<2>());
-  tiles(Constant<1>());
+  tiles(Constant<PIXELS>());  // what remains is one smaller tile
+  EACH(i, PIXELS, 1, tiles(Constant<PIXELS - i>());)
+  EACH(i, PIXELS, 2, tiles(Constant<PIXELS - i>());)
+  EACH(i, PIXELS, 3, tiles(Constant<PIXELS - i>());)
+  EACH(i, PIXELS, 4, tiles(Constant<PIXELS - i>());)
+  EACH(i, PIXELS, 5, tiles(Constant<PIXELS - i>());)
 }
 
 static void attention(const Attention& t, int first, int queries, float* scores, float* out, int64_t out_stride) {
@@ -113,12 +105,8 @@ static void attention(const Attention& t, int first, int queries, float* scores,
     float* row = scores + (int64_t)p * padded;
     for (int i = t.tokens; i < padded; ++i) row[i] = -1e30f;
     floats tops = *(const floats*)row;
-    for (int i = LANES; i < padded; i += LANES) {
-      const floats v = *(const floats*)(row + i);
-      tops = v > tops ? v : tops;
-    }
-    float top = tops[0];
-    for (int l = 1; l < LANES; ++l) top = tops[l] > top ? tops[l] : top;
+    for (int i = LANES; i < padded; i += LANES) tops = larger(tops, *(const floats*)(row + i));
+    const float top = largest_of(tops);
     floats sums = {};
     for (int i = 0; i < padded; i += LANES) {
       const floats e = exponential((*(const floats*)(row + i) - top) * t.scale);

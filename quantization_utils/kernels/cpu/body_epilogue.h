@@ -32,9 +32,9 @@ static inline void finish_vector(const Finish& f, void* out, const void* residua
     ints q = (ints)(y + kRound);
     q = q > zero ? q : zero;
     q = q < f.top ? q : f.top;
-    store_part<bytes>(out, ints_to_bytes(q & 255), n);
+    store_part<bytes>(out, ints_to_bytes(q), n);
   } else {
-    if (f.relu) y = y > 0.0f ? y : floats{};
+    if (f.relu) y = larger(y, floats{});
     store_part<floats>(out, y, n * 4);
   }
 }

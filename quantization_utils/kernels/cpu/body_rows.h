@@ -28,11 +28,12 @@ static float quantize_row(const float* x, int64_t k, int code_max, uint8_t* out)
   int64_t i = 0;
   for (; i + LANES <= k; i += LANES) {
     const floats v = *(const floats*)(x + i);
-    const floats magnitude = v < 0.0f ? -v : v;
-    top = magnitude > top ? magnitude : top;
+    const floats magnitude = (floats)((ints)v & 0x7FFFFFFF);
+    top = larger(top, magnitude);
   }
   float absmax = 1e-5f;  // the smallest, so that an all-zero row has a scale
-  for (int l = 0; l < LANES; ++l) absmax = top[l] > absmax ? top[l] : absmax;
+  const float largest = largest_of(top);
+  absmax = largest > absmax ? largest : absmax;
   for (; i < k; ++i) {
     const float magnitude = x[i] < 0 ? -x[i] : x[i];
     absmax = magnitude > absmax ? magnitude : absmax;
@@ -42,7 +43,7 @@ static float quantize_row(const float* x, int64_t k, int code_max, uint8_t* out)
   for (i = 0; i < k; i += LANES) {
     const int n = k - i < LANES ? (int)(k - i) : LANES;
     const floats v = n == LANES ? *(const floats*)(x + i) : load_part<floats>(x + i, n * 4);
-    const bytes b = ints_to_bytes(((ints)(v * inverse + kRound) + 128) & 255);
+    const bytes b = ints_to_bytes((ints)(v * inverse + (kRound + 128.0f)));
     if (n == LANES) *(bytes*)(out + i) = b;
     else __builtin_memcpy(out + i, &b, n);
   }

@@ -4,10 +4,10 @@
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx2")
+#pragma GCC target("avx2,fma")
 #endif
 
 namespace ternary {
@@ -48,6 +48,22 @@ static inline vec dot(vec acc, vec a, vec w) {
 static inline vec dot_four(vec acc, vec a, const uint8_t* four) { return dot<Weights::kSmall>(acc, a, broadcast(four)); }
 #define bytes_to_floats(b) __builtin_convertvector(b, floats)
 #define ints_to_bytes(i) __builtin_convertvector(i, bytes)
+#define multiply_add(a, b, c) ((floats)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c)))
+static inline float sum_of_(__m256 v) {
+  __m128 x = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
+}
+static inline float largest_of_(__m256 v) {
+  __m128 x = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
+}
+#define larger(a, b) ((floats)_mm256_max_ps((__m256)(a), (__m256)(b)))
+#define smaller(a, b) ((floats)_mm256_min_ps((__m256)(a), (__m256)(b)))
+#define sum_of(v) sum_of_((__m256)(v))
+#define largest_of(v) largest_of_((__m256)(v))
+#define reciprocal(x) (1.0f / (x))
 #include "body.h"
 }  // namespace avx2
 }  // namespace ternary
@@ -57,7 +73,7 @@ static inline vec dot_four(vec acc, vec a, const uint8_t* four) { return dot<Wei
 #pragma GCC pop_options
 #endif
 
-const ternary::Kernels* ternary::avx2_kernels() { return __builtin_cpu_supports("avx2") ? &avx2::table : nullptr; }
+const ternary::Kernels* ternary::avx2_kernels() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? &avx2::table : nullptr; }
 #else
 const ternary::Kernels* ternary::avx2_kernels() { return nullptr; }
 #endif

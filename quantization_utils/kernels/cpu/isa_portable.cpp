@@ -48,6 +48,12 @@ static inline vec dot(vec acc, vec a, vec w) {
 static inline vec dot_four(vec acc, vec a, const uint8_t* four) { return dot<Weights::kSmall>(acc, a, broadcast(four)); }
 #define bytes_to_floats(b) __builtin_convertvector(b, floats)
 #define ints_to_bytes(i) __builtin_convertvector(i, bytes)
+#define multiply_add(a, b, c) ((a) * (b) + (c))
+#define sum_of(v) (((v)[0] + (v)[2]) + ((v)[1] + (v)[3]))
+#define larger(a, b) ((a) > (b) ? (a) : (b))
+#define smaller(a, b) ((a) < (b) ? (a) : (b))
+#define largest_of(v) larger(larger((v)[0], (v)[2]), larger((v)[1], (v)[3]))
+#define reciprocal(x) (1.0f / (x))
 #include "body.h"
 }  // namespace portable
 
