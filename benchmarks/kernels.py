@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+from benchmarks.limits import machine_limits
 from benchmarks.record import append_record
 from quantization_utils.kernels import cpu
 from quantization_utils.network import Node
@@ -73,12 +74,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 32])
     args = parser.parse_args()
-    isa = cpu.choose_isa("cpu")
-    peak, reading = torch.ops.ternary.machine_limits(isa, 13)
-    print(
-        f"{isa}, {torch.get_num_threads()} threads: {peak / 1e9:.0f} G multiply-adds/s; reading 13 MiB "
-        f"{reading / 1e9:.0f} GB/s"
-    )
+    limits = machine_limits()
+    peak, reading = limits["peak_multiply_adds_per_s"], limits["read_13MiB_bytes_per_s"]
     rows = []
     for batch in args.batches:
         for shape in CONVOLUTIONS + LINEAR:
@@ -94,16 +91,7 @@ def main() -> None:
                   f"{row['direct_us']:9.1f})"
                   f" {row['multiply_adds'] / micros / 1e3:7.1f} G/s {row['of_limit_pct']:6.1f}% of the "
                   "limit", flush=True)  # fmt: skip
-    append_record(
-        "latency/kernels",
-        {
-            "isa": isa,
-            "threads": torch.get_num_threads(),
-            "peak_multiply_adds_per_s": peak,
-            "read_13MiB_bytes_per_s": reading,
-            "shapes": rows,
-        },
-    )
+    append_record("latency/kernels", {**limits, "shapes": rows})
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import peers
+from benchmarks.limits import machine_limits
 from benchmarks.record import ROOT, append_record
 
 KINDS = {"float": peers.FLOAT, "int8": peers.INT8, "2bit": peers.TWO_BIT}
@@ -212,14 +213,7 @@ def main() -> None:
     parser.add_argument("--no-flushed", action="store_true")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
-    from quantization_utils.kernels import cpu
-
-    isa = cpu.choose_isa("cpu")
-    peak, bandwidth = torch.ops.ternary.machine_limits(isa, 13)
-    print(
-        f"{isa}, {torch.get_num_threads()} threads: {peak / 1e9:.0f} G multiply-adds/s; reading 13 MiB "
-        f"{bandwidth / 1e9:.0f} GB/s"
-    )
+    limits = machine_limits()
     torch.set_grad_enabled(False)
     for case in args.cases:
         for batch in args.batches:
@@ -228,11 +222,9 @@ def main() -> None:
                 print(f"NOT MEASURED in {case}, batch {batch}: {name} ({why})", flush=True)
             for flushed in [False] if args.no_flushed or batch > 1 else [False, True]:
                 times = measure(engines, max(3, args.rounds // (1 if batch == 1 else 3)), flushed, args.seconds)
-                figures = report(case, batch, flushed, times, work / peak * 1e3)
+                figures = report(case, batch, flushed, times, work / limits["peak_multiply_adds_per_s"] * 1e3)
                 forget(case, batch, flushed)
-                append_record("latency/peers", {**figures, "missing": missing, "multiply_adds": work, "isa": isa,
-                                                "threads": torch.get_num_threads(),
-                                                "peak_multiply_adds_per_s": peak, "read_13MiB_bytes_per_s": bandwidth,
+                append_record("latency/peers", {**figures, **limits, "missing": missing, "multiply_adds": work,
                                                 "act_bits": args.act_bits})  # fmt: skip
 
 

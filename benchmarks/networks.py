@@ -23,10 +23,10 @@ import torch
 from torch import nn
 
 import models
+from benchmarks.limits import Limits, machine_limits
 from benchmarks.record import ROOT, append_record
 from pruning_utils import l2_filters, prune_
 from quantization_utils import calibrate_, pack_, quantize_
-from quantization_utils.kernels import cpu
 
 FRACTIONS = (0.0, 0.3, 0.5, 0.7, 0.9)
 
@@ -40,7 +40,7 @@ def packed(name: str, removed: float = 0.0, act_bits: int = 6) -> nn.Module:
     return pack_(calibrate_(quantize_(model, act_bits=act_bits), torch.rand(16, 3, 32, 32)))
 
 
-def layers(batch: int, limits: dict[str, float]) -> None:
+def layers(batch: int, limits: Limits) -> None:
     for name in ("resnet_18", "alexnet"):
         model = packed(name)
         images = torch.rand(batch, 3, 32, 32)
@@ -62,7 +62,7 @@ def layers(batch: int, limits: dict[str, float]) -> None:
         append_record("latency/layers", {"model": name, "batch": batch, "nodes": rows, **limits})
 
 
-def pruned(batch: int, limits: dict[str, float], rounds: int = 15) -> None:
+def pruned(batch: int, limits: Limits, rounds: int = 15) -> None:
     for name in ("resnet_18", "alexnet"):
         networks = {fraction: packed(name, fraction) for fraction in FRACTIONS}
         images = torch.rand(batch, 3, 32, 32)
@@ -97,14 +97,7 @@ def main() -> None:
     parser.add_argument("what", choices=["layers", "pruned"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 32])
     args = parser.parse_args()
-    isa = cpu.choose_isa("cpu")
-    peak, reading = torch.ops.ternary.machine_limits(isa, 13)
-    limits = {
-        "isa": isa,
-        "threads": torch.get_num_threads(),
-        "peak_multiply_adds_per_s": peak,
-        "read_13MiB_bytes_per_s": reading,
-    }
+    limits = machine_limits()
     (ROOT / "results" / "latency" / f"{args.what}.jsonl").unlink(missing_ok=True)
     for batch in args.batches:
         {"layers": layers, "pruned": pruned}[args.what](batch, limits)
