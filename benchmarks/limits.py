@@ -18,7 +18,7 @@ class Limits(TypedDict):
 
 
 def machine_limits(repeats: int = 10) -> Limits:
-    """The highest rates of `repeats` measurements, a tenth of a second apart: neighbours only take away. Prints them."""
+    """The highest rates of `repeats` measurements, a tenth of a second apart: neighbours only take. Prints them."""
     isa = cpu.choose_isa("cpu")
     rates = []
     for _ in range(repeats):
