@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from tqdm import tqdm
 
 from quantization_utils.bit_layers import BitConv2d, BitLinear
@@ -142,6 +142,9 @@ def train(
     progress.close()
     if averaged is not None:
         model.load_state_dict(averaged.module.state_dict())
+    if recipe.statistics_images:  # running averages lag behind weights that move: far, after few steps
+        chosen = epoch_order(len(train_split), seed, 0, device)[: recipe.statistics_images]
+        update_bn((to_float(train_split.images[batch]) for batch in chosen.split(recipe.batch_size)), model)
     return model.eval()
 
 

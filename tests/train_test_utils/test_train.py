@@ -14,7 +14,7 @@ from quantization_utils import absmean_fitted, calibrate_, quantize_
 from quantization_utils.bit_layers import BitConv2d, BitLinear
 from tests.networks import images, make
 from train_test_utils import train as train_module
-from train_test_utils.data import ImageDataset, Split
+from train_test_utils.data import ImageDataset, Split, epoch_order, to_float
 from train_test_utils.recipe import Recipe, adamw, sgd
 from train_test_utils.train import NonFiniteLoss, Setup, train
 
@@ -24,7 +24,7 @@ RECIPES = {
     "sgd": PLAIN,
     "everything": Recipe(
         epochs=3, lr=1e-3, optimizer=adamw, batch_size=16, ema=0.8, cutout=8, label_smoothing=0.1, ramp=0.5,
-        clip_norm=1.0,
+        clip_norm=1.0, statistics_images=40,
     ),
 }  # fmt: skip
 
@@ -194,3 +194,20 @@ def test_mixed_precision_trains(precision):
     whole = train(model(), dataset(), recipe, Setup(CPU, precision))
     assert all(t.isfinite().all() and t.dtype != precision for t in whole.state_dict().values())
     assert not same(whole, model())
+
+
+def test_statistics_of_batch_norm_are_those_of_unaltered_images_under_the_last_weights():
+    """Against the moments of what the layer reads, taken here; averages over the steps are elsewhere."""
+    data = dataset()
+
+    def small() -> nn.Module:
+        torch.manual_seed(6)
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 30 * 30, 4))
+
+    plain = train(small(), data, Recipe(epochs=1, lr=1e-3, batch_size=16), Setup(CPU), seed=3)
+    trained = train(small(), data, Recipe(epochs=1, lr=1e-3, batch_size=16, statistics_images=32), Setup(CPU), seed=3)
+    seen = trained[0](to_float(data.train.images[epoch_order(80, 3, 0)[:32]])).transpose(0, 1).reshape(4, 2, -1)
+    torch.testing.assert_close(trained[1].running_mean, seen.mean((1, 2)))
+    torch.testing.assert_close(trained[1].running_var, seen.var(2).mean(1))
+    assert torch.equal(trained[0].weight, plain[0].weight)
+    assert (plain[1].running_var - trained[1].running_var).abs().max() > 0.1
