@@ -53,7 +53,7 @@ def save_model(
 
     `metadata`: JSON values that travel along: training provenance, measured accuracy; "classes", if there, is a list of
     their names. What `load_model` returns can be given back. `calibration_images` (B, 3, H, W): scales, gains and
-    biases are stored as float16 where that leaves the class of every image as it is; without images they stay float32.
+    biases are stored as float16 where that changes next to no class (`scale_rounding`); without images they stay float32.
     Saving a loaded file gives the same bytes.
 
     Raises:

@@ -1,0 +1,71 @@
+"""Float16 scales: taken where classes stay, refused where they would change, one kind of tensor without the other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from quantization_utils import calibrate_, pack_, quantize_
+from quantization_utils.bit_layers import PackedLinear
+from quantization_utils.network import PackedNetwork
+from quantization_utils.scale_rounding import with_float16_scales
+from tests.networks import images, make
+
+FINE = 1 + 2.0**-13  # float16 takes it for 1
+
+
+def two_classes(scale: list[float], bias: list[float], codes: tuple[int, int] = (1, 1)) -> nn.Module:
+    """The logits of a picture x are codes[i] · scale[i] · x[0] + bias[i]."""
+    codes_NK = torch.zeros(2, 3 * 32 * 32, dtype=torch.int8)
+    codes_NK[:, 0] = torch.tensor(codes)
+    return nn.Sequential(nn.Flatten(), PackedLinear(codes_NK, torch.tensor(scale), torch.tensor(bias), "ternary", None))
+
+
+def is_float16(tensor: Tensor) -> bool:
+    return torch.equal(tensor, tensor.half().float())
+
+
+@pytest.mark.parametrize(
+    ("scale", "bias", "scale_rounded", "bias_rounded"),
+    [
+        pytest.param([FINE, FINE], [2 * FINE, 0.0], True, True, id="far apart"),
+        pytest.param([1.0, FINE], [0.0, 0.0], False, True, id="scales decide"),
+        pytest.param([FINE, FINE], [1.0, FINE], True, False, id="biases decide"),
+        pytest.param([FINE, 1.0], [FINE, 1.0], False, False, id="both decide"),
+    ],
+)
+def test_what_classes_hang_on_stays_as_it_was(scale, bias, scale_rounded, bias_rounded):
+    torch.manual_seed(0)
+    model = two_classes(scale, bias)
+    rounded = with_float16_scales(model, 0.5 + images(64) / 2)
+    assert (is_float16(rounded[1].scale), is_float16(rounded[1].bias)) == (scale_rounded, bias_rounded)
+    assert torch.equal(model[1].scale, torch.tensor(scale)) and torch.equal(model[1].bias, torch.tensor(bias))
+    assert rounded[1].codes.data_ptr() == model[1].codes.data_ptr()
+
+
+@pytest.mark.parametrize("near", [0, 16, 17])
+def test_a_few_images_near_to_changing_are_allowed(near):
+    """Of 1,000 images `near` change when logits move 32 times as far; 1.6% may, for 0.05% that do when they do not."""
+    model = two_classes([FINE, 1.0], [2.0**-10, 0.0])  # rounding takes a white pixel's 2^-13 from the lead of class 0
+    x = torch.zeros(1000, 3, 32, 32)
+    x[:near, 0, 0, 0] = 1.0
+    rounded = with_float16_scales(model, x)
+    assert is_float16(rounded[1].scale) == (near <= 16)
+
+
+@pytest.mark.parametrize("kind", ["alexnet_like", "resnet_like"])
+def test_of_a_network_gains_and_biases_are_rounded(kind):
+    torch.manual_seed(1)
+    x = images(32)
+    model = pack_(calibrate_(quantize_(make(kind)), x))
+    assert isinstance(model, PackedNetwork)
+    rounded = with_float16_scales(model, x[:2])
+    changed = [(old, new) for old, new in zip(model.nodes, rounded.nodes, strict=True) if old.gain is not new.gain]
+    assert changed and all(is_float16(new.gain) and not is_float16(old.gain) for old, new in changed)
+    assert all(old.codes is new.codes for old, new in changed)
+
+
+def test_a_float_model_is_returned():
+    model = make("resnet_like")
+    assert with_float16_scales(model, images(2)) is model
