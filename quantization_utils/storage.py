@@ -53,8 +53,8 @@ def save_model(
 
     `metadata`: JSON values that travel along: training provenance, measured accuracy; "classes", if there, is a list of
     their names. What `load_model` returns can be given back. `calibration_images` (B, 3, H, W): scales, gains and
-    biases are stored as float16 where that changes next to no class (`scale_rounding`); without images they stay float32.
-    Saving a loaded file gives the same bytes.
+    biases are stored as float16 where that changes next to no class (`scale_rounding`); without images they stay
+    float32. Saving a loaded file gives the same bytes.
 
     Raises:
         ValueError: the model is not packed yet, or cannot be rebuilt from `model.constructor`; metadata is not JSON.
