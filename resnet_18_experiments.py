@@ -19,8 +19,8 @@ from train_test_utils.rows import Prune, Reinitialize, Row, Ternary
 from train_test_utils.transforms import CalibratedStart, CalibratedTernary, ReconstructedTernary
 
 SCRATCH = Recipe(epochs=200, lr=0.1, optimizer=sgd, weight_decay=5e-4, cutout=8)
-FINETUNE = replace(SCRATCH, epochs=60, lr=0.05, weight_decay=1e-4)
-SHORT = replace(FINETUNE, epochs=30, statistics_images=1024)
+FINETUNE = replace(SCRATCH, epochs=60, lr=0.05, weight_decay=1e-4, statistics_images=1024)
+SHORT = replace(FINETUNE, epochs=30)
 
 LINEAR = Ternary(mse_optimal, only=nn.Linear)
 QAT = Ternary(absmean_fitted, act_bits=8)
@@ -61,7 +61,7 @@ ROWS = [
     Row("qat_all_from_scratch", "float",     [Reinitialize(), QAT],                         SCRATCH),
     Row("qat_all_absmean",      "float",     [replace(QAT, quantizer=absmean)],             FINETUNE),
     Row("qat_all_ramped",       "float",     [QAT],                           replace(FINETUNE, ramp=0.3)),
-    Row("qat_all_new_statistics", "float",   [QAT],                 replace(FINETUNE, statistics_images=1024)),
+    Row("qat_all_running_statistics", "float", [QAT],               replace(FINETUNE, statistics_images=0)),
     *[Row(f"qat_all_distilled_{share}_{t}", "float", [QAT], replace(FINETUNE, distill=share / 100, temperature=t))
       for share, t in ((50, 1), (50, 4), (90, 4))],  # percent of the loss, temperature
     Row("float_l2_filters_50",  "float",     [Prune(l2_filters, 0.5, only=nn.Conv2d)],      SHORT),
