@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .kernels import reference
-from .quantizers import Quantizer, dequantize, int8_absmax
+from .quantizers import BLOCK, Quantizer, dequantize, int8_absmax
 
 
 class DynamicQuantizer(nn.Module):
@@ -48,19 +48,30 @@ class _LearnedStep(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, step: Tensor, code_max: int) -> Tensor:
-        out = (x.float() / step).round_().clamp_(0, code_max).mul_(step)
         ctx.save_for_backward(x, step)
         ctx.code_max = code_max
-        return out.to(x.dtype)
+        out = torch.empty_like(x)
+        for x_B, out_B in zip(_blocks(x), _blocks(out), strict=True):
+            out_B.copy_((x_B.float() / step).round_().clamp_(0, code_max).mul_(step))
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, step = ctx.saved_tensors
-        ratio = x.float() / step
-        inside = (ratio >= 0) & (ratio <= ctx.code_max)
-        # d out / d step is round(r) - r inside, 0 below and Q above; LSQ scales it by 1 / sqrt(number · Q).
-        slope = (ratio.clamp(0, ctx.code_max).round_() - ratio * inside).mul_(grad)
-        return grad * inside, slope.sum() / (x.numel() * ctx.code_max) ** 0.5, None
+        grad_x, grad_step = torch.empty_like(x), torch.zeros_like(step)
+        for x_B, grad_B, grad_x_B in zip(_blocks(x), _blocks(grad), _blocks(grad_x), strict=True):
+            ratio, grad_out = x_B.float() / step, grad_B.float()
+            clipped = ratio.clamp(0, ctx.code_max)
+            inside = (clipped == ratio).float()
+            grad_x_B.copy_(inside * grad_out)
+            # d out / d step is round(r) - r inside, 0 below and Q above.
+            grad_step += (clipped.round_() - ratio.mul_(inside)).mul_(grad_out).sum()
+        return grad_x, grad_step / (x.numel() * ctx.code_max) ** 0.5, None  # LSQ's scale: 1 / sqrt(number · Q)
+
+
+def _blocks(x: Tensor) -> tuple[Tensor, ...]:
+    """Parts of a batch: on a CPU so small that what is computed from them stays in a core's cache."""
+    return x.split(len(x) if x.is_cuda else max(1, BLOCK * len(x) // max(1, x.numel())))
 
 
 class StaticQuantizer(nn.Module):
