@@ -7,6 +7,7 @@ import statistics
 
 import pytest
 import torch
+from torch import nn
 
 from quantization_utils.quantizers import (
     TERNARY,
@@ -109,6 +110,21 @@ def test_absmean_rounds_ties_to_even():
     """|w| / mean |w| is 0.5 and 1.5: 0.5 rounds to 0."""
     codes, scale = absmean(torch.tensor([[0.5, -0.5, 1.5, -1.5]]))
     assert scale.tolist() == [1.0] and codes.tolist() == [[0, 0, 1, -1]]
+
+
+def test_absmean_is_the_nearest_rounding_of_brevitas():
+    """Against brevitas' ternary quantizer with the scale and half of it as the threshold: the same value everywhere."""
+    from brevitas.core.quant import TernaryQuant
+
+    class MeanMagnitude(nn.Module):
+        def forward(self, weight: torch.Tensor) -> torch.Tensor:
+            return weight.abs().mean(1, keepdim=True)
+
+    weight = torch.randn(16, 45)
+    expected, scale, _, _ = TernaryQuant(MeanMagnitude(), threshold=0.5)(weight)
+    codes, ours = absmean(weight)
+    torch.testing.assert_close(ours, scale.flatten())
+    torch.testing.assert_close(dequantize(codes, ours), expected)
 
 
 def test_absmean_per_tensor_is_that_of_bitnet():
