@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from .logbook import read_rows
-from .table import COLUMNS, NOTHING, circumstances, is_reduced, lines_of, significant
+from .table import NOTHING, circumstances, columns_of, is_reduced, lines_of, significant
 
 MARKED = re.compile(r"(<!-- table:(\S+)([^>]*?) -->\n).*?(<!-- /table -->)", re.DOTALL)
 OPENING = re.compile(r"<!-- table:")
@@ -71,10 +71,10 @@ def _first(name: str, patterns: Sequence[str]) -> str | None:
 
 def _experiments(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = lines_of(rows)
-    several = len({line.budget for line in lines}) > 1
-    head = ["row", *(["budget"] if several else []), *(column.title for column in COLUMNS)]
+    several, columns = len({line.budget for line in lines}) > 1, columns_of(lines)
+    head = ["row", *(["budget"] if several else []), *(column.title for column in columns)]
     body = [
-        [f"`{line.name}`", *([f"{line.budget:g}"] if several else []), *(column.cell(line) for column in COLUMNS)]
+        [f"`{line.name}`", *([f"{line.budget:g}"] if several else []), *(column.cell(line) for column in columns)]
         for line in lines
     ]
     notes = [f"{k} {v}" for k, v in circumstances(lines).items()]

@@ -16,17 +16,16 @@ from typing import Any
 
 from .logbook import read_curves, read_rows
 from .readme_tables import with_tables
-from .table import COLUMNS, Line, circumstances, is_reduced, lines_of
-
-TERMINAL = tuple(column for column in COLUMNS if column.title != "images/s")
+from .table import Line, circumstances, columns_of, is_reduced, lines_of
 
 
 def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The table as text: a line for each row, seeds averaged, what the figures depend on below."""
     lines = lines_of(rows)
     several = len({line.budget for line in lines}) > 1
-    head = ["row", *(column.title for column in TERMINAL)]
-    body = [[_name(line, several), *(column.cell(line) for column in TERMINAL)] for line in lines]
+    columns = [column for column in columns_of(lines) if column.title != "images/s"]  # so that a line fits a terminal
+    head = ["row", *(column.title for column in columns)]
+    body = [[_name(line, several), *(column.cell(line) for column in columns)] for line in lines]
     widths = [max(len(cells[i]) for cells in [head, *body]) for i in range(len(head))]
 
     def aligned(cells: Sequence[str]) -> str:

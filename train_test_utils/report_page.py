@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 
 from .plots import FAMILIES, OTHER, Picture, family
-from .table import COLUMNS, Line, circumstances, float_line, is_reduced, megabytes, significant
+from .table import Line, circumstances, columns_of, float_line, is_reduced, megabytes, significant
 
 STYLE = """
 :root { color-scheme: light; --ink: #1d1d1f; --soft: #6b6b70; --rule: #e4e4e8; --tint: #f6f6f8; }
@@ -126,10 +126,10 @@ def _badges(lines: Sequence[Line]) -> str:
 
 
 def _table(lines: Sequence[Line]) -> str:
-    several = len({line.budget for line in lines}) > 1
+    several, columns = len({line.budget for line in lines}) > 1, columns_of(lines)
     heads = [
         ("row", "click a heading to sort"),
-        *((c.title, c.meaning) for c in COLUMNS),
+        *((c.title, c.meaning) for c in columns),
         ("what was done", "transformations, training"),
     ]
     head = "".join(f'<th tabindex="0" title="{escape(meaning)}">{escape(title)}</th>' for title, meaning in heads)
@@ -139,7 +139,7 @@ def _table(lines: Sequence[Line]) -> str:
         cells = [
             f'<td data-v="{escape(line.name)}"><span class="mark" style="background:{family(line.name)[0]}"></span>{name}</td>'
         ]
-        for column in COLUMNS:
+        for column in columns:
             mean = line.mean(column.field)
             cells.append(f'<td data-v="{"" if mean is None else mean}">{escape(column.cell(line))}</td>')
         cells.append(f'<td class="what">{escape(_what(line))}</td>')
@@ -148,7 +148,7 @@ def _table(lines: Sequence[Line]) -> str:
     key = " ".join(f'<span class="mark" style="background:{FAMILIES[f][0]}"></span>{t} &nbsp;' for t, f in known)
     key += f'<span class="mark" style="background:{OTHER[0]}"></span>other'
     spread = " ± is the standard deviation over seeds." if any(len(line.rows) > 1 for line in lines) else ""
-    meanings = "; ".join(f"<b>{escape(c.title)}</b>: {escape(c.meaning)}" for c in COLUMNS)
+    meanings = "; ".join(f"<b>{escape(c.title)}</b>: {escape(c.meaning)}" for c in columns)
     return (
         f'<p class="soft">{key}</p><div class="scroll"><table><thead><tr>{head}</tr></thead>'
         f'<tbody>{"".join(rows)}</tbody></table></div><p class="soft">{meanings}.{spread}</p>'

@@ -7,7 +7,7 @@ import math
 import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 NOTHING = "–"
@@ -136,6 +136,14 @@ COLUMNS = (
     Column("same class", "test images on which the reloaded file and the trainable model agree", "reload_agreement_pct",
            lambda v: f"{v:.2f}%"),
 )  # fmt: skip
+
+
+HELD_OUT = replace(COLUMNS[0], title="held-out accuracy", meaning="share of images kept out of the training split")
+
+
+def columns_of(lines: Sequence[Line]) -> tuple[Column, ...]:
+    """The columns of a table; lines that `--holdout` made say that they never saw the test split."""
+    return (HELD_OUT if all("-heldout" in line.text("dataset") for line in lines) else COLUMNS[0], *COLUMNS[1:])
 
 
 def circumstances(lines: Sequence[Line]) -> dict[str, str]:

@@ -2,7 +2,16 @@
 
 import pytest
 
-from train_test_utils.table import COLUMNS, Line, circumstances, float_line, lines_of, megabytes, significant
+from train_test_utils.table import (
+    COLUMNS,
+    Line,
+    circumstances,
+    columns_of,
+    float_line,
+    lines_of,
+    megabytes,
+    significant,
+)
 
 CELL = {column.title: column for column in COLUMNS}
 
@@ -69,3 +78,9 @@ def test_circumstances_name_every_device_and_skip_the_unknown():
     lines = lines_of([row(device="A", commit=""), row("float", seed=1, device="B", options={"stem": "maxpool"})])
     found = circumstances(lines)
     assert found == {"budget": "1", "seeds": "0, 1", "device": "A, B", "options": "stem=maxpool"}
+
+
+def test_what_was_measured_on_held_out_images_is_not_called_test_accuracy():
+    held_out, tested = lines_of([row(dataset="cifar10-heldout0.2"), row()])
+    assert columns_of([held_out])[0].title == "held-out accuracy" and columns_of([tested]) == COLUMNS
+    assert [c.title for c in columns_of([held_out])[1:]] == [c.title for c in COLUMNS[1:]]
