@@ -24,6 +24,8 @@ SHORT = replace(FINETUNE, epochs=30)
 
 LINEAR = Ternary(mse_optimal, only=nn.Linear)
 QAT = Ternary(absmean_fitted, act_bits=8)
+EIGHT_BIT = Ternary(int8_absmax, act_bits=8)
+FIRST, LAST = "conv1", "fc"  # names of layers
 CALIBRATED = CalibratedStart(act_bits=8)
 
 ROWS = [
@@ -52,7 +54,9 @@ ROWS = [
     Row("qat_all_6bit_acts",    "float",     [replace(QAT, act_bits=6)],                    FINETUNE),
     Row("qat_all_4bit_acts",    "float",     [replace(QAT, act_bits=4)],                    FINETUNE),
     Row("qat_all_weight_only",  "float",     [replace(QAT, act_bits=None)],                 FINETUNE),
-    Row("qat_all_8bit_ends",    "float",     [replace(QAT, ends=int8_absmax)],              FINETUNE),
+    Row("qat_all_8bit_first",   "float",     [replace(EIGHT_BIT, only=FIRST), QAT],         FINETUNE),
+    Row("qat_all_8bit_last",    "float",     [replace(EIGHT_BIT, only=LAST), QAT],          FINETUNE),
+    Row("qat_all_8bit_ends",    "float",     [replace(EIGHT_BIT, only=(FIRST, LAST)), QAT], FINETUNE),
     # ... and from the codes of ptq_all_corrected, where the rows above start from the nearest ones
     Row("qat_all_calibrated",   "float",     [CALIBRATED],                                  FINETUNE),
     Row("qat_all_calibrated_6bit_acts", "float", [replace(CALIBRATED, act_bits=6)],     FINETUNE),

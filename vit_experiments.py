@@ -23,6 +23,8 @@ PRETRAINED = Recipe(epochs=7, lr=5e-5, optimizer=adamw, weight_decay=0.01, batch
 
 LINEAR = Ternary(mse_optimal, only=nn.Linear)
 QAT = Ternary(absmean_fitted, act_bits=8)
+EIGHT_BIT = Ternary(int8_absmax, act_bits=8)
+FIRST, LAST = "*.patch_embeddings.projection", "*.classifier"  # names of layers
 CALIBRATED = CalibratedStart(act_bits=8)
 QAT_LINEAR = replace(QAT, only=nn.Linear)
 
@@ -53,7 +55,9 @@ def rows(options: dict) -> list[Row]:
         Row("qat_all",              "float",     [QAT],                                         finetune),
         Row("qat_all_per_tensor",   "float",     [replace(QAT, quantizer=absmean_per_tensor)],  finetune),
         Row("qat_all_weight_only",  "float",     [replace(QAT, act_bits=None)],                 finetune),
-        Row("qat_all_8bit_ends",    "float",     [replace(QAT, ends=int8_absmax)],              finetune),
+        Row("qat_all_8bit_first",   "float",     [replace(EIGHT_BIT, only=FIRST), QAT],         finetune),
+        Row("qat_all_8bit_last",    "float",     [replace(EIGHT_BIT, only=LAST), QAT],          finetune),
+        Row("qat_all_8bit_ends",    "float",     [replace(EIGHT_BIT, only=(FIRST, LAST)), QAT], finetune),
         # ... and from the codes of ptq_all_corrected, where the rows above start from the nearest ones
         Row("qat_all_calibrated",   "float",     [CALIBRATED],                                  finetune),
         # As the earlier study: pruned, then quantization-aware

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from models import build
+from models.select import select_layers
 from quantization_utils import load_model
 from train_test_utils import experiment
 
@@ -45,6 +47,14 @@ def test_list_shows_every_row_and_runs_none(script, monkeypatch, capsys, tmp_pat
         for percent in (30, 50, 70, 90):
             assert any(name.endswith(f"_{score}_{percent}") for name in names)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_first_and_the_last_layer_are_called_so(script):
+    names = runpy.run_path(str(ROOT / f"{script}_experiments.py"))
+    model = build(script, 10, **({"checkpoint": None, "depth": 1, "width": 64} if script == "vit" else {}))
+    layers = [name for name, _ in select_layers(model)]
+    assert [name for name, _ in select_layers(model, (names["FIRST"], names["LAST"]))] == [layers[0], layers[-1]]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

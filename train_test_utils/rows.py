@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from models import build
-from models.select import Selection, select_layers
+from models.select import Selection
 from pruning_utils import prune_
 from quantization_utils import absmean_fitted, calibrate_, quantize_
-from quantization_utils.quantizers import Quantizer
+from quantization_utils.quantizers import Quantizer, int8_absmax
 
 from .recipe import Recipe
 
@@ -25,25 +25,22 @@ Transform = Callable[[nn.Module, Tensor, int], nn.Module]  # (model, unlabelled 
 
 @dataclass(frozen=True)
 class Ternary:
-    """Make layers ternary; see `quantize_`. `ends`: another quantizer for the first and the last layer."""
+    """Make layers ternary, or with `int8_absmax` 8-bit; see `quantize_`. Layers that are quantized stay as they are."""
 
     quantizer: Quantizer = absmean_fitted
     act_bits: int | None = None
     only: Selection = None
     keep: Sequence[str] = ()
-    ends: Quantizer | None = None
 
     def __call__(self, model: nn.Module, images: Tensor, seed: int) -> nn.Module:
-        if self.ends is not None:
-            layers = select_layers(model)
-            quantize_(model, self.ends, self.act_bits, only=(layers[0][0], layers[-1][0]))
         quantize_(model, self.quantizer, self.act_bits, self.only, self.keep)
         return model if self.act_bits is None else calibrate_(model, images)
 
     def __str__(self) -> str:
         which = "all layers" if self.only is None else _selection(self.only)
         acts = "float activations" if self.act_bits is None else f"{self.act_bits}-bit activations"
-        return f"ternary {self.quantizer.__name__} ({which}, {acts}" + (", 8-bit ends)" if self.ends else ")")
+        kind = "8-bit" if self.quantizer is int8_absmax else "ternary"
+        return f"{kind} {self.quantizer.__name__} ({which}, {acts})"
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from models.select import select_layers
 from pruning_utils import l1, l2_filters, zero_fraction
 from quantization_utils import absmean, int8_absmax, mse_optimal
 from quantization_utils.bit_layers import Quantized
@@ -54,10 +55,11 @@ def test_a_pattern_that_matches_no_row():
         choose(ROWS, ["float", "qta"])
 
 
-def test_ternary_ends_have_another_quantizer():
-    model = Ternary(absmean, act_bits=8, ends=int8_absmax)(make("alexnet_like"), images(8), 0)
-    layers = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
-    assert [m.weight_bits for m in layers] == [8, "ternary", "ternary", 8]
+def test_layers_that_are_8_bit_already_stay_so():
+    model, (first, *_, last) = make("alexnet_like"), [name for name, _ in select_layers(make("alexnet_like"))]
+    for transform in (Ternary(int8_absmax, act_bits=8, only=(first, last)), Ternary(absmean, act_bits=8)):
+        model = transform(model, images(8), 0)
+    assert [m.weight_bits for _, m in select_layers(model)] == [8, "ternary", "ternary", 8]
     assert any(isinstance(m, Quantized) for m in model.modules()), "calibrated"
 
 
