@@ -20,7 +20,7 @@ import torch
 from benchmarks.limits import machine_limits
 from benchmarks.record import append_record
 from quantization_utils.kernels import cpu
-from quantization_utils.network import Node
+from quantization_utils.nodes import Node
 
 #        channels in, out, size, kernel, stride
 CONVOLUTIONS = [

@@ -29,7 +29,8 @@ from determine_space_saved import VIT_B_16
 from models import build
 from quantization_utils import pack_, quantize_
 from quantization_utils.inspection import inspect_file
-from quantization_utils.network import Node, PackedNetwork
+from quantization_utils.network import PackedNetwork
+from quantization_utils.nodes import Node
 from quantization_utils.storage import load_model, save_model
 
 ZERO_FRACTIONS = (0.33, 0.5, 0.7, 0.8, 0.9, 0.95)

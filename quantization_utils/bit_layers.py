@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from . import kernels
 from .kernels import reference
 from .quantizers import BLOCK, Quantizer, dequantize, int8_absmax
 
@@ -241,8 +242,6 @@ class PackedLinear(_PackedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         if self._runner is None:
-            from . import kernels
-
             if self.act_bits is None:
                 dense_NK = self.weight
                 self._runner = lambda x: F.linear(x, dense_NK, self.bias)

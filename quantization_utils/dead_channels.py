@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .network import IMAGE, Node
+from .nodes import IMAGE, Node
 
 IMAGE_CHANNELS = 3
 

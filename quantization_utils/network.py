@@ -1,9 +1,7 @@
 """A packed convolution network: a short list of nodes, made from a calibrated chain network by torch.fx.
 
-A node is a convolution or linear layer with all that follows it up to the next quantizer: batch norm, residual
-addition, ReLU, requantization to 8, 6 or 4 bits. Batch norm and every scale fold into one gain and one bias per output
-channel, in units of the output's step; the ternary codes do not change. `kernels/reference.py` says exactly what a node
-computes.
+Batch norm and every scale fold into one gain and one bias per output channel, in units of the output's step; the
+ternary codes do not change.
 """
 
 from __future__ import annotations
@@ -19,29 +17,9 @@ from torch.fx.passes.shape_prop import ShapeProp
 from models.graph import is_chain, module_of, trace
 from models.normalize import Normalize
 
+from . import kernels
 from .bit_layers import BitConv2d, BitLinear, Quantized
-
-IMAGE = -1  # the index that stands for the input image in `Node.input`
-
-
-@dataclass
-class Node:
-    """One step of a packed network; see the head of this file. N output and C input channels."""
-
-    op: str  # "conv", "linear", "max_pool", "avg_pool" (over the whole image)
-    input: int  # index of the producing node, or IMAGE
-    residual: int | None = None  # index of the node that is added before the ReLU
-    codes: Tensor | None = None  # int8 (N, C, kh, kw) or (N, K), K flattened as (C, H, W)
-    weight_bits: int | str = "ternary"  # or 8
-    gain: Tensor | None = None  # float32 (N,); average pool: (1,)
-    bias: Tensor | None = None  # float32 (N,)
-    residual_gain: float = 0.0
-    relu: bool = False
-    out_max: int | None = None  # largest output code (uint8); None: float32 output
-    kernel: tuple[int, int] = (1, 1)
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (0, 0)
-    pad_values: Tensor | None = None  # uint8 (C,): what surrounds the image; None: zeros
+from .nodes import IMAGE, Node
 
 
 class PackedNetwork(nn.Module):
@@ -57,8 +35,6 @@ class PackedNetwork(nn.Module):
     def executor(self) -> Any:
         """What runs the nodes: built at first use for the device where they are; its `backend` says which kernels."""
         if self._executor is None:
-            from . import kernels
-
             self._executor = kernels.make_executor(self.nodes, self.backend)
         return self._executor
 

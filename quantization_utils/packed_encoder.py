@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from models.vit import ViT
 
+from . import kernels
 from .bit_layers import PackedLinear
 
 HEAD_MULTIPLE = 16  # the kernels take heads of whole vectors
@@ -45,8 +46,6 @@ class PackedEncoder:
         return hidden_BTD
 
     def _fused(self) -> Any:
-        from . import kernels
-
         first = self.layers[0].attention.q_proj
         layers = []
         for layer in self.layers:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import kernels
 from .bit_layers import BitConv2d, BitLinear, PackedConv2d, PackedLinear, Quantized
 from .file_format import VERSION, ModelFileError, Stored, dump_json, parse_json, read_file, sha256_all, write_file
 from .network import PackedNetwork
@@ -280,8 +281,6 @@ def _check_values(records: Mapping[str, Record], tensors: Mapping[str, Tensor]) 
 
 def _set_backend(model: nn.Module, backend: str) -> None:
     if backend != "auto":
-        from . import kernels
-
         available = kernels.available_backends()
         if backend not in available:
             raise ValueError(f"backend {backend!r} cannot run here: choose one of auto, {', '.join(available)}")

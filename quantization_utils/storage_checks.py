@@ -13,7 +13,7 @@ from typing import Any
 from torch.nn.modules import module as torch_module
 
 from .file_format import ModelFileError, Stored, is_shape
-from .network import IMAGE, Node
+from .nodes import IMAGE, Node
 from .packing import CODES_PER_BYTE, ENCODINGS, Bits
 
 DTYPE_OF = {"F64": "float64", "I64": "int64", "F32": "float32", "I32": "int32", "F16": "float16", "BF16": "bfloat16",

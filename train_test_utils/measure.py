@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from quantization_utils.bit_layers import BitConv2d, BitLinear, PackedConv2d, PackedLinear
-from quantization_utils.network import IMAGE, PackedNetwork
+from quantization_utils.network import PackedNetwork
+from quantization_utils.nodes import IMAGE
 from quantization_utils.packed_encoder import layer_by_layer
 from quantization_utils.packing import Bits, entropy_bits
 from quantization_utils.storage import _is_float16  # the writer's own rule, so that the bound is one of that very file

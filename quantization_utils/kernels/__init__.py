@@ -10,15 +10,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..nodes import Node
 from . import reference
-
-if TYPE_CHECKING:
-    from ..network import Node
 
 
 def available_backends() -> tuple[str, ...]:

@@ -11,15 +11,13 @@ import os
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..nodes import Node
 from . import build
-
-if TYPE_CHECKING:
-    from ..network import Node
 
 ISAS = ("avx512vnni", "avx2", "portable")  # best first
 ALGORITHMS = ("auto", "direct", "winograd")

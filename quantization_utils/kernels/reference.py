@@ -13,14 +13,13 @@ written here; other kernels do the same and so agree bit for bit.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-if TYPE_CHECKING:
-    from ..network import Node
+from ..nodes import Node
 
 SMALLEST_ABSMAX = 1e-5  # as BitNet b1.58's reference code: an all-zero token has a scale too
 EXACT_FLOAT32 = 2**24

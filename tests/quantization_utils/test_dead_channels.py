@@ -11,7 +11,8 @@ from pruning_utils import l2_filters, prune_
 from quantization_utils import absmean_fitted, calibrate_, pack_, quantize_
 from quantization_utils.dead_channels import remove_dead_channels
 from quantization_utils.kernels.reference import NetworkExecutor
-from quantization_utils.network import Node, to_nodes
+from quantization_utils.network import to_nodes
+from quantization_utils.nodes import Node
 
 
 class Maker:

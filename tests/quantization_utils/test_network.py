@@ -15,7 +15,8 @@ from models.resnet_18 import BasicBlock
 from quantization_utils import absmean_fitted, calibrate_, int8_absmax, pack_, quantize_
 from quantization_utils.bit_layers import Quantized
 from quantization_utils.kernels import reference
-from quantization_utils.network import IMAGE, Node, NotANetwork, PackedNetwork, to_nodes
+from quantization_utils.network import NotANetwork, PackedNetwork, to_nodes
+from quantization_utils.nodes import IMAGE, Node
 from tests.networks import CHAINS, CLASSES, images, make
 
 

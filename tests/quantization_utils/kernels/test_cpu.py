@@ -8,7 +8,7 @@ from torch import Tensor
 
 from quantization_utils import kernels
 from quantization_utils.kernels import reference
-from quantization_utils.network import Node
+from quantization_utils.nodes import Node
 
 pytestmark = pytest.mark.skipif("cpu" not in kernels.available_backends(), reason="no C++ compiler")
 BACKENDS = [b for b in kernels.available_backends() if b.startswith("cpu-")]
