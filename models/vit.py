@@ -67,8 +67,8 @@ def vit(
 
     Raises:
         FileNotFoundError: the checkpoint is neither a folder nor to be had from the Hub.
-        ValueError: a checkpoint of another kind of model, an unknown key of `config`, or a width that is not a multiple
-            of 64.
+        ValueError: a checkpoint of another kind of model or with weights missing, an unknown key of `config`, or sizes
+            that make no compact ViT.
     """
     # Imported here: it takes seconds, and the other models do not need it.
     from transformers import ViTConfig, ViTForImageClassification
@@ -81,8 +81,12 @@ def vit(
             raise ValueError(f"a ViT's config has no {unknown[0]!r} here: give {', '.join(ESSENTIAL)}")
         network = ViTForImageClassification(ViTConfig(**(config | {"num_labels": num_classes})))  # type: ignore[arg-type]
     else:
-        if width % 64:
+        if width < 1 or width % 64:
             raise ValueError(f"the width of the compact ViT is a multiple of 64 (one attention head), not {width}")
+        if depth < 1:
+            raise ValueError(f"the compact ViT has a depth of one layer or more, not {depth}")
+        if patch_size < 1 or 32 % patch_size:
+            raise ValueError(f"the patches of the compact ViT tile 32×32 pixels: choose 4 or 8, not {patch_size}")
         network = ViTForImageClassification(
             ViTConfig(  # type: ignore[call-arg]
                 hidden_size=width, num_hidden_layers=depth, num_attention_heads=width // 64,

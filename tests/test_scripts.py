@@ -59,7 +59,7 @@ def test_list_of_quick(script, monkeypatch, capsys):
         (["--only", "qta*"], "no row matches 'qta*': --list shows the rows"),
         (["--dataset", "cifar11"], "unknown data set 'cifar11': choose cifar10, cifar100, digits, or a folder"),
         (["--device", "tpu"], "unknown device 'tpu'"),
-        (["--quick", "--holdout", "1"], "a held-out fraction of 1 leaves no images"),
+        (["--quick", "--holdout", "1"], "--holdout is a fraction in [0, 1)"),
         (["--quick", "--options", "stem=none"], "unknown stem None"),
         (["--quick", "--options", "depth=3"], "resnet_18 has no option 'depth'"),
     ],
