@@ -20,7 +20,7 @@ from tqdm import tqdm
 from quantization_utils.bit_layers import BitConv2d, BitLinear
 
 from . import distributed
-from .checkpoint import load_state, save_state
+from .checkpoint import first_line, load_state, save_state
 from .data import ImageDataset, augment, epoch_order, to_float
 from .recipe import Recipe
 
@@ -143,6 +143,7 @@ def train(
     if averaged is not None:
         model.load_state_dict(averaged.module.state_dict())
     if recipe.statistics_images:  # running averages lag behind weights that move: far, after few steps
+        torch.manual_seed(seed)  # dropout; a run may have been interrupted after its last step
         chosen = epoch_order(len(train_split), seed, 0, device)[: recipe.statistics_images]
         update_bn((to_float(train_split.images[batch]) for batch in chosen.split(recipe.batch_size)), model)
     return model.eval()
@@ -153,9 +154,14 @@ def _resume(parts: dict[str, Any], path: Path | None, device: torch.device) -> t
     state = load_state(path, device) if path is not None else None
     if state is None:
         return 0, torch.tensor([0.0, 0.0, 0.0, -1.0], device=device)
-    for name, part in parts.items():
-        part.load_state_dict(state[name])
-    return state["step"], state["sums"]
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        return state["step"], state["sums"]
+    except Exception as error:  # each part has its own way of saying that a state is not one of its own
+        raise ValueError(
+            f"{path} is not the state of this training ({first_line(error)}): delete it to start the row anew"
+        ) from error
 
 
 def _soft_targets(teacher: nn.Module | None, images: Tensor) -> Tensor | None:

@@ -53,7 +53,7 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("saves", [1, 7, 14])
+@pytest.mark.parametrize("saves", [1, 7, 15])
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 def test_an_interrupted_run_ends_in_the_same_bits(recipe, saves, tmp_path, monkeypatch):
     """Fifteen steps, broken off after some of them, in the middle of an epoch too, and continued in a new model."""
@@ -93,6 +93,15 @@ def test_a_run_broken_off_between_epochs(tmp_path):
         train(model(), data, PLAIN, Setup(CPU, checkpoint_seconds=-1), state_path=path, on_epoch=stop)
     assert torch.load(path)["step"] == 9
     assert same(whole, train(model(), data, PLAIN, Setup(CPU), state_path=path))
+
+
+@pytest.mark.parametrize("state", [{"step": 3}, {"step": 3, "model": {}}, [1]])
+def test_a_state_of_another_training_is_one_sentence(state, tmp_path):
+    path = tmp_path / "last.pt"
+    torch.save(state, path)
+    with pytest.raises(ValueError, match=f"{path} is not the state of this training .*: delete it") as caught:
+        train(model(), dataset(), PLAIN, Setup(CPU), state_path=path)
+    assert "\n" not in str(caught.value)
 
 
 def test_seeds_differ_and_nothing_else_does():
