@@ -77,6 +77,7 @@ def train(
     bit_layers = [m for m in model.modules() if isinstance(m, (BitLinear, BitConv2d))]
     runner = distributed.wrapped(model)
     if setup.compile:
+        torch.compiler.reset()  # variants are counted over all models of a process, and the ninth would run uncompiled
         runner = torch.compile(runner)
     autocast = (
         torch.autocast(device.type, setup.precision) if setup.precision != torch.float32 else nullcontext()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -195,6 +196,21 @@ def test_distillation_by_its_formula():
     expected = 0.7 * hard + 0.3 * 4 * divergence
     torch.testing.assert_close(train_module._loss(logits, labels, teacher, recipe), expected)
     torch.testing.assert_close(train_module._loss(logits, labels, None, recipe), hard)
+
+
+def test_every_row_of_a_long_table_is_compiled(monkeypatch):
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    recipe = Recipe(epochs=1, lr=0.01, batch_size=80)
+    for layers in range(10):
+        net = nn.Sequential(nn.Flatten(), nn.Linear(3072, 4), *(nn.Linear(4, 4) for _ in range(layers)))
+        train(net, dataset(), recipe, Setup(CPU, compile=True))
+    assert len(compiled) == 10
 
 
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
