@@ -57,7 +57,8 @@ def main(
         device = distributed.start(arguments.device)
         diverged = False
         for name in arguments.dataset:
-            dataset = load_dataset(name, arguments.data_dir)
+            with distributed.first_alone():  # one process downloads
+                dataset = load_dataset(name, arguments.data_dir)
             if arguments.holdout:
                 dataset = dataset.held_out(arguments.holdout)
             diverged |= not run_table(model_name, options, chosen, dataset, replace(arguments, device=device))

@@ -122,14 +122,16 @@ def train(
 
         # (loss, correct, images) of this epoch so far and the first step whose loss was not finite, all on the device.
         correct = (logits.argmax(1) == labels).sum()
-        sums[:3] += torch.stack([loss.detach(), correct, torch.ones_like(loss) * len(labels)])
-        sums[3] = torch.where(torch.isfinite(loss.detach()) | (sums[3] >= 0), sums[3], step)
+        # Summed over the processes, so that all of them stop when one diverges.
+        figures = torch.stack([loss.detach() / world, correct, torch.ones_like(loss) * len(labels)])
+        sums[:3] += distributed.summed(figures)
+        sums[3] = torch.where(torch.isfinite(figures[0]) | (sums[3] >= 0), sums[3], step)
         last_of_epoch = position == steps_per_epoch - 1 or step == steps - 1
         due = state_path is not None and time.monotonic() - saved_at > setup.checkpoint_seconds
         if step % LOOK_EVERY == 0 or last_of_epoch or due:
             record = _look(sums, position + 1, epoch + 1, lr, state_path)
-            figures = {"loss": f"{record['train_loss']:.3f}", "acc": f"{record['train_accuracy_pct']:.1f}%"}
-            progress.set_postfix(figures, refresh=False, lr=f"{lr:.2g}")
+            shown = {"loss": f"{record['train_loss']:.3f}", "acc": f"{record['train_accuracy_pct']:.1f}%"}
+            progress.set_postfix(shown, refresh=False, lr=f"{lr:.2g}")
         progress.update(recipe.batch_size)
         if last_of_epoch:
             now = time.monotonic()
