@@ -22,6 +22,7 @@ from models import build
 from quantization_utils import calibrate_, pack_, quantize_
 from quantization_utils.inspection import FileReport, gzip_float_bytes, inspect_file
 from quantization_utils.storage import ModelFileError, save_model
+from train_test_utils.cli import sentence
 
 VIT_B_16 = {
     "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072,
@@ -124,10 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
         for path in options.files:
             print_file(path)
     except (ModelFileError, OSError) as error:
-        sentence = (
-            f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.strerror else str(error)
-        )
-        print(f"determine_space_saved.py: {sentence}", file=sys.stderr)
+        print(f"determine_space_saved.py: {sentence(error)}", file=sys.stderr)
         return 2
     return 0
 

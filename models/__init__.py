@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -27,17 +27,19 @@ def build(name: str, num_classes: int, **options: Any) -> nn.Module:
     `model.constructor`, so that a file can rebuild it.
 
     Raises:
-        ValueError: unknown model, unknown option, or fewer than two classes.
+        ValueError: unknown model, unknown option, an option's value that makes no model, or fewer than two classes.
+        FileNotFoundError: an option names a file that is not there.
     """
-    if name not in MODELS:
-        raise ValueError(f"unknown model {name!r}: choose one of {', '.join(MODELS)}")
+    check_options(name, options)
     if num_classes < 2:
         raise ValueError(f"a classifier needs at least two classes, not {num_classes}")
-    known = [p for p in inspect.signature(MODELS[name]).parameters if p != "num_classes"]
-    for option in options:
-        if option not in known:
-            raise ValueError(f"{name} has no option {option!r}: choose from {', '.join(known)}")
-    model = MODELS[name](num_classes, **options)
+    try:
+        model = MODELS[name](num_classes, **options)
+    except (ValueError, OSError):  # a sentence already
+        raise
+    except Exception as error:  # a word where a number belongs: torch and transformers raise types of their own
+        said = " ".join(str(error).split())
+        raise ValueError(f"{name} cannot be built with {options} ({type(error).__name__}: {said})") from error
     # A constructor may have completed its options (a checkpoint's configuration, say); then it has set this itself.
     if not hasattr(model, "constructor"):
         constructor: Any = {"name": name, "num_classes": num_classes, "options": options}
@@ -45,4 +47,18 @@ def build(name: str, num_classes: int, **options: Any) -> nn.Module:
     return model
 
 
-__all__ = ["MODELS", "alexnet", "build", "resnet_18", "vit"]
+def check_options(name: str, options: Mapping[str, Any]) -> None:
+    """Hold names against those there are, before anything is built.
+
+    Raises:
+        ValueError: unknown model, or an option that its constructor does not have.
+    """
+    if name not in MODELS:
+        raise ValueError(f"unknown model {name!r}: choose one of {', '.join(MODELS)}")
+    known = [p for p in inspect.signature(MODELS[name]).parameters if p != "num_classes"]
+    for option in options:
+        if option not in known:
+            raise ValueError(f"{name} has no option {option!r}: choose from {', '.join(known)}")
+
+
+__all__ = ["MODELS", "alexnet", "build", "check_options", "resnet_18", "vit"]

@@ -24,8 +24,13 @@ def alexnet(num_classes: int, batch_norm: bool = True, dropout: float | None = N
     """Convolutions 64-192-384-256-256, classifier 9216-4096-4096-classes; images (N, 3, 32, 32).
 
     `batch_norm=False` is the original. `dropout` defaults to 0.5 without batch norm and 0.2 with it.
+
+    Raises:
+        ValueError: a dropout outside [0, 1).
     """
     rate = dropout if dropout is not None else (0.2 if batch_norm else 0.5)
+    if not 0 <= rate < 1:
+        raise ValueError(f"dropout is a fraction in [0, 1), not {rate}")
     layers: list[nn.Module] = [Normalize()]
     in_channels = 3
     for out_channels, pool in CONVOLUTIONS:

@@ -5,6 +5,7 @@ Reference: A. Dosovitskiy et al., "An Image is Worth 16x16 Words", arXiv 2010.11
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -66,8 +67,8 @@ def vit(
 
     Raises:
         FileNotFoundError: the checkpoint is neither a folder nor to be had from the Hub.
-        ValueError: a checkpoint of another kind of model, an unknown key of `config`, or a width that is not a multiple
-            of 64.
+        ValueError: a checkpoint of another kind of model or with weights missing, an unknown key of `config`, or sizes
+            that make no compact ViT.
     """
     # Imported here: it takes seconds, and the other models do not need it.
     from transformers import ViTConfig, ViTForImageClassification
@@ -80,8 +81,12 @@ def vit(
             raise ValueError(f"a ViT's config has no {unknown[0]!r} here: give {', '.join(ESSENTIAL)}")
         network = ViTForImageClassification(ViTConfig(**(config | {"num_labels": num_classes})))  # type: ignore[arg-type]
     else:
-        if width % 64:
+        if width < 1 or width % 64:
             raise ValueError(f"the width of the compact ViT is a multiple of 64 (one attention head), not {width}")
+        if depth < 1:
+            raise ValueError(f"the compact ViT has a depth of one layer or more, not {depth}")
+        if patch_size < 1 or 32 % patch_size:
+            raise ValueError(f"the patches of the compact ViT tile 32×32 pixels: choose 4 or 8, not {patch_size}")
         network = ViTForImageClassification(
             ViTConfig(  # type: ignore[call-arg]
                 hidden_size=width, num_hidden_layers=depth, num_attention_heads=width // 64,
@@ -105,12 +110,19 @@ def _essential(config: Any) -> dict[str, Any]:
     return {key: getattr(config, key) for key in ESSENTIAL}
 
 
+def _no_vit(checkpoint: str, error: Exception) -> str:
+    said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return f"{checkpoint!r} cannot be loaded as a ViT ({said}): name a folder that save_pretrained wrote"
+
+
 def _from_checkpoint(checkpoint: str, num_classes: int) -> tuple[nn.Module, list[float], list[float]]:
     from transformers import AutoConfig, AutoImageProcessor, ViTForImageClassification
 
     try:
         config = AutoConfig.from_pretrained(checkpoint)
-    except OSError as error:
+    except Exception as error:  # OSError, and what a config.json of something else makes transformers raise
+        if Path(checkpoint).is_dir():
+            raise ValueError(_no_vit(checkpoint, error)) from error
         raise FileNotFoundError(
             f"the ViT checkpoint {checkpoint!r} is not a local folder and the Hub can't be reached for it: "
             "name a local folder with --options checkpoint=FOLDER, or train the compact ViT with --options "
@@ -118,9 +130,18 @@ def _from_checkpoint(checkpoint: str, num_classes: int) -> tuple[nn.Module, list
         ) from error
     if config.model_type != "vit":
         raise ValueError(f"{checkpoint!r} is a {config.model_type} checkpoint: name one of a ViT")
-    network = ViTForImageClassification.from_pretrained(
-        checkpoint, num_labels=num_classes, ignore_mismatched_sizes=True, dtype=torch.float32
-    )
+    try:
+        loaded: Any = ViTForImageClassification.from_pretrained(
+            checkpoint, num_labels=num_classes, ignore_mismatched_sizes=True, dtype=torch.float32,
+            output_loading_info=True,
+        )  # fmt: skip
+    except Exception as error:  # no weights, damaged ones, a connection that broke
+        raise ValueError(_no_vit(checkpoint, error)) from error
+    network, loading = loaded
+    # A new head is what `num_classes` asks for; any other tensor that is not there would silently be random.
+    absent = [*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])]
+    if lost := sorted(name for name in absent if not name.startswith("classifier.")):
+        raise ValueError(f"{checkpoint!r} has no weights for {lost[0]} and {len(lost) - 1} more: name a whole ViT")
     try:
         processor = AutoImageProcessor.from_pretrained(checkpoint)
         mean, std = list(processor.image_mean), list(processor.image_std)

@@ -69,7 +69,7 @@ def test_list_of_quick(script, monkeypatch, capsys):
         (["--only", "qta*"], "no row matches 'qta*': --list shows the rows"),
         (["--dataset", "cifar11"], "unknown data set 'cifar11': choose cifar10, cifar100, digits, or a folder"),
         (["--device", "tpu"], "unknown device 'tpu'"),
-        (["--quick", "--holdout", "1"], "a held-out fraction of 1 leaves no images"),
+        (["--quick", "--holdout", "1"], "--holdout is a fraction in [0, 1)"),
         (["--quick", "--options", "stem=none"], "unknown stem None"),
         (["--quick", "--options", "depth=3"], "resnet_18 has no option 'depth'"),
     ],
@@ -149,6 +149,45 @@ def test_a_changed_configuration_is_a_new_row_and_the_old_one_is_kept(finished, 
     assert new["row"] == "float" and new["config_hash"] != old["config_hash"] and lines_of(out)[0] == old
     kept = out / "vit-digits" / f"float-seed3.{old['config_hash']}" / "checkpoint.safetensors"
     assert kept.read_bytes() == before
+
+
+def test_results_that_were_moved_aside_come_back_with_their_configuration(finished, monkeypatch, capsys):
+    """To and fro between two configurations: neither is trained twice, and neither gets in the other's way."""
+    out, _ = finished
+    other = [w if w != "0.005" else "0.002" for w in TINY]
+    for words in (other, TINY, other, TINY):
+        assert start(monkeypatch, "vit", *words, "--only", "float", "--out", str(out)) == 0
+    assert capsys.readouterr().out.count("done before") == 3
+
+
+def test_a_float_file_that_is_gone_is_made_from_its_checkpoint(finished, monkeypatch, capsys):
+    out, _ = finished
+    path = out / "vit-digits" / "float-seed3" / "model.safetensors"
+    before = path.read_bytes()
+    path.unlink()
+    words = (*TINY, "--only", "ptq_linear", "--out", str(out))
+    assert start(monkeypatch, "vit", *words) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"vit_experiments.py: {path} is gone")
+    assert start(monkeypatch, "vit", *words, "--measure-again") == 0
+    assert path.stat().st_size == len(before)
+
+
+def test_ctrl_c_says_that_the_same_command_continues(monkeypatch, capsys, tmp_path):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(experiment, "train", interrupted)
+    assert start(monkeypatch, "vit", *TINY, "--only", "float", "--out", str(tmp_path)) == 130
+    error = capsys.readouterr().err
+    assert error.endswith("vit_experiments.py: interrupted; the same command continues\n") and "Traceback" not in error
+
+
+@pytest.mark.parametrize("out", ["a file", "a file/below"])
+def test_an_output_folder_that_cannot_be(out, monkeypatch, capsys, tmp_path):
+    (tmp_path / "a file").touch()
+    assert start(monkeypatch, "vit", *TINY, "--only", "float", "--out", str(tmp_path / out)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"vit_experiments.py: {tmp_path / out}") and "Errno" not in error
 
 
 def test_killed_and_started_again_ends_in_the_same_bytes(tmp_path):

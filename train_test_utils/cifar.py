@@ -73,19 +73,21 @@ def load_cifar(source: Source, data_dir: Path) -> ImageDataset:
         found = _read(source, data_dir)
         assert found is not None, "a finished download is found"
     train, test, class_names = found
-    for which, split, count, known in (
-        ("training", train, source.train_count, source.train_digest),
-        ("test", test, source.test_count, source.test_digest),
-    ):
+    for which, split, count in (("training", train, source.train_count), ("test", test, source.test_count)):
         if len(split) != count:
             raise ValueError(
                 f"the {which} split of {source.name} in {data_dir} has {len(split)} images instead of {count}: {AGAIN}"
             )
+    try:
+        dataset = ImageDataset(source.name, class_names, train, test)
+    except ValueError as error:
+        raise ValueError(f"{error}, in {data_dir}: {AGAIN}") from error
+    for which, split, known in (("training", train, source.train_digest), ("test", test, source.test_digest)):
         if known is not None and digest(split) != known:
             raise ValueError(
                 f"the {which} images of {source.name} in {data_dir} are not those of {source.name}: {AGAIN}"
             )
-    return ImageDataset(source.name, class_names, train, test)
+    return dataset
 
 
 AGAIN = "delete its files there, and the next start downloads them again"
@@ -111,8 +113,8 @@ def _read(source: Source, data_dir: Path) -> tuple[Split, Split, tuple[str, ...]
         if not paths:
             raise FileNotFoundError(f"there is no {which}-*.parquet in {data_dir / source.name}: {AGAIN}")
         _check_shards(paths)
-    names = _class_names(files["train"][0], source)
-    return _read_parquet(files["train"], source), _read_parquet(files["test"], source), names
+    train, test = (_read_parquet(files[which], source) for which in ("train", "test"))
+    return train, test, _class_names(files["train"][0], source)
 
 
 def _torchvision_class(source: Source):  # type: ignore[no-untyped-def]  # torchvision has no types
@@ -151,13 +153,13 @@ def _read_parquet(paths: list[Path], source: Source) -> Split:
             encoded = [cell["bytes"] for cell in table["img"].to_pylist()]
             with ThreadPoolExecutor() as pool:  # Pillow decodes without holding the interpreter
                 images += pool.map(_decode, encoded)
-            labels += table[source.label].to_pylist()
-        except (pyarrow.ArrowException, KeyError, TypeError, OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()
-            raise ValueError(
-                f"{path} cannot be read ({reason[0] if reason else type(error).__name__}): {AGAIN}"
-            ) from error
-    return Split(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels))
+            labels.append(table[source.label].cast(pyarrow.int64()).to_numpy())
+            if labels[-1].dtype != np.int64:
+                raise ValueError("an image has no label")
+        except Exception as error:  # pyarrow and Pillow raise types of their own for what is damaged
+            raise ValueError(f"{path} cannot be read ({_reason(error)}): {AGAIN}") from error
+    pixels = np.asarray(images, np.uint8).reshape(-1, IMAGE_SIZE, IMAGE_SIZE, 3)  # there may be none
+    return Split(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(np.concatenate(labels)))
 
 
 def _decode(encoded: bytes) -> np.ndarray:
@@ -170,14 +172,19 @@ def _decode(encoded: bytes) -> np.ndarray:
 
 
 def _class_names(path: Path, source: Source) -> tuple[str, ...]:
-    """The names in the file's `huggingface` metadata, or the numbers."""
+    """The names in the file's `huggingface` metadata, or the numbers where it has no such names."""
     import json
 
     from pyarrow import parquet
 
-    metadata = (parquet.read_schema(path).metadata or {}).get(b"huggingface", b"{}")
-    names = json.loads(metadata).get("info", {}).get("features", {}).get(source.label, {}).get("names")
-    return tuple(names) if names else tuple(str(i) for i in range(source.classes))
+    try:
+        metadata = json.loads(parquet.read_schema(path).metadata[b"huggingface"])
+        names = metadata["info"]["features"][source.label]["names"]
+    except (KeyError, TypeError, ValueError):
+        names = None
+    if not isinstance(names, list) or len(names) != source.classes:
+        names = range(source.classes)
+    return tuple(map(str, names))
 
 
 def _download(source: Source, data_dir: Path) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from models import check_options
 
 
 @dataclass(frozen=True)
@@ -61,17 +64,30 @@ def parse_arguments(model_name: str, words: list[str]) -> Arguments:
         budget = given.budget if given.budget is not None else (0.04 if given.quick else 1.0)
         if not 0 < budget <= 100:
             raise ValueError(f"--budget is a fraction above 0, 1 for the full recipes, not {budget:g}")
+        if not 0 <= given.holdout < 1:
+            raise ValueError(f"--holdout is a fraction in [0, 1), 0 for the test split, not {given.holdout:g}")
+        if wrong := [seed for seed in given.seeds if not 0 <= seed < 2**32]:
+            raise ValueError(f"--seeds are whole numbers from 0 to 2^32 - 1, not {wrong[0]}")
         device = pick_device(given.device)
+        options = parse_options(given.options)
+        check_options(model_name, options)
         return Arguments(
             dataset=tuple(given.dataset or (["digits"] if given.quick else ["cifar10", "cifar100"])),
-            data_dir=given.data_dir, only=tuple(given.only), list=given.list, seeds=tuple(given.seeds),
+            data_dir=given.data_dir, only=tuple(given.only), list=given.list, seeds=tuple(dict.fromkeys(given.seeds)),
             quick=given.quick, budget=budget, holdout=given.holdout, measure_again=given.measure_again,
             checkpoint_seconds=given.checkpoint_seconds, device=device,
             precision=pick_precision(given.precision, device),
-            compile=device.type == "cuda", out=given.out, wandb=given.wandb, options=parse_options(given.options),
+            compile=device.type == "cuda", out=given.out, wandb=given.wandb, options=options,
         )  # fmt: skip
     except ValueError as error:
         parser.error(str(error))
+
+
+def sentence(error: Exception) -> str:
+    """What went wrong, for a person: the file and the reason of an operating system's error, the words of any other."""
+    if isinstance(error, OSError) and error.strerror:
+        return ": ".join(str(part) for part in (error.filename, error.strerror) if part is not None)
+    return str(error)
 
 
 def pick_device(name: str) -> torch.device:
@@ -82,10 +98,9 @@ def pick_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kind, _, number = name.partition(":")
-    if kind not in ("cpu", "cuda") or (number and not number.isdigit()):
+    if not re.fullmatch("cpu|cuda(:[0-9]+)?", name):
         raise ValueError(f"unknown device {name!r}: choose auto, cpu, cuda or cuda:N")
-    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+    if name != "cpu" and int(name.partition(":")[2] or 0) >= torch.cuda.device_count():
         raise ValueError(f"this machine has no device {name}: choose --device cpu or auto")
     return torch.device(name)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -97,7 +98,7 @@ def load_dataset(name: str, data_dir: str | Path = "data") -> ImageDataset:
     if name == "digits":
         return load_digits()
     if Path(name).is_dir():
-        return image_folder.load_image_folder(Path(name))
+        return image_folder.load_image_folder(Path(os.path.abspath(name)))  # "." has a name too
     raise ValueError(
         f"unknown data set {name!r}: choose {', '.join([*cifar.SOURCES, 'digits'])}, or a folder with a folder of "
         "images for each class"

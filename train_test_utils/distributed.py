@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -38,6 +40,23 @@ def barrier() -> None:
     """Wait for the other processes."""
     if world_size() > 1:
         dist.barrier()
+
+
+@contextmanager
+def first_alone() -> Iterator[None]:
+    """The first process goes through the block alone, then the others: what it downloads, they find."""
+    if rank() > 0:
+        barrier()
+    yield
+    if rank() == 0:
+        barrier()
+
+
+def summed(figures: Tensor) -> Tensor:
+    """The sum over the processes, the same in all of them."""
+    if world_size() > 1:
+        dist.all_reduce(figures)
+    return figures
 
 
 def wrapped(model: nn.Module) -> nn.Module:

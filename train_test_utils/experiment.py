@@ -19,11 +19,12 @@ from torch import nn
 
 from models import build
 from quantization_utils import pack_
+from quantization_utils.file_format import replacing
 from quantization_utils.storage import load_model, save_model
 
 from . import distributed
 from .checkpoint import load_weights, save_weights
-from .cli import Arguments, parse_arguments
+from .cli import Arguments, parse_arguments, sentence
 from .data import ImageDataset, load_dataset
 from .evaluate import accuracy_pct, predict
 from .logbook import Logbook
@@ -44,7 +45,8 @@ def main(
 
     `rows`: the table, or a function that makes it from the model's options. `quick`, `quick_options`: the rows and the
     model options of `--quick`. `default_options`: the model's options unless `--options` says otherwise.
-    Exits with code 2 and one sentence on a user's mistake, with 1 if a training diverged (the other rows are done).
+    Exits with code 2 and one sentence on a user's mistake, with 1 if a training diverged (the other rows are done),
+    with 130 on Ctrl-C.
     """
     arguments = parse_arguments(model_name, sys.argv[1:])
     options = default_options | ((quick_options or {}) if arguments.quick else {}) | arguments.options
@@ -57,7 +59,8 @@ def main(
         device = distributed.start(arguments.device)
         diverged = False
         for name in arguments.dataset:
-            dataset = load_dataset(name, arguments.data_dir)
+            with distributed.first_alone():  # one process downloads
+                dataset = load_dataset(name, arguments.data_dir)
             if arguments.holdout:
                 dataset = dataset.held_out(arguments.holdout)
             diverged |= not run_table(model_name, options, chosen, dataset, replace(arguments, device=device))
@@ -66,8 +69,11 @@ def main(
     except (ValueError, OSError) as error:
         if os.environ.get("TERNARY_TRACEBACK"):
             raise
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: {sentence(error)}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print(f"\n{Path(sys.argv[0]).name}: interrupted; the same command continues", file=sys.stderr)
+        raise SystemExit(130) from None
     finally:
         distributed.stop()
 
@@ -131,10 +137,14 @@ class Run:
     def finished_in(self, logbook: Logbook) -> dict[str, Any] | None:
         """The row's line if it has been done with this very configuration and its files are still there."""
         line = logbook.done(self.hash)
-        if line is not None and (self.folder / "checkpoint.safetensors").exists() and self._folder_is_mine():
+        if line is None:
+            return None
+        self._claim_folder()
+        if not (self.folder / "checkpoint.safetensors").exists():
+            return None
+        if distributed.rank() == 0:
             print(f"{self.row.name}, seed {self.seed}: done before ({line['test_accuracy_pct']:.2f}%)")
-            return line
-        return None
+        return line
 
     def execute(self, logbook: Logbook) -> dict[str, Any]:
         """Do the row and append its line to the logbook."""
@@ -231,21 +241,30 @@ class Run:
         while origin.parent is not None:
             origin = origin.parent
         path = origin.folder / "model.safetensors"
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{path} is gone, which {self.row.name} is measured beside: add --measure-again once, and it is packed "
+                "again"
+            )
         return load_model(path)[0], path
 
-    def _folder_is_mine(self) -> bool:
-        mark = self.folder / "config_hash"
-        return mark.exists() and mark.read_text().strip() == self.hash
-
     def _claim_folder(self) -> None:
-        """Make the row's folder; results of another configuration in it are moved aside, not lost."""
+        """Make the row's folder. Another configuration's results in it are moved aside; those of this one come back."""
         mark = self.folder / "config_hash"
         if distributed.rank() == 0:
-            if mark.exists() and not self._folder_is_mine():
-                self.folder.rename(self.folder.with_name(f"{self.folder.name}.{mark.read_text().strip()}"))
+            owner = mark.read_text().strip() if mark.exists() else self.hash
+            if owner != self.hash:
+                aside = self._aside(owner)
+                self.folder.rename(aside.with_name(f"{aside.name}.{time.time_ns()}") if aside.exists() else aside)
+            if not self.folder.exists() and self._aside(self.hash).exists():
+                self._aside(self.hash).rename(self.folder)
             self.folder.mkdir(parents=True, exist_ok=True)
-            mark.write_text(self.hash + "\n")
+            with replacing(mark) as file:
+                file.write(f"{self.hash}\n".encode())
         distributed.barrier()
+
+    def _aside(self, config_hash: str) -> Path:
+        return self.folder.with_name(f"{self.folder.name}.{config_hash}")
 
 
 def commit() -> str:

@@ -13,7 +13,7 @@ from .data import IMAGE_SIZE, ImageDataset, Split, every_fifth_of_a_class
 
 
 def load_image_folder(folder: Path) -> ImageDataset:
-    """`<folder>/<class>/<image>`, or the same below `<folder>/train` and `<folder>/test`.
+    """`<folder>/<class>/<image>`, or the same below `<folder>/train` and `<folder>/test` (or `<folder>/val`).
 
     Images are cut to a centred square and resized to 32×32. Without a test folder every fifth image of a class, in the
     order of the file names, is for testing.
@@ -21,13 +21,14 @@ def load_image_folder(folder: Path) -> ImageDataset:
     Raises:
         ValueError: fewer than two classes, classes that differ between train and test, or a file that is no image.
     """
-    if (folder / "train").is_dir() and (folder / "test").is_dir():
+    test_folder = next((folder / name for name in ("test", "val") if (folder / name).is_dir()), None)
+    if (folder / "train").is_dir() and test_folder is not None:
         train, names = _read(folder / "train")
-        test, test_names = _read(folder / "test")
+        test, test_names = _read(test_folder)
         if names != test_names:
             differ = ", ".join(sorted(set(names) ^ set(test_names)))
             raise ValueError(
-                f"the folders of classes in {folder}/train and {folder}/test differ ({differ}): make them the same"
+                f"the folders of classes in {folder}/train and {test_folder} differ ({differ}): make them the same"
             )
         return ImageDataset(folder.name, names, train, test)
     everything, names = _read(folder)
@@ -43,7 +44,7 @@ def load_image_folder(folder: Path) -> ImageDataset:
 def _read(folder: Path) -> tuple[Split, tuple[str, ...]]:
     classes = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
     if len(classes) < 2:
-        raise ValueError(f"{folder} has {len(classes)} folders of images: make one for each class, at least two")
+        raise ValueError(f"{folder} needs a folder of images for each class, at least two, and has {len(classes)}")
     files = [
         (path, label)
         for label, c in enumerate(classes)
@@ -68,5 +69,5 @@ def _decode(path: Path) -> np.ndarray:
     try:
         with Image.open(path) as image:
             return np.asarray(ImageOps.fit(image.convert("RGB"), (IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC))
-    except OSError as error:
+    except Exception as error:  # Pillow raises types of its own: a DecompressionBombError is no OSError
         raise ValueError(f"{path} cannot be read as an image ({error}): repair or remove it") from error

@@ -21,8 +21,8 @@ from . import distributed
 from .wandb_mirror import Mirror
 
 
-def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The rows in a file, oldest first; [] if there is none. What is no JSON object is skipped, with a warning."""
+def read_rows(path: str | os.PathLike[str], warn: bool = True) -> list[dict[str, Any]]:
+    """The rows in a file, oldest first; [] if there is none. What is no JSON object is skipped; `warn`: and said."""
     try:
         lines = Path(path).read_bytes().split(b"\n")
     except FileNotFoundError:
@@ -31,9 +31,9 @@ def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         if line.strip():
             row = _parsed(line)
-            if row is None:
+            if row is None and warn:
                 print(f"{path}: line {number} is not a row and is left out", file=sys.stderr)
-            else:
+            if row is not None:
                 rows.append(row)
     return rows
 
@@ -109,11 +109,12 @@ class Logbook:
         if distributed.rank() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             mend(self.path)
+            read_rows(self.path)  # says once what it leaves out
             self._mirror = Mirror(wandb_mode or "online", self.folder, project, group or self.folder.name)
 
     def rows(self) -> list[dict[str, Any]]:
         """Every row in the file, oldest first."""
-        return read_rows(self.path)
+        return read_rows(self.path, warn=False)
 
     def done(self, config_hash: str) -> dict[str, Any] | None:
         """The last row with this configuration, or None."""

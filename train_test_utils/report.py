@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .cli import sentence
 from .logbook import read_curves, read_rows
 from .readme_tables import with_tables
 from .table import Line, circumstances, columns_of, is_reduced, lines_of
@@ -103,7 +104,7 @@ def main(arguments: list[str] | None = None) -> int:
         before = given.readme.read_text(encoding="utf-8")
         after = with_tables(before, given.folder)
     except (ValueError, OSError) as error:
-        print(f"report: {error}", file=sys.stderr)
+        print(f"report: {sentence(error)}", file=sys.stderr)
         return 2
     if given.check and after != before:
         print(f"{given.readme}: tables are out of date: python3 -m train_test_utils.report --readme {given.readme} "

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from quantization_utils.bit_layers import BitConv2d, BitLinear
 
 from . import distributed
-from .checkpoint import load_state, save_state
+from .checkpoint import first_line, load_state, save_state
 from .data import ImageDataset, augment, epoch_order, to_float
 from .recipe import Recipe
 
@@ -77,6 +77,7 @@ def train(
     bit_layers = [m for m in model.modules() if isinstance(m, (BitLinear, BitConv2d))]
     runner = distributed.wrapped(model)
     if setup.compile:
+        torch.compiler.reset()  # variants are counted over all models of a process, and the ninth would run uncompiled
         runner = torch.compile(runner)
     autocast = (
         torch.autocast(device.type, setup.precision) if setup.precision != torch.float32 else nullcontext()
@@ -121,14 +122,16 @@ def train(
 
         # (loss, correct, images) of this epoch so far and the first step whose loss was not finite, all on the device.
         correct = (logits.argmax(1) == labels).sum()
-        sums[:3] += torch.stack([loss.detach(), correct, torch.ones_like(loss) * len(labels)])
-        sums[3] = torch.where(torch.isfinite(loss.detach()) | (sums[3] >= 0), sums[3], step)
+        # Summed over the processes, so that all of them stop when one diverges.
+        figures = torch.stack([loss.detach() / world, correct, torch.ones_like(loss) * len(labels)])
+        sums[:3] += distributed.summed(figures)
+        sums[3] = torch.where(torch.isfinite(figures[0]) | (sums[3] >= 0), sums[3], step)
         last_of_epoch = position == steps_per_epoch - 1 or step == steps - 1
         due = state_path is not None and time.monotonic() - saved_at > setup.checkpoint_seconds
         if step % LOOK_EVERY == 0 or last_of_epoch or due:
             record = _look(sums, position + 1, epoch + 1, lr, state_path)
-            figures = {"loss": f"{record['train_loss']:.3f}", "acc": f"{record['train_accuracy_pct']:.1f}%"}
-            progress.set_postfix(figures, refresh=False, lr=f"{lr:.2g}")
+            shown = {"loss": f"{record['train_loss']:.3f}", "acc": f"{record['train_accuracy_pct']:.1f}%"}
+            progress.set_postfix(shown, refresh=False, lr=f"{lr:.2g}")
         progress.update(recipe.batch_size)
         if last_of_epoch:
             now = time.monotonic()
@@ -143,6 +146,7 @@ def train(
     if averaged is not None:
         model.load_state_dict(averaged.module.state_dict())
     if recipe.statistics_images:  # running averages lag behind weights that move: far, after few steps
+        torch.manual_seed(seed)  # dropout; a run may have been interrupted after its last step
         chosen = epoch_order(len(train_split), seed, 0, device)[: recipe.statistics_images]
         update_bn((to_float(train_split.images[batch]) for batch in chosen.split(recipe.batch_size)), model)
     return model.eval()
@@ -153,9 +157,14 @@ def _resume(parts: dict[str, Any], path: Path | None, device: torch.device) -> t
     state = load_state(path, device) if path is not None else None
     if state is None:
         return 0, torch.tensor([0.0, 0.0, 0.0, -1.0], device=device)
-    for name, part in parts.items():
-        part.load_state_dict(state[name])
-    return state["step"], state["sums"]
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        return state["step"], state["sums"]
+    except Exception as error:  # each part has its own way of saying that a state is not one of its own
+        raise ValueError(
+            f"{path} is not the state of this training ({first_line(error)}): delete it to start the row anew"
+        ) from error
 
 
 def _soft_targets(teacher: nn.Module | None, images: Tensor) -> Tensor | None:

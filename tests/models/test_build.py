@@ -62,7 +62,15 @@ def test_every_parameter_learns(name):
         (("alexnet", 1), {}, "at least two classes, not 1"),
         (("resnet_18", 10), {"width": 3}, "resnet_18 has no option 'width': choose from stem"),
         (("resnet_18", 10), {"stem": "imagenet"}, "unknown stem 'imagenet': choose cifar or maxpool"),
+        (("alexnet", 10), {"dropout": "some"}, r"alexnet cannot be built with {'dropout': 'some'} \(TypeError"),
+        (("alexnet", 10), {"dropout": float("nan")}, r"dropout is a fraction in \[0, 1\), not nan"),
         (("vit", 10), {"width": 100}, "multiple of 64"),
+        (("vit", 10), {"width": 0}, "multiple of 64"),
+        (("vit", 10), {"width": "wide"}, "vit cannot be built with {'width': 'wide'}"),
+        (("vit", 10), {"width": 64, "depth": 0}, "a depth of one layer or more, not 0"),
+        (("vit", 10), {"width": 64, "depth": 1.5}, "vit cannot be built with .* 1.5"),
+        (("vit", 10), {"width": 64, "patch_size": 5}, "choose 4 or 8, not 5"),
+        (("vit", 10), {"config": 3}, "vit cannot be built with {'config': 3}"),
     ],
 )
 def test_mistakes_are_told_in_a_sentence(arguments, options, sentence):

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import BertConfig, ViTConfig, ViTForImageClassification, ViTImageProcessor
 
@@ -90,3 +91,32 @@ def test_a_checkpoint_of_another_kind(tmp_path):
     BertConfig(hidden_size=32, num_hidden_layers=1).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is a bert checkpoint: name one of a ViT"):
         build("vit", 10, checkpoint=str(tmp_path))
+
+
+def test_a_folder_with_the_wrong_content_is_one_sentence(folder):
+    def told() -> str:
+        with pytest.raises(ValueError, match="cannot be loaded as a ViT") as caught:
+            build("vit", 6, checkpoint=str(folder))
+        assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+        return str(caught.value)
+
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    told()
+    weights.unlink()
+    told()
+    config.write_text("{")
+    told()
+    config.unlink()
+    told()
+
+
+def test_weights_that_are_missing_or_misshaped_are_not_made_up(network, folder):
+    """transformers would draw them at random and warn: the row would be of another model than it says."""
+    state = load_file(folder / "model.safetensors")
+    some = next(name for name in state if "attention" in name and name.endswith("weight"))
+    for changed in ({k: v for k, v in state.items() if k != some}, state | {some: state[some][:-1].clone()}):
+        save_file(changed, folder / "model.safetensors", {"format": "pt"})
+        with pytest.raises(ValueError, match=f"has no weights for .*{some.rpartition('.')[2]}.*: name a whole ViT"):
+            build("vit", 6, checkpoint=str(folder))

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from train_test_utils.cli import parse_arguments, parse_options, pick_device, pick_precision
+from train_test_utils.cli import parse_arguments, parse_options, pick_device, pick_precision, sentence
 
 
 def parse(*words):
@@ -25,9 +25,9 @@ def test_quick_is_digits_at_a_small_budget_unless_told_otherwise():
 
 
 def test_lists_and_options():
-    given = parse(*"--seeds 0 2 --only qat* float --options stem=maxpool width=64 --device cpu".split())
+    given = parse(*"--seeds 0 2 0 --only qat* float --options batch_norm=false dropout=0.1 --device cpu".split())
     assert given.seeds == (0, 2) and given.only == ("qat*", "float")
-    assert given.options == {"stem": "maxpool", "width": 64} and given.device == torch.device("cpu")
+    assert given.options == {"batch_norm": False, "dropout": 0.1} and given.device == torch.device("cpu")
 
 
 @pytest.mark.parametrize(
@@ -43,14 +43,23 @@ def test_values_of_options(word, value):
     [
         (["--device", "tpu"], "unknown device 'tpu': choose auto, cpu, cuda or cuda:N"),
         (["--device", "cuda:x"], "unknown device 'cuda:x'"),
+        (["--device", "cpu:"], "unknown device 'cpu:'"),
         (["--device", "cuda:99"], "this machine has no device cuda:99"),
         (["--budget", "0"], "--budget is a fraction above 0"),
         (["--budget", "-1"], "--budget is a fraction above 0"),
         (["--budget", "nan"], "--budget is a fraction above 0"),
         (["--budget", "x"], "invalid float value: 'x'"),
+        (["--holdout", "nan"], "--holdout is a fraction in [0, 1)"),
+        (["--holdout", "inf"], "--holdout is a fraction in [0, 1)"),
+        (["--holdout", "-0.1"], "--holdout is a fraction in [0, 1)"),
+        (["--seeds", "0", "-1"], "--seeds are whole numbers from 0 to 2^32 - 1, not -1"),
+        (["--seeds", str(2**70)], "--seeds are whole numbers"),
         (["--precision", "int4"], "invalid choice: 'int4'"),
         (["--wandb", "maybe"], "invalid choice: 'maybe'"),
         (["--options", "stem"], "--options takes KEY=VALUE words, not 'stem'"),
+        (["--options", "depth=3"], "alexnet has no option 'depth': choose from batch_norm, dropout"),
+        (["--options", "num_classes=3"], "alexnet has no option 'num_classes'"),
+        (["--options", "name=vit"], "alexnet has no option 'name'"),
         (["--frobnicate"], "unrecognized arguments: --frobnicate"),
     ],
 )
@@ -59,6 +68,13 @@ def test_mistakes_are_one_sentence_and_exit_code_2(words, sentence, capsys):
         parse(*words)
     assert caught.value.code == 2
     assert sentence in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_errors_in_a_sentence():
+    assert sentence(ValueError("a fraction, not 3")) == "a fraction, not 3"
+    assert sentence(OSError(28, "No space left on device", "runs/x")) == "runs/x: No space left on device"
+    assert sentence(OSError(28, "No space left on device")) == "No space left on device"
+    assert sentence(FileNotFoundError("x is not there: make it")) == "x is not there: make it"
 
 
 def test_precision(monkeypatch):

@@ -32,13 +32,16 @@ def encoded(pixels: np.ndarray, kind: str = "PNG") -> bytes:
     return file.getvalue()
 
 
-def write_parquet(path: Path, pixels: np.ndarray, labels: list[int], kind: str = "PNG") -> None:
+def write_parquet(
+    path: Path, pixels: np.ndarray, labels: list, kind: str = "PNG", metadata: bytes | None = None
+) -> None:
     import pyarrow
     from pyarrow import parquet
 
     path.parent.mkdir(parents=True, exist_ok=True)
     cells = [{"bytes": encoded(p, kind), "path": None} for p in pixels]
-    parquet.write_table(pyarrow.table({"img": cells, "label": labels}), path)
+    table = pyarrow.table({"img": cells, "label": labels})
+    parquet.write_table(table.replace_schema_metadata(metadata and {"huggingface": metadata}), path)
 
 
 def write_hub_layout(folder: Path, kind: str = "PNG") -> None:
@@ -227,6 +230,43 @@ def test_what_is_wrong_with_parquet_files_is_said(tmp_path):
         load_cifar(TINY, tmp_path)
 
 
+@pytest.mark.parametrize(
+    "labels, said",
+    [
+        ([-1] * 10, "has the label -1; labels go from 0 to 9, in .*: delete its files"),
+        ([300] * 10, "has the label 300; labels go from 0 to 9, in .*: delete its files"),
+        ([None] * 9 + [1], r"cannot be read \(an image has no label\): delete its files"),
+        ([0.5] * 10, "cannot be read .*: delete its files"),
+        (["cat"] * 10, "cannot be read .*: delete its files"),
+    ],
+)
+def test_labels_that_are_none(labels, said, tmp_path):
+    write_hub_layout(tmp_path / "cifar10")
+    write_parquet(tmp_path / "cifar10" / "plain_text" / "train-00001-of-00002.parquet", PIXELS[:10], labels)
+    with pytest.raises(ValueError, match=said):
+        load_cifar(replace(TINY, train_digest="0" * 64), tmp_path)
+
+
+@pytest.mark.parametrize("kept", [0, 3, 1000, -1])
+def test_a_first_file_that_is_cut_short_is_named(kept, tmp_path):
+    write_hub_layout(tmp_path / "cifar10")
+    path = tmp_path / "cifar10" / "plain_text" / "train-00000-of-00002.parquet"
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=f"{path.name} cannot be read .*: delete its files"):
+        load_cifar(TINY, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "names, taken", [([f"class {i}" for i in range(10)], "class 3"), (["a", "b"], "3"), (5, "3"), (None, "3")]
+)
+def test_class_names_are_those_of_the_metadata_if_it_has_them(names, taken, tmp_path):
+    write_hub_layout(tmp_path / "cifar10")
+    metadata = json.dumps({"info": {"features": {"label": {"names": names}}}} if names else [1]).encode()
+    path = tmp_path / "cifar10" / "plain_text" / "train-00000-of-00002.parquet"
+    write_parquet(path, PIXELS[:10], LABELS[:10], metadata=metadata)
+    assert load_cifar(TINY, tmp_path).class_names[3] == taken
+
+
 def test_the_digest_forgets_order_but_not_which_label_an_image_has():
     split = Split(expected(slice(20)).contiguous(), torch.tensor(LABELS[:20]))
     turned = split[torch.arange(19, -1, -1)]
@@ -240,7 +280,7 @@ def write_images(folder: Path, count: int, shade: int) -> None:
         Image.new("RGB", (40, 50), (shade, i, 0)).save(folder / f"{i:02}.png")
 
 
-def test_a_folder_of_class_folders(tmp_path):
+def test_a_folder_of_class_folders(tmp_path, monkeypatch):
     for name, shade in (("cat", 10), ("dog", 200)):
         write_images(tmp_path / name, 10, shade)
     data = load_dataset(str(tmp_path))
@@ -249,20 +289,23 @@ def test_a_folder_of_class_folders(tmp_path):
     assert data.train.images.shape[1:] == (3, 32, 32)
     assert data.test.images[:, 0, 0, 0].tolist() == [10, 10, 200, 200]
     assert data.test.images[:, 1, 0, 0].tolist() == [4, 9, 4, 9]
+    monkeypatch.chdir(tmp_path / "cat")
+    assert load_dataset("..").name == tmp_path.name
 
 
-def test_a_folder_with_its_own_test_split(tmp_path):
-    for which, count in (("train", 3), ("test", 2)):
+@pytest.mark.parametrize("test", ["test", "val"])
+def test_a_folder_with_its_own_test_split(test, tmp_path):
+    for which, count in (("train", 3), (test, 2)):
         for name in ("a", "b"):
             write_images(tmp_path / which / name, count, 0)
     data = load_dataset(str(tmp_path))
     assert (len(data.train), len(data.test)) == (6, 4)
-    write_images(tmp_path / "test" / "c", 1, 0)
+    write_images(tmp_path / test / "c", 1, 0)
     with pytest.raises(ValueError, match=r"differ \(c\)"):
         load_dataset(str(tmp_path))
 
 
-def test_folders_that_are_no_data_set(tmp_path):
+def test_folders_that_are_no_data_set(tmp_path, monkeypatch):
     write_images(tmp_path / "one" / "cat", 5, 0)
     with pytest.raises(ValueError, match="at least two"):
         load_dataset(str(tmp_path / "one"))
@@ -271,6 +314,10 @@ def test_folders_that_are_no_data_set(tmp_path):
         load_dataset(str(tmp_path / "one"))
     (tmp_path / "one" / "dog" / "x.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match="x.png cannot be read as an image"):
+        load_dataset(str(tmp_path / "one"))
+    (tmp_path / "one" / "dog" / "x.png").unlink()
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ValueError, match="png cannot be read as an image .*decompression bomb"):
         load_dataset(str(tmp_path / "one"))
     with pytest.raises(ValueError, match="unknown data set 'cifar11': choose cifar10, cifar100, digits"):
         load_dataset("cifar11")

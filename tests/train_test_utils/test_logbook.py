@@ -54,6 +54,13 @@ def test_a_broken_line_in_the_middle_is_named_and_left_out(tmp_path, capsys):
     assert "line 2" in capsys.readouterr().err
 
 
+def test_a_broken_line_is_named_once_however_often_the_rows_are_read(tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text('not json\n{"config_hash": "b"}\n')
+    again = book(tmp_path)
+    assert again.done("b") and again.done("a") is None and len(again.rows()) == 1
+    assert capsys.readouterr().err.count("line 1 is not a row") == 1
+
+
 def test_killed_while_writing(tmp_path):
     """Whatever moment SIGKILL comes at: every line that was reported as written is there, whole."""
     script = (

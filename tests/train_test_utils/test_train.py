@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -53,7 +54,7 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("saves", [1, 7, 14])
+@pytest.mark.parametrize("saves", [1, 7, 15])
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 def test_an_interrupted_run_ends_in_the_same_bits(recipe, saves, tmp_path, monkeypatch):
     """Fifteen steps, broken off after some of them, in the middle of an epoch too, and continued in a new model."""
@@ -93,6 +94,15 @@ def test_a_run_broken_off_between_epochs(tmp_path):
         train(model(), data, PLAIN, Setup(CPU, checkpoint_seconds=-1), state_path=path, on_epoch=stop)
     assert torch.load(path)["step"] == 9
     assert same(whole, train(model(), data, PLAIN, Setup(CPU), state_path=path))
+
+
+@pytest.mark.parametrize("state", [{"step": 3}, {"step": 3, "model": {}}, [1]])
+def test_a_state_of_another_training_is_one_sentence(state, tmp_path):
+    path = tmp_path / "last.pt"
+    torch.save(state, path)
+    with pytest.raises(ValueError, match=f"{path} is not the state of this training .*: delete it") as caught:
+        train(model(), dataset(), PLAIN, Setup(CPU), state_path=path)
+    assert "\n" not in str(caught.value)
 
 
 def test_seeds_differ_and_nothing_else_does():
@@ -186,6 +196,21 @@ def test_distillation_by_its_formula():
     expected = 0.7 * hard + 0.3 * 4 * divergence
     torch.testing.assert_close(train_module._loss(logits, labels, teacher, recipe), expected)
     torch.testing.assert_close(train_module._loss(logits, labels, None, recipe), hard)
+
+
+def test_every_row_of_a_long_table_is_compiled(monkeypatch):
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    recipe = Recipe(epochs=1, lr=0.01, batch_size=80)
+    for layers in range(10):
+        net = nn.Sequential(nn.Flatten(), nn.Linear(3072, 4), *(nn.Linear(4, 4) for _ in range(layers)))
+        train(net, dataset(), recipe, Setup(CPU, compile=True))
+    assert len(compiled) == 10
 
 
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])

@@ -1,0 +1,78 @@
+"""Two processes on one machine train one model: the same weights in both, and both stop when one diverges."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import multiprocessing, nn
+
+from tests.networks import images
+from train_test_utils import distributed
+from train_test_utils.data import ImageDataset, Split
+from train_test_utils.recipe import Recipe
+from train_test_utils.train import NonFiniteLoss, Setup, train
+
+CPU = torch.device("cpu")
+RECIPE = Recipe(epochs=2, lr=0.05, batch_size=8)
+
+
+class Net(nn.Module):
+    """`left`: steps until this process's logits are not a number."""
+
+    def __init__(self, left: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(3600, 2))
+        self.left = left
+
+    def forward(self, x):
+        self.left -= 1
+        return self.layers(x) * (math.nan if self.left < 0 else 1.0)
+
+
+def process(rank: int, folder: Path, steps: float) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    with distributed.first_alone():
+        arrived = folder / "arrived"
+        assert arrived.exists() == (rank > 0)
+        arrived.touch()
+    torch.manual_seed(1)
+    split = Split((images(16) * 255).to(torch.uint8), torch.arange(16) % 2)
+    records: list[dict] = []
+    try:
+        model = Net(steps if rank == 0 else math.inf)
+        train(model, ImageDataset("two", ("a", "b"), split, split), RECIPE, Setup(CPU), on_epoch=records.append)
+        outcome = {"weights": [p.detach() for p in model.parameters()], "records": records}
+    except NonFiniteLoss as error:
+        outcome = {"error": str(error)}
+    torch.save(outcome, folder / f"{rank}.pt")
+    distributed.stop()
+
+
+def outcomes(folder: Path, steps: float) -> list[dict]:
+    multiprocessing.spawn(process, (folder, steps), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def test_two_processes_train_one_model_and_tell_the_same(tmp_path):
+    one, two = outcomes(tmp_path, math.inf)
+    assert all(torch.equal(a, b) for a, b in zip(one["weights"], two["weights"], strict=True))
+    untimed = [[{k: v for k, v in record.items() if k != "seconds"} for record in o["records"]] for o in (one, two)]
+    assert untimed[0] == untimed[1] and [record["epoch"] for record in untimed[0]] == [1, 2]
+
+
+def test_both_stop_when_one_diverges_even_at_the_last_step(tmp_path):
+    """Earlier, its gradients would tell the other one step later."""
+    one, two = outcomes(tmp_path, 3)
+    assert one == two and "not finite at step 3" in one["error"]
+
+
+def test_alone_everything_does_nothing():
+    with distributed.first_alone():
+        assert torch.equal(distributed.summed(torch.ones(2)), torch.ones(2))
+    assert distributed.rank() == 0 and distributed.world_size() == 1
