@@ -110,8 +110,8 @@ def run_table(
         if distributed.rank() == 0 and table:
             print_table(table)
             paths = write_report(logbook.rows(), folder)
-            logbook.close(table, paths)
             print(f"report and pictures: {folder / 'report.html'}")
+            logbook.close(table, paths)
     finally:
         logbook.finish()
     return all_finished
