@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .data import IMAGE_SIZE, ImageDataset, Split
+from .dataset import IMAGE_SIZE, ImageDataset, Split
 
 SERVER_PATIENCE_SECONDS = 30.0  # without a byte, before the mirror is asked
 

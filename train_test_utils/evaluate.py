@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from quantization_utils.bit_layers import fixed_weights
 
-from .data import Split, to_float
+from .data import to_float
+from .dataset import Split
 
 
 @torch.inference_mode()

@@ -25,7 +25,8 @@ from quantization_utils.storage import load_model, save_model
 from . import distributed
 from .checkpoint import load_weights, save_weights
 from .cli import Arguments, parse_arguments, sentence
-from .data import ImageDataset, load_dataset
+from .data import load_dataset
+from .dataset import ImageDataset
 from .evaluate import accuracy_pct, predict
 from .logbook import Logbook
 from .measure import code_zero_fraction, count_macs, ideal_bytes, latency_beside, weight_bits

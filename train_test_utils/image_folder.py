@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from .data import IMAGE_SIZE, ImageDataset, Split, every_fifth_of_a_class
+from .dataset import IMAGE_SIZE, ImageDataset, Split, every_fifth_of_a_class
 
 
 def load_image_folder(folder: Path) -> ImageDataset:

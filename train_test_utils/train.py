@@ -21,7 +21,8 @@ from quantization_utils.bit_layers import BitConv2d, BitLinear
 
 from . import distributed
 from .checkpoint import first_line, load_state, save_state
-from .data import ImageDataset, augment, epoch_order, to_float
+from .data import augment, epoch_order, to_float
+from .dataset import ImageDataset
 from .recipe import Recipe
 
 LOOK_EVERY = 20  # steps between two looks at the loss: each makes a GPU wait

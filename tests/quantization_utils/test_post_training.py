@@ -12,7 +12,7 @@ from quantization_utils.bit_layers import BitConv2d, BitLinear
 from quantization_utils.post_training import Settings, ternarize_
 from quantization_utils.reconstruction import Reconstruction
 from tests import networks
-from train_test_utils.data import ImageDataset, Split
+from train_test_utils.dataset import ImageDataset, Split
 from train_test_utils.experiment import Run
 from train_test_utils.rows import Row
 from train_test_utils.transforms import CalibratedStart, CalibratedTernary, ReconstructedTernary

@@ -19,7 +19,8 @@ from PIL import Image
 
 from train_test_utils import cifar
 from train_test_utils.cifar import Source, load_cifar
-from train_test_utils.data import GREY, ImageDataset, Split, augment, epoch_order, load_dataset, to_float
+from train_test_utils.data import GREY, augment, epoch_order, load_dataset, to_float
+from train_test_utils.dataset import ImageDataset, Split
 
 TINY = Source("cifar10", "CIFAR10", "someone/cifar10", "label", 10, train_count=20, test_count=10)
 PIXELS = np.random.default_rng(0).integers(0, 256, (30, 32, 32, 3), dtype=np.uint8)

@@ -12,7 +12,7 @@ from torch import multiprocessing, nn
 
 from tests.networks import images
 from train_test_utils import distributed
-from train_test_utils.data import ImageDataset, Split
+from train_test_utils.dataset import ImageDataset, Split
 from train_test_utils.recipe import Recipe
 from train_test_utils.train import NonFiniteLoss, Setup, train
 

@@ -15,7 +15,8 @@ from quantization_utils import absmean_fitted, calibrate_, quantize_
 from quantization_utils.bit_layers import BitConv2d, BitLinear
 from tests.networks import images, make
 from train_test_utils import train as train_module
-from train_test_utils.data import ImageDataset, Split, epoch_order, to_float
+from train_test_utils.data import epoch_order, to_float
+from train_test_utils.dataset import ImageDataset, Split
 from train_test_utils.recipe import Recipe, adamw, sgd
 from train_test_utils.train import NonFiniteLoss, Setup, train
 
