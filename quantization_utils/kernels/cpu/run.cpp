@@ -18,15 +18,15 @@ int64_t team_chunk(int64_t groups, int blocks, int threads, int64_t most) {
 
 void Network::run(const float* images, int batch, int height, int width, int threads, const std::string& algorithm, float* out) {
   std::lock_guard<std::mutex> lock(mutex_);
+  threads_ = std::max(1, std::min(threads, kMaxThreads));
   Plan& p = plan(batch, height, width);
-  threads = std::max(1, std::min(threads, 256));
-  if ((int)scratch_.size() < threads) scratch_.resize(threads);
-  threads_ = threads;
-  if (!p.chosen) choose(p, threads, algorithm);
+  if ((int)scratch_.size() < threads_) scratch_.resize(threads_);
+  if (!p.chosen) choose(p, algorithm);
   p.chosen = true;
-  parallel(threads, [&](Member& member) {
-    run_image(p, images, member);
-    for (size_t i = 0; i < nodes_.size(); ++i) run_node(p, (int)i, member);
+  parallel(threads_, [&](Member& member) {
+    if (p.part) member.share((batch + p.part - 1) / p.part, [&](int64_t part) { run_part(p, images, part, member); });
+    else run_image(p, images, member);
+    for (int i = p.part ? front_ : 0; i < (int)nodes_.size(); ++i) run_node(p, i, member);
   });
   const Value& last = p.values.back();
   for (int b = 0; b < last.n; ++b)
@@ -43,6 +43,18 @@ uint8_t* Network::scratch(int thread, size_t bytes) {
   auto& buffer = scratch_[thread];
   if (buffer.size() < bytes) buffer = Bytes(bytes);
   return buffer.data();
+}
+
+// One thread alone: the front for some images, whose last value goes to where the threads share it.
+void Network::run_part(Plan& plan, const float* images, int64_t part, Member& member) {
+  Plan& own = *plan.parts[member.index()];
+  Member alone(member.index());
+  const int64_t first = part * plan.part;
+  for (Value& v : own.values) v.n = (int)std::min<int64_t>(plan.part, plan.batch - first);
+  Value& last = own.values[front_];
+  last.data = plan.values[front_].data + first * last.image() * (last.is_float ? 4 : 1);
+  run_image(own, images + first * image_channels_ * plan.height * plan.width, alone);
+  for (int i = 0; i < front_; ++i) run_node(own, i, alone);
 }
 
 void Network::run_image(Plan& plan, const float* images, Member& member) {
@@ -79,7 +91,7 @@ void Network::run_direct(Plan& plan, int node, Member& member) {
   const int block = panels.block, blocks = (s.n + block - 1) / block, most = isa_.max_pixels;
   const int per_image = out.h * out.w;
   const int64_t pixels = (int64_t)per_image * in.n, groups = (pixels + most - 1) / most;
-  const int64_t chunk = team_chunk(groups, blocks, threads_, 16);
+  const int64_t chunk = team_chunk(groups, blocks, member.team_size(), 16);
   member.share((groups + chunk - 1) / chunk * blocks, [&](int64_t item) {
     const int first_channel = item % blocks * block;
     alignas(64) int32_t acc[kMaxPixels * kMaxChannels];
@@ -168,8 +180,9 @@ void Network::run_winograd(Plan& plan, int node, Member& member) {
   };
   // Where there are many tiles, a thread transforms a few groups and uses them at once for all channels, from its cache;
   // else the threads share the transform and split channels as well.
-  if (groups >= 8 * threads_) {
-    const int64_t most = std::max<int64_t>(1, (192 << 10) / group_bytes), chunk = std::max<int64_t>(1, std::min({groups / (8 * threads_), most, (int64_t)8}));
+  const int threads = member.team_size();
+  if (groups >= 8 * threads) {
+    const int64_t most = std::max<int64_t>(1, (192 << 10) / group_bytes), chunk = std::max<int64_t>(1, std::min({groups / (8 * threads), most, (int64_t)8}));
     member.share((groups + chunk - 1) / chunk, [&](int64_t item) {
       uint8_t* v = scratch(member.index(), chunk * group_bytes);
       Output to[8];
@@ -189,8 +202,8 @@ void Network::run_winograd(Plan& plan, int node, Member& member) {
       transform(tile / size, tile % size, plan.shared.data() + tile / size * group_bytes);
   });
   // Neighbouring channels go to one thread, which fetches the next one's weights while it computes.
-  const int64_t run = std::max<int64_t>(1, std::min<int64_t>(8, vectors / (4 * threads_)));
-  const int64_t per_item = team_chunk(groups, vectors / run, threads_, 8), items = (groups + per_item - 1) / per_item;
+  const int64_t run = std::max<int64_t>(1, std::min<int64_t>(8, vectors / (4 * threads)));
+  const int64_t per_item = team_chunk(groups, vectors / run, threads, 8), items = (groups + per_item - 1) / per_item;
   member.share(items * ((vectors + run - 1) / run), [&](int64_t item) {
     Output to[8];
     const int64_t first = item % items * per_item, last = std::min(groups, first + per_item), n = item / items * run;

@@ -25,18 +25,20 @@ struct Team {
 // One thread's view of a region. Every member must make the same calls of share.
 class Member {
  public:
-  Member(Team& team, int index) : team_(team), index_(index) {}
+  Member(Team& team, int index) : team_(&team), index_(index) {}
+  explicit Member(int index) : team_(nullptr), index_(index) {}  // shares with nobody: within an item of a region
   int index() const { return index_; }
+  int team_size() const { return team_ ? team_->size : 1; }
 
   // Calls work(item) for every item of 0 … items-1, each once, spread over the threads as they come free; returns when all
   // items are done.
   template <typename Work>
   void share(int64_t items, const Work& work) {
-    Team::Phase& phase = team_.phases[phase_++];
-    if (team_.size == 1) {
+    if (team_size() == 1) {
       for (int64_t item = 0; item < items; ++item) work(item);
       return;
     }
+    Team::Phase& phase = team_->phases[phase_++];
     for (int64_t item; (item = phase.next.fetch_add(1, std::memory_order_relaxed)) < items;) {
       work(item);
       phase.done.fetch_add(1, std::memory_order_acq_rel);
@@ -46,7 +48,7 @@ class Member {
 
  private:
   static void wait(Team::Phase& phase, int64_t items);
-  Team& team_;
+  Team* team_;
   int index_, phase_ = 0;
 };
 
