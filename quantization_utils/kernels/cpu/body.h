@@ -32,6 +32,8 @@ static inline void store_part(void* to, T value, int size) {
 #define EACH_VECTOR(...) EACH_J(0, __VA_ARGS__) EACH_J(1, __VA_ARGS__) EACH_J(2, __VA_ARGS__) EACH_J(3, __VA_ARGS__)
 #define EACH_J(N, ...) if constexpr (N < J) { constexpr int j = N; __VA_ARGS__ }
 
+constexpr int kPrefetchBytes = 4096;
+
 // One pixel and 2-bit weights (a linear layer at batch 1): the weights' bits are used where they stand, see kernels.h.
 template <int J>
 static void row_kernel(const Tile& t, int32_t* out) {
@@ -44,7 +46,8 @@ static void row_kernel(const Tile& t, int32_t* out) {
     const uint8_t* a = t.pixels[0] + run * t.run_stride;
     for (int64_t g = 0; g < t.groups; ++g) {
       vec codes[J];
-      EACH_VECTOR(codes[j] = load_weights(w + j * LANES * 4);)
+      // Each weight is used once, and out of order the processor sees too few loads ahead to hide an outer cache's latency.
+      EACH_VECTOR(codes[j] = load_weights(w + j * LANES * 4); __builtin_prefetch(w + j * LANES * 4 + kPrefetchBytes);)
       w += J * LANES * 4;
 #define TERNARY_PLANE(S)                                 \
   {                                                      \

@@ -95,6 +95,8 @@ struct Step {
 
 struct Plan {
   int batch = 0, height = 0, width = 0;
+  int part = 0;                              // images that a thread takes through the front by itself; 0: threads share all
+  std::vector<std::unique_ptr<Plan>> parts;  // the front of so many images, one a thread
   bool chosen = false;                       // algorithms were measured
   std::vector<Value> values;  // [0] is the image, [i + 1] node i
   std::vector<std::shared_ptr<Step>> steps;
@@ -107,20 +109,22 @@ class Network {
   Network(const Kernels& isa, std::vector<NodeSpec> nodes, int image_channels);
   // images: float32 planes (batch, channels, height, width); out: float32, as many as out_size says.
   void run(const float* images, int batch, int height, int width, int threads, const std::string& algorithm, float* out);
-  std::vector<int64_t> out_shape(int batch, int height, int width);
+  std::vector<int64_t> out_shape(int batch, int height, int width) const;
   // One line a node: "node op algorithm direct_us winograd_us multiply_adds", for a batch that has run.
   std::string describe(int batch, int height, int width);
 
  private:
   Plan& plan(int batch, int height, int width);
-  void make_values(Plan& plan);
-  void allocate(Plan& plan);
+  int images_a_part(const Plan& plan) const;
+  void make_values(Plan& plan) const;
+  void allocate(Plan& plan, int first, int end) const;
   void make_step(Plan& plan, int node);
   int winograd_side(const Plan& plan, int node) const;
   std::shared_ptr<Panels> panels(int node, const Value& in);
   std::shared_ptr<Panels> winograd_panels(int node, const Value& in, int side);
-  void choose(Plan& plan, int threads, const std::string& algorithm);
-  void measure(Plan& plan, int threads);
+  void choose(Plan& plan, const std::string& algorithm);
+  void measure(Plan& plan);
+  void run_part(Plan& plan, const float* images, int64_t part, Member& member);
   void run_image(Plan& plan, const float* images, Member& member);
   void run_node(Plan& plan, int node, Member& member);
   void run_direct(Plan& plan, int node, Member& member);
@@ -134,6 +138,7 @@ class Network {
   const Kernels& isa_;
   std::vector<NodeSpec> nodes_;
   int image_channels_;
+  int front_;  // nodes before the first linear layer
   std::map<std::vector<int>, std::unique_ptr<Plan>> plans_;
   std::map<std::vector<int>, std::shared_ptr<Panels>> packed_;  // by node, algorithm and input layout; shared by batch sizes
   std::vector<Bytes> scratch_;                                                   // one a thread

@@ -37,16 +37,40 @@ void transform_kernel(int side, const int8_t* g, int (&v)[3][3], int (&u)[5][5])
 }  // namespace
 
 Network::Network(const Kernels& isa, std::vector<NodeSpec> nodes, int image_channels)
-    : isa_(isa), nodes_(std::move(nodes)), image_channels_(image_channels) {}
+    : isa_(isa), nodes_(std::move(nodes)), image_channels_(image_channels) {
+  front_ = std::find_if(nodes_.begin(), nodes_.end(), [](const NodeSpec& s) { return s.op == Op::kLinear; }) - nodes_.begin();
+  for (size_t i = front_; i < nodes_.size(); ++i)  // only the front's last value is used after it
+    if (nodes_[i].input < front_ - 1 || (nodes_[i].residual != kNone && nodes_[i].residual < front_ - 1)) front_ = 0;
+}
+
+// Whole images for each thread, where there are enough to share them evenly: few enough at a time for their values to stay in a
+// core's own cache from node to node, and no thread waits for another. The linear layers follow for all images at once, as
+// their weights are too many to be read for a few.
+int Network::images_a_part(const Plan& plan) const {
+  int64_t largest = 1;
+  for (int v = 0; v < front_; ++v) largest = std::max(largest, plan.values[v].image() * (plan.values[v].is_float ? 4 : 1));
+  int part = front_ == 0 ? 0 : (int)std::clamp<int64_t>((384 << 10) / largest, 1, 8);
+  auto uneven = [&] { return (plan.batch + part * threads_ - 1) / (part * threads_) * part * threads_ * 10 > plan.batch * 11; };
+  while (part > 0 && uneven()) --part;
+  return part;
+}
 
 Plan& Network::plan(int batch, int height, int width) {
   auto& slot = plans_[{batch, height, width}];
-  if (slot) return *slot;
   auto plan = std::make_unique<Plan>();
   plan->batch = batch, plan->height = height, plan->width = width;
   make_values(*plan);
-  allocate(*plan);
+  plan->part = images_a_part(*plan);
+  if (slot && slot->part == plan->part && (plan->part == 0 || (int)slot->parts.size() == threads_)) return *slot;
+  allocate(*plan, plan->part ? front_ : 0, (int)nodes_.size() + 1);
   for (size_t i = 0; i < nodes_.size(); ++i) make_step(*plan, (int)i);
+  for (int thread = 0; plan->part && thread < threads_; ++thread) {
+    plan->parts.push_back(std::make_unique<Plan>());
+    Plan& own = *plan->parts.back();
+    own.batch = plan->part, own.height = height, own.width = width, own.steps = plan->steps;
+    make_values(own);
+    allocate(own, 0, front_);
+  }
   slot = std::move(plan);
   return *slot;
 }
@@ -61,7 +85,7 @@ int Network::winograd_side(const Plan& plan, int node) const {
   return !possible ? 0 : s.stride[0] == 1 ? 4 : 5;
 }
 
-void Network::make_values(Plan& plan) {
+void Network::make_values(Plan& plan) const {
   plan.values.resize(nodes_.size() + 1);
   Value& image = plan.values[0];
   image.n = plan.batch, image.h = plan.height, image.w = plan.width, image.c = image_channels_;
@@ -99,8 +123,9 @@ void Network::make_values(Plan& plan) {
   }
 }
 
-// A buffer is used again by a later value of exactly the same layout, so the border, written here, stays as it is.
-void Network::allocate(Plan& plan) {
+// Buffers for values first ... end - 1. One is used again by a later value of exactly the same layout, so the border, written
+// here, stays as it is.
+void Network::allocate(Plan& plan, int first, int end) const {
   std::vector<int> last(plan.values.size(), -1);
   for (size_t i = 0; i < nodes_.size(); ++i) {
     last[nodes_[i].input + 1] = i;
@@ -108,20 +133,21 @@ void Network::allocate(Plan& plan) {
   }
   std::map<std::vector<int64_t>, std::vector<uint8_t*>> free_buffers;
   std::vector<std::vector<int64_t>> keys;
-  for (size_t v = 0; v < plan.values.size(); ++v) {
+  for (int v = 0; v < end; ++v) {
     Value& value = plan.values[v];
     const uint8_t* pad = nullptr;
     bool zeros = false;
     for (const NodeSpec& s : nodes_) {
-      if (s.input + 1 != (int)v || s.op != Op::kConv || (s.padding[0] == 0 && s.padding[1] == 0)) continue;
+      if (s.input + 1 != v || s.op != Op::kConv || (s.padding[0] == 0 && s.padding[1] == 0)) continue;
       if (s.pad_values.empty()) zeros = true;
       else if (pad && std::memcmp(pad, s.pad_values.data(), value.c) != 0) throw std::invalid_argument("two convolutions pad one value differently");
       else pad = s.pad_values.data();
     }
     if (pad && zeros) throw std::invalid_argument("two convolutions pad one value differently");
     const int64_t elements = value.image() * value.n;
-    const std::vector<int64_t> key = {value.h, value.w, value.c, value.border, value.extra, value.is_float, pad ? (int64_t)v : -1};
+    const std::vector<int64_t> key = {value.h, value.w, value.c, value.border, value.extra, value.is_float, pad ? v : -1};
     keys.push_back(key);
+    if (v < first) continue;
     auto& candidates = free_buffers[key];
     if (candidates.empty()) {
       const size_t bytes = elements * (value.is_float ? 4 : 1) + 128;  // tiles may read up to 15 bytes past a run
@@ -133,8 +159,8 @@ void Network::allocate(Plan& plan) {
     value.data = candidates.back();
     candidates.pop_back();
     // Values that node v - 1 was the last to read are free from now on.
-    for (size_t u = 0; v > 0 && u < v; ++u)
-      if (last[u] == (int)v - 1) free_buffers[keys[u]].push_back(plan.values[u].data);
+    for (int u = first; u < v; ++u)
+      if (last[u] == v - 1) free_buffers[keys[u]].push_back(plan.values[u].data);
   }
 }
 
@@ -207,47 +233,54 @@ void Network::make_step(Plan& plan, int node) {
 // Runs the whole network a few times with the algorithms as they are set; notes each node's microseconds in its step. The
 // whole network, because a node alone finds its weights in the caches, where in the network it does not. A node has ended
 // when the first thread leaves it: a thread that the system had put aside finds all done and passes many at once. The
-// second smallest, because all disturbances add time.
-void Network::measure(Plan& plan, int threads) {
+// second smallest, because all disturbances add time. Of the front, every thread runs one part.
+void Network::measure(Plan& plan) {
   using Clock = std::chrono::steady_clock;
   constexpr int kRuns = 9;
-  const size_t n = nodes_.size();
+  const size_t n = nodes_.size(), front = plan.part ? front_ : 0;
   std::vector<std::vector<double>> micros(n);
   for (int repetition = 0; repetition < kRuns; ++repetition) {
-    std::vector<std::vector<Clock::time_point>> left(threads, std::vector<Clock::time_point>(n + 1, Clock::time_point::max()));
-    parallel(threads, [&](Member& member) {
+    std::vector<std::vector<Clock::time_point>> left(threads_, std::vector<Clock::time_point>(n + 1, Clock::time_point::max()));
+    parallel(threads_, [&](Member& member) {
       std::vector<Clock::time_point>& times = left[member.index()];
+      Member alone(member.index());
       times[0] = Clock::now();
-      for (size_t i = 0; i < n; ++i) run_node(plan, i, member), times[i + 1] = Clock::now();
+      for (size_t i = 0; i < front; ++i) run_node(*plan.parts[member.index()], i, alone), times[i + 1] = Clock::now();
+      for (size_t i = front; i < n; ++i) run_node(plan, i, member), times[i + 1] = Clock::now();
     });
     for (size_t i = 0; i <= n; ++i)
-      for (int t = 1; t < threads; ++t) left[0][i] = std::min(left[0][i], left[t][i]);
+      for (int t = 1; t < threads_; ++t) left[0][i] = std::min(left[0][i], left[t][i]);
     for (size_t i = 0; i < n; ++i) micros[i].push_back(std::chrono::duration<double, std::micro>(left[0][i + 1] - left[0][i]).count());
   }
   for (size_t i = 0; i < n; ++i) {
     std::sort(micros[i].begin(), micros[i].end());
-    plan.steps[i]->micros[plan.steps[i]->algorithm == Algorithm::kWinograd] = micros[i][1];
+    const double parts = i < front ? plan.batch / (double)(plan.part * threads_) : 1.0;
+    plan.steps[i]->micros[plan.steps[i]->algorithm == Algorithm::kWinograd] = micros[i][1] * parts;
   }
 }
 
 // The network with every node direct, then with Winograd wherever it can be; the faster wins, node by node. The buffers
 // hold whatever they hold.
-void Network::choose(Plan& plan, int threads, const std::string& algorithm) {
-  size_t shared = 0;
-  if (algorithm == "auto") measure(plan, threads);
+void Network::choose(Plan& plan, const std::string& algorithm) {
+  for (auto& own : plan.parts) own->values[front_].data = plan.values[front_].data;
+  if (algorithm == "auto") measure(plan);
   if (algorithm == "direct") return;
+  size_t shared = 0, shared_a_part = 0;
   for (size_t i = 0; i < nodes_.size(); ++i) {
     Step& step = *plan.steps[i];
     if (!step.winograd_side) continue;
+    const bool in_part = plan.part && (int)i < front_;
     const Value &in = plan.values[nodes_[i].input + 1], &out = plan.values[i + 1];
-    const int64_t tiles = (int64_t)in.n * ((out.h + 1) / 2) * ((out.w + 1) / 2) + isa_.max_pixels;
-    shared = std::max(shared, (size_t)(tiles * (step.winograd_side * step.winograd_side * in.cs + 16)));
+    const int64_t tiles = (int64_t)(in_part ? plan.part : in.n) * ((out.h + 1) / 2) * ((out.w + 1) / 2) + isa_.max_pixels;
+    size_t& most = in_part ? shared_a_part : shared;
+    most = std::max(most, (size_t)(tiles * (step.winograd_side * step.winograd_side * in.cs + 16)));
     step.winograd = winograd_panels(i, in, step.winograd_side);
     step.algorithm = Algorithm::kWinograd;
   }
   plan.shared = Bytes(shared);
+  for (auto& own : plan.parts) own->shared = Bytes(shared_a_part);
   if (algorithm == "winograd") return;
-  measure(plan, threads);
+  measure(plan);
   for (const auto& step : plan.steps) {
     if (step->algorithm != Algorithm::kWinograd || step->micros[1] < step->micros[0]) continue;
     step->algorithm = Algorithm::kDirect;
@@ -255,9 +288,11 @@ void Network::choose(Plan& plan, int threads, const std::string& algorithm) {
   }
 }
 
-std::vector<int64_t> Network::out_shape(int batch, int height, int width) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  const Value& last = plan(batch, height, width).values.back();
+std::vector<int64_t> Network::out_shape(int batch, int height, int width) const {
+  Plan plan;
+  plan.batch = batch, plan.height = height, plan.width = width;
+  make_values(plan);
+  const Value& last = plan.values.back();
   const Op op = nodes_.back().op;
   if (op == Op::kConv || op == Op::kMaxPool) return {last.n, last.c, last.h, last.w};
   return {last.n, last.c};

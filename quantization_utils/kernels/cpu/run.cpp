@@ -18,15 +18,15 @@ int64_t team_chunk(int64_t groups, int blocks, int threads, int64_t most) {
 
 void Network::run(const float* images, int batch, int height, int width, int threads, const std::string& algorithm, float* out) {
   std::lock_guard<std::mutex> lock(mutex_);
+  threads_ = std::max(1, std::min(threads, kMaxThreads));
   Plan& p = plan(batch, height, width);
-  threads = std::max(1, std::min(threads, 256));
-  if ((int)scratch_.size() < threads) scratch_.resize(threads);
-  threads_ = threads;
-  if (!p.chosen) choose(p, threads, algorithm);
+  if ((int)scratch_.size() < threads_) scratch_.resize(threads_);
+  if (!p.chosen) choose(p, algorithm);
   p.chosen = true;
-  parallel(threads, [&](Member& member) {
-    run_image(p, images, member);
-    for (size_t i = 0; i < nodes_.size(); ++i) run_node(p, (int)i, member);
+  parallel(threads_, [&](Member& member) {
+    if (p.part) member.share((batch + p.part - 1) / p.part, [&](int64_t part) { run_part(p, images, part, member); });
+    else run_image(p, images, member);
+    for (int i = p.part ? front_ : 0; i < (int)nodes_.size(); ++i) run_node(p, i, member);
   });
   const Value& last = p.values.back();
   for (int b = 0; b < last.n; ++b)
@@ -43,6 +43,18 @@ uint8_t* Network::scratch(int thread, size_t bytes) {
   auto& buffer = scratch_[thread];
   if (buffer.size() < bytes) buffer = Bytes(bytes);
   return buffer.data();
+}
+
+// One thread alone: the front for some images, whose last value goes to where the threads share it.
+void Network::run_part(Plan& plan, const float* images, int64_t part, Member& member) {
+  Plan& own = *plan.parts[member.index()];
+  Member alone(member.index());
+  const int64_t first = part * plan.part;
+  for (Value& v : own.values) v.n = (int)std::min<int64_t>(plan.part, plan.batch - first);
+  Value& last = own.values[front_];
+  last.data = plan.values[front_].data + first * last.image() * (last.is_float ? 4 : 1);
+  run_image(own, images + first * image_channels_ * plan.height * plan.width, alone);
+  for (int i = 0; i < front_; ++i) run_node(own, i, alone);
 }
 
 void Network::run_image(Plan& plan, const float* images, Member& member) {
@@ -79,7 +91,7 @@ void Network::run_direct(Plan& plan, int node, Member& member) {
   const int block = panels.block, blocks = (s.n + block - 1) / block, most = isa_.max_pixels;
   const int per_image = out.h * out.w;
   const int64_t pixels = (int64_t)per_image * in.n, groups = (pixels + most - 1) / most;
-  const int64_t chunk = team_chunk(groups, blocks, threads_, 16);
+  const int64_t chunk = team_chunk(groups, blocks, member.team_size(), 16);
   member.share((groups + chunk - 1) / chunk * blocks, [&](int64_t item) {
     const int first_channel = item % blocks * block;
     alignas(64) int32_t acc[kMaxPixels * kMaxChannels];
@@ -152,51 +164,72 @@ void Network::run_winograd(Plan& plan, int node, Member& member) {
   const Step& step = *plan.steps[node];
   const Value &in = plan.values[s.input + 1], &out = plan.values[node + 1];
   const int side = step.winograd_side, positions = side * side, vectors = (s.n + isa_.lanes - 1) / isa_.lanes;
-  const int across = (out.w + 1) / 2, per_image = across * ((out.h + 1) / 2), cs = in.cs;
+  const int across = (out.w + 1) / 2, down = (out.h + 1) / 2, per_image = across * down, cs = in.cs, threads = member.team_size();
   const int64_t tiles = (int64_t)per_image * in.n, fewest = (tiles + isa_.tiles[side - 4] - 1) / isa_.tiles[side - 4];
-  const int size = (int)((tiles + fewest - 1) / fewest);  // tiles a group: as even as can be
-  const int64_t groups = (tiles + size - 1) / size, input_bytes = (int64_t)positions * size * cs, group_bytes = input_bytes + size * 16;
-  auto count = [&](int64_t group) { return (int)std::min<int64_t>(size, tiles - group * size); };
-  auto transform = [&](int64_t group, int t, uint8_t* v) {
-    const int64_t tile = group * size + t;
-    const int y = tile % per_image / across * 2 * s.stride[0], x = tile % across * 2 * s.stride[0];
-    const uint8_t* patch = in.data + tile / per_image * in.image() + in.at(y - s.padding[0], x - s.padding[1]);
-    isa_.winograd_input(side, patch, in.row(), cs, cs, v + (int64_t)t * cs, (int64_t)count(group) * cs, (int32_t*)(v + input_bytes) + t * 4);
+  // Groups of tiles as even as can be, and where they are few, as many for each thread.
+  const bool by_tiles = fewest >= threads;
+  const int64_t groups = by_tiles && fewest < 8 * threads ? std::min((fewest + threads - 1) / threads * threads, tiles) : fewest;
+  const int size = (int)((tiles + groups - 1) / groups);
+  const int64_t input_bytes = (int64_t)positions * size * cs, group_bytes = input_bytes + size * 16;
+  struct Group {
+    int64_t first;
+    int count;
+    Output to;
   };
-  auto multiply = [&](int vector, int64_t group, const uint8_t* v, Output& to) {
-    run_tiles(step, s, vector, count(group), v, (const int32_t*)(v + input_bytes), cs, to);
+  auto group_of = [&](int64_t index) {
+    Group group;
+    group.first = index * tiles / groups, group.count = (int)((index + 1) * tiles / groups - group.first);
+    return group;
   };
-  // Where there are many tiles, a thread transforms a few groups and uses them at once for all channels, from its cache;
-  // else the threads share the transform and split channels as well.
-  if (groups >= 8 * threads_) {
-    const int64_t most = std::max<int64_t>(1, (192 << 10) / group_bytes), chunk = std::max<int64_t>(1, std::min({groups / (8 * threads_), most, (int64_t)8}));
+  auto transform = [&](const Group& group, int from, int end, uint8_t* v) {
+    const int64_t tile = group.first + from;
+    int64_t image = tile / per_image;
+    int y = tile % per_image / across, x = tile % across;
+    for (int t = from; t < end; ++t) {
+      const uint8_t* patch = in.data + image * in.image() + in.at(y * 2 * s.stride[0] - s.padding[0], x * 2 * s.stride[0] - s.padding[1]);
+      isa_.winograd_input(side, patch, in.row(), cs, cs, v + (int64_t)t * cs, (int64_t)group.count * cs, (int32_t*)(v + input_bytes) + t * 4);
+      if (++x == across) x = 0, ++y;
+      if (y == down) y = 0, ++image;
+    }
+  };
+  auto multiply = [&](int vector, Group& group, const uint8_t* v) {
+    run_tiles(step, s, vector, group.count, v, (const int32_t*)(v + input_bytes), cs, group.to);
+  };
+  // A thread transforms a few groups and uses them at once for all channels, from its cache. Where there are too few for that,
+  // the threads share the transform and split channels.
+  if (by_tiles) {
+    const int64_t most = std::min<int64_t>(8, (192 << 10) / group_bytes), each = groups / threads;
+    const int64_t chunk = std::max<int64_t>(1, std::min(most, threads > 1 && each >= 8 ? each / 8 : each));
     member.share((groups + chunk - 1) / chunk, [&](int64_t item) {
       uint8_t* v = scratch(member.index(), chunk * group_bytes);
-      Output to[8];
-      const int64_t first = item * chunk, last = std::min(groups, first + chunk);
-      for (int64_t g = first; g < last; ++g) {
-        for (int t = 0; t < count(g); ++t) transform(g, t, v + (g - first) * group_bytes);
-        tile_outputs(plan, node, g * size, count(g), to[g - first]);
+      Group few[8];
+      const int count = (int)std::min(chunk, groups - item * chunk);
+      for (int g = 0; g < count; ++g) {
+        few[g] = group_of(item * chunk + g);
+        transform(few[g], 0, few[g].count, v + g * group_bytes);
+        tile_outputs(plan, node, few[g].first, few[g].count, few[g].to);
       }
       for (int n = 0; n < vectors; ++n)
-        for (int64_t g = first; g < last; ++g) multiply(n, g, v + (g - first) * group_bytes, to[g - first]);
+        for (int g = 0; g < count; ++g) multiply(n, few[g], v + g * group_bytes);
     });
     return;
   }
-  const int64_t tiles_an_item = std::max(1, 256 / cs);
-  member.share((tiles + tiles_an_item - 1) / tiles_an_item, [&](int64_t item) {
-    for (int64_t tile = item * tiles_an_item; tile < std::min(tiles, (item + 1) * tiles_an_item); ++tile)
-      transform(tile / size, tile % size, plan.shared.data() + tile / size * group_bytes);
+  const int tiles_an_item = std::max(1, 256 / cs), items_a_group = (size + tiles_an_item - 1) / tiles_an_item;
+  member.share(groups * items_a_group, [&](int64_t item) {
+    const Group group = group_of(item / items_a_group);
+    const int from = item % items_a_group * tiles_an_item;
+    transform(group, from, std::min(group.count, from + tiles_an_item), plan.shared.data() + item / items_a_group * group_bytes);
   });
   // Neighbouring channels go to one thread, which fetches the next one's weights while it computes.
-  const int64_t run = std::max<int64_t>(1, std::min<int64_t>(8, vectors / (4 * threads_)));
-  const int64_t per_item = team_chunk(groups, vectors / run, threads_, 8), items = (groups + per_item - 1) / per_item;
+  const int64_t run = std::max<int64_t>(1, std::min<int64_t>(8, vectors / (4 * threads)));
+  const int64_t per_item = team_chunk(groups, vectors / run, threads, 8), items = (groups + per_item - 1) / per_item;
   member.share(items * ((vectors + run - 1) / run), [&](int64_t item) {
-    Output to[8];
-    const int64_t first = item % items * per_item, last = std::min(groups, first + per_item), n = item / items * run;
-    for (int64_t g = first; g < last; ++g) tile_outputs(plan, node, g * size, count(g), to[g - first]);
+    Group few[8];
+    const int64_t first = item % items * per_item, n = item / items * run;
+    const int count = (int)std::min(per_item, groups - first);
+    for (int g = 0; g < count; ++g) few[g] = group_of(first + g), tile_outputs(plan, node, few[g].first, few[g].count, few[g].to);
     for (int64_t vector = n; vector < std::min<int64_t>(vectors, n + run); ++vector)
-      for (int64_t g = first; g < last; ++g) multiply(vector, g, plan.shared.data() + g * group_bytes, to[g - first]);
+      for (int g = 0; g < count; ++g) multiply(vector, few[g], plan.shared.data() + (first + g) * group_bytes);
   });
 }
 

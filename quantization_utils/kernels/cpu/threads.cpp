@@ -53,7 +53,7 @@ void run(Team& team, const std::function<void(Member&)>& body, bool forked) {
 }  // namespace
 
 void Member::wait(Team::Phase& phase, int64_t items) {
-  for (int spins = 0; phase.done.load(std::memory_order_acquire) < items;)
+  for (int spins = 0; phase.done.value.load(std::memory_order_acquire) < items;)
     ++spins < kSpinsBeforeYield ? relax() : std::this_thread::yield();
 }
 
@@ -67,8 +67,9 @@ void parallel(int threads, const std::function<void(Member&)>& body) {
   std::lock_guard<std::mutex> one_at_a_time(*region);
   team->size = std::max(1, std::min(threads, kMaxThreads));
   for (Team::Phase& phase : team->phases) {
-    if (phase.next.load(std::memory_order_relaxed) == 0) break;  // phases are used in order
-    phase.next.store(0, std::memory_order_relaxed), phase.done.store(0, std::memory_order_relaxed);
+    if (phase.next[0].value.load(std::memory_order_relaxed) == 0) break;  // phases are used in order, all queues of each
+    for (Team::Counter& next : phase.next) next.value.store(0, std::memory_order_relaxed);
+    phase.done.value.store(0, std::memory_order_relaxed);
   }
   run(*team, body, current != owner);
 }

@@ -12,11 +12,14 @@ namespace ternary {
 
 constexpr int kMaxThreads = 256;
 constexpr int kMaxPhases = 2048;  // in one region
+constexpr int kQueues = 4;        // of items in a phase: threads begin with different ones, and help with the others' then
 
 struct Team {
+  struct alignas(64) Counter {
+    std::atomic<int64_t> value{0};
+  };
   struct Phase {
-    alignas(64) std::atomic<int64_t> next{0};
-    alignas(64) std::atomic<int64_t> done{0};
+    Counter next[kQueues], done;
   };
   int size = 1;
   Phase phases[kMaxPhases];
@@ -25,28 +28,33 @@ struct Team {
 // One thread's view of a region. Every member must make the same calls of share.
 class Member {
  public:
-  Member(Team& team, int index) : team_(team), index_(index) {}
+  Member(Team& team, int index) : team_(&team), index_(index) {}
+  explicit Member(int index) : team_(nullptr), index_(index) {}  // shares with nobody: within an item of a region
   int index() const { return index_; }
+  int team_size() const { return team_ ? team_->size : 1; }
 
   // Calls work(item) for every item of 0 … items-1, each once, spread over the threads as they come free; returns when all
-  // items are done.
+  // items are done. A thread takes the same stretch of them first in every phase: what it wrote before is in its own cache.
   template <typename Work>
   void share(int64_t items, const Work& work) {
-    Team::Phase& phase = team_.phases[phase_++];
-    if (team_.size == 1) {
+    if (team_size() == 1) {
       for (int64_t item = 0; item < items; ++item) work(item);
       return;
     }
-    for (int64_t item; (item = phase.next.fetch_add(1, std::memory_order_relaxed)) < items;) {
-      work(item);
-      phase.done.fetch_add(1, std::memory_order_acq_rel);
+    Team::Phase& phase = team_->phases[phase_++];
+    const int queues = team_size() < kQueues ? team_size() : kQueues;
+    int64_t done = 0;
+    for (int i = 0; i < queues; ++i) {
+      const int queue = (index_ + i) % queues;
+      const int64_t first = items * queue / queues, end = items * (queue + 1) / queues;
+      for (int64_t item; (item = first + phase.next[queue].value.fetch_add(1, std::memory_order_relaxed)) < end; ++done) work(item);
     }
-    if (phase.done.load(std::memory_order_acquire) < items) wait(phase, items);
+    if (phase.done.value.fetch_add(done, std::memory_order_acq_rel) + done < items) wait(phase, items);
   }
 
  private:
   static void wait(Team::Phase& phase, int64_t items);
-  Team& team_;
+  Team* team_;
   int index_, phase_ = 0;
 };
 

@@ -111,7 +111,7 @@ def test_winograd_equals_direct(backend: str, size: int, channels: int, monkeypa
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("bits", ["ternary", 8])
-@pytest.mark.parametrize("batch", [1, 3, 32])
+@pytest.mark.parametrize("batch", [1, 3, 31, 32])  # 31: parts of images of which the last is smaller
 def test_a_whole_network(backend: str, bits: int | str, batch: int) -> None:
     """Convolutions, pools, flattening in NCHW order, linear layers, saturated 8-bit activations."""
     k = 35 * 3 * 2
@@ -172,13 +172,16 @@ def test_dynamic_linear(backend: str, bits: int | str, rows: int, k: int, n: int
 
 def test_results_do_not_depend_on_threads() -> None:
     nodes = [conv(-1, 64, 3), conv(0, 128, 64, 3, 2), conv(1, 128, 128, out_max=None)]
-    images, before, results = images_of(3, 15, 15), torch.get_num_threads(), []
+    images, before, results = images_of(15, 15, 15), torch.get_num_threads(), []
+    reused = kernels.make_executor(nodes, "cpu")
     try:
-        for threads in (1, 2, 5):
+        for threads in (1, 2, 5, 7):  # 7: layer by layer; the others share out images
             torch.set_num_threads(threads)
             executor = kernels.make_executor(nodes, "cpu")
             results.append(executor(images))
-            assert torch.equal(executor(images), results[0])
+            assert torch.equal(executor(images), results[0]) and torch.equal(reused(images), results[0])
+            for batch in (1, 2, 11):
+                assert torch.equal(executor(images[:batch]), results[0][:batch])
     finally:
         torch.set_num_threads(before)
 
