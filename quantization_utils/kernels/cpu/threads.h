@@ -2,7 +2,7 @@
 // as a layer; a meeting of running threads costs a fraction of a microsecond.
 //
 // A phase ends when its items are done, not when every thread has arrived: a thread that the system has put aside holds
-// nobody up unless it was in the middle of an item, and catches up when it returns. That matters on a busy machine.
+// nobody up unless it has begun with the phase, and catches up when it returns. That matters on a busy machine.
 #pragma once
 #include <atomic>
 #include <cstdint>
