@@ -32,8 +32,8 @@ class ViT(nn.Module):
         if self.encoder is None:
             return self.network(pixels).logits
         network: Any = self.network
-        hidden_BTD = self.encoder(network.vit.embeddings(pixels))
-        return network.classifier(network.vit.layernorm(hidden_BTD[:, 0]))
+        class_token_BD = self.encoder(network.vit.embeddings(pixels), kept=1)[:, 0]
+        return network.classifier(network.vit.layernorm(class_token_BD))
 
     def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
         if self.encoder is not None:

@@ -18,19 +18,19 @@ HEAD_MULTIPLE = 16  # the kernels take heads of whole vectors
 
 
 class PackedEncoder:
-    """The layers of a ViT's encoder: hidden states float32 (B, T, D) → the same, on the fused kernels or one by one.
+    """The layers of a ViT's encoder: hidden states float32 (B, T, D) → of the first `kept` tokens, (B, kept, D).
 
-    It reads the modules at its first call on the CPU, and again after `reset`.
+    On the fused kernels, which spare themselves what the other tokens need of the last layer, or one by one. It reads the modules at its first call on the CPU, and again after `reset`.
     """
 
     def __init__(self, layers: Any, heads: int, epsilon: float) -> None:
         self.layers, self.heads, self.epsilon = layers, heads, epsilon
         self._runner: Any = None
 
-    def __call__(self, hidden_BTD: Tensor) -> Tensor:
+    def __call__(self, hidden_BTD: Tensor, kept: int) -> Tensor:
         if self._runner is None:
             self._runner = self._fused() or self._one_by_one
-        return self._runner(hidden_BTD)
+        return self._runner(hidden_BTD, kept)
 
     def reset(self) -> None:
         self._runner = None
@@ -40,10 +40,10 @@ class PackedEncoder:
         """The kernels of the fused encoder; None where its layers run one by one."""
         return getattr(self._runner, "backend", None)
 
-    def _one_by_one(self, hidden_BTD: Tensor) -> Tensor:
+    def _one_by_one(self, hidden_BTD: Tensor, kept: int) -> Tensor:
         for layer in self.layers:
             hidden_BTD = layer(hidden_BTD)
-        return hidden_BTD
+        return hidden_BTD[:, :kept]
 
     def _fused(self) -> Any:
         first = self.layers[0].attention.q_proj

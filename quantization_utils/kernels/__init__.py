@@ -62,7 +62,7 @@ def make_linear(
 
 
 def make_encoder(layers: Sequence[Any], heads: int, epsilon: float, act_bits: int, backend: str = "auto") -> Any:
-    """A function hidden states float32 (B, T, D) → the same, with the attribute `backend`; None for the reference.
+    """A function hidden states float32 (B, T, D), kept → of the first `kept` tokens; None for the reference.
 
     `layers`: of each, its linear layers qkv, out, fc1, fc2 as (codes, scale, bias), and the weights and biases of its
     two LayerNorms.

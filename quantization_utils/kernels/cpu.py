@@ -118,7 +118,7 @@ class EncoderLayer:
 
 
 class Encoder:
-    """A pre-norm transformer encoder with GELU: hidden states float32 (B, T, D) on the CPU → the same, new.
+    """A pre-norm transformer encoder with GELU: hidden states float32 (B, T, D) on the CPU → of the first `kept` tokens.
 
     Linear layers as `Linear`, exact integers; norms, GELU, softmax and attention in float32, whose sums are taken in
     another order than PyTorch's.
@@ -135,8 +135,8 @@ class Encoder:
         )
         weakref.finalize(self, torch.ops.ternary.encoder_free, self._handle).atexit = False
 
-    def __call__(self, hidden_BTD: Tensor) -> Tensor:
-        return torch.ops.ternary.encoder_run(hidden_BTD, self._handle)
+    def __call__(self, hidden_BTD: Tensor, kept: int) -> Tensor:
+        return torch.ops.ternary.encoder_run(hidden_BTD, self._handle, kept)
 
 
 def _is_ternary(codes: Tensor) -> bool:

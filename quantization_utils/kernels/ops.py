@@ -18,5 +18,5 @@ def register() -> None:
         return x.new_empty((*x.shape[:-1], n), dtype=torch.float32)
 
     @torch.library.register_fake("ternary::encoder_run")
-    def encoder_run(hidden: Tensor, handle: int) -> Tensor:
-        return hidden.new_empty(hidden.shape, dtype=torch.float32)
+    def encoder_run(hidden: Tensor, handle: int, kept: int) -> Tensor:
+        return hidden.new_empty((hidden.shape[0], kept, hidden.shape[2]), dtype=torch.float32)

@@ -162,11 +162,12 @@ int64_t encoder_create(const std::string& isa_name, int64_t heads, double epsilo
   }
 }
 
-at::Tensor encoder_run(const at::Tensor& hidden, int64_t handle) {
+at::Tensor encoder_run(const at::Tensor& hidden, int64_t handle, int64_t kept) {
   auto encoder = encoders().get(handle);
   TORCH_CHECK_VALUE(hidden.dim() == 3 && hidden.size(2) == encoder->width(), "hidden states must be (images, tokens, ", encoder->width(), ")");
-  at::Tensor out = hidden.to(at::kFloat).clone(at::MemoryFormat::Contiguous);
-  encoder->run(out.data_ptr<float>(), out.size(0), (int)out.size(1), at::get_num_threads());
+  TORCH_CHECK_VALUE(kept >= 0 && kept <= hidden.size(1), "of ", hidden.size(1), " tokens the first ", kept, " can't be kept");
+  at::Tensor x = hidden.to(at::kFloat).clone(at::MemoryFormat::Contiguous), out = at::empty({x.size(0), kept, x.size(2)}, x.options());
+  encoder->run(x.data_ptr<float>(), x.size(0), (int)x.size(1), (int)kept, at::get_num_threads(), out.data_ptr<float>());
   return out;
 }
 
@@ -213,7 +214,7 @@ void encoder_free(int64_t handle) { encoders().remove(handle); }
 TORCH_LIBRARY(ternary, m) {
   m.def("network_run(Tensor images, int handle, int[] tail) -> Tensor");
   m.def("linear_run(Tensor x, int handle, int n) -> Tensor");
-  m.def("encoder_run(Tensor hidden, int handle) -> Tensor");
+  m.def("encoder_run(Tensor hidden, int handle, int kept) -> Tensor");
   m.def("has_isa(str name) -> bool", has_isa);
   m.def("network_create(str isa, str algorithm, Tensor[] codes, Tensor[] gains, Tensor[] biases, Tensor[] pads, int[] meta, float[] residual_gains, int channels) -> int", network_create);
   m.def("network_shape(int handle, int batch, int height, int width) -> int[]", network_shape);

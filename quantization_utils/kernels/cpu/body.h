@@ -136,11 +136,12 @@ static void multiply(Weights weights, const Tile& t, int32_t* acc) {
   }
 }
 
+#include "body_functions.h"
 #include "body_epilogue.h"
 #include "body_winograd.h"
 #include "body_rows.h"
 #include "body_encoder.h"
 
 static const Kernels table = {ISA_NAME, LANES, VECTORS, PIXELS, {TILES4, TILES5}, multiply, finish, winograd_input, winograd, image_row,
-                              quantize_row, max_row, add_row, layer_norm, gelu, add_floats, transpose_keys, attention,
-                              peak_multiply_adds, read_memory};
+                              quantize_row, max_row, add_row, layer_norm, transpose_keys, attention, peak_multiply_adds,
+                              read_memory};

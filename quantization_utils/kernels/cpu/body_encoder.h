@@ -1,72 +1,37 @@
 // Part of body.h: the float arithmetic of a transformer encoder between its integer products.
 
-// Horner's scheme, the highest power's coefficient first.
-template <typename... Rest>
-static inline floats polynomial(floats x, float highest, Rest... rest) {
-  floats y = floats{} + highest;
-  ((y = multiply_add(y, x, floats{} + rest)), ...);
-  return y;
-}
-
-// exp(x) for x in [-87, 0], exp(-87) below; relative error below 2e-7. x = n * log(2) + r, a polynomial of
-// degree 6 for exp(r) (the coefficients of Cephes' expf, S. Moshier), and n added to the exponent's bits.
-static inline floats exponential(floats x) {
-  x = larger(x, floats{} - 87.0f);
-  const floats shifted = x * 1.44269504f + kRound, n = shifted - kRound;
-  const floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  const floats y = multiply_add(polynomial(r, 1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f,
-                                           5.0000001201e-1f), r * r, r + 1.0f);
-  return (floats)((ints)y + (__builtin_convertvector(n, ints) << 23));
-}
-
-// x * (1 + erf(x / sqrt(2))) / 2, with erf(z) = z * P(z^2) / Q(z^2) fitted to |z| <= 3.9, where 1 - erf is below 4e-8: its error
-// is below 5e-7 everywhere.
-static inline floats gelu_of(floats x) {
-  const floats z = smaller(larger(x * 0.70710678f, floats{} - 3.9f), floats{} + 3.9f);
-  const floats t = z * z;
-  const floats p = polynomial(t, -1.497414697e-6f, 2.633031481e-4f, 1.046049956e-2f, 7.329031436e-2f, 3.698464242e-1f, 1.128381515f);
-  const floats q = polynomial(t, 2.454245028e-3f, 2.868578647e-2f, 1.853339642e-1f, 6.611085427e-1f, 1.0f);
-  return x * 0.5f * multiply_add(z * p, reciprocal(q), floats{} + 1.0f);
-}
-
-static void gelu(int n, float* inout) {
-  for (int i = 0; i < n; i += LANES) {
-    if (n - i >= LANES) {
-      *(floats*)(inout + i) = gelu_of(*(const floats*)(inout + i));
-    } else {
-      const floats y = gelu_of(load_part<floats>(inout + i, (n - i) * 4));
-      __builtin_memcpy(inout + i, &y, (n - i) * 4);
-    }
+// The sum of value(vector) over n floats, and of what remains of them at the end, padded with `beyond`, in an order that depends
+// on n alone; four chains of additions, because one waits for the result of each.
+template <typename Value>
+static inline float sum_over(const float* x, int n, float beyond, const Value& value) {
+  floats sums[4] = {};
+  int i = 0;
+  for (; i + 4 * LANES <= n; i += 4 * LANES)
+    for (int k = 0; k < 4; ++k) sums[k] = sums[k] + value(*(const floats*)(x + i + k * LANES));
+  for (; i + LANES <= n; i += LANES) sums[0] = sums[0] + value(*(const floats*)(x + i));
+  if (i < n) {
+    float rest[LANES];
+    for (int k = 0; k < LANES; ++k) rest[k] = i + k < n ? x[i + k] : beyond;
+    sums[1] = sums[1] + value(*(const floats*)rest);
   }
-}
-
-static void add_floats(const float* in, int n, float* inout) {
-  for (int i = 0; i < n; ++i) inout[i] += in[i];
+  const floats sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  return sum_of(sum);
 }
 
 static void layer_norm(const float* x, int n, const float* weight, const float* bias, float epsilon, float* out) {
-  floats sums = {};
-  int i = 0;
-  for (; i + LANES <= n; i += LANES) sums = sums + *(const floats*)(x + i);
-  float sum = sum_of(sums);
-  for (; i < n; ++i) sum += x[i];
-  const float mean = sum / (float)n;
-  floats squares = {};
-  for (i = 0; i + LANES <= n; i += LANES) {
-    const floats d = *(const floats*)(x + i) - mean;
-    squares = multiply_add(d, d, squares);
-  }
-  float square = sum_of(squares);
-  for (; i < n; ++i) square += (x[i] - mean) * (x[i] - mean);
+  const float mean = sum_over(x, n, 0.0f, [](floats v) { return v; }) / (float)n;
+  const float square = sum_over(x, n, mean, [=](floats v) { return (v - mean) * (v - mean); });
   const float inverse = 1.0f / __builtin_sqrtf(square / (float)n + epsilon);
-  for (i = 0; i + LANES <= n; i += LANES)
+  int i = 0;
+  for (; i + LANES <= n; i += LANES)
     *(floats*)(out + i) = (*(const floats*)(x + i) - mean) * inverse * *(const floats*)(weight + i) + *(const floats*)(bias + i);
   for (; i < n; ++i) out[i] = (x[i] - mean) * inverse * weight[i] + bias[i];
 }
 
-// out[p][j] = sum over i of a[p][i] * b[i][j], P rows and J vectors of columns in registers.
+// out[p][j] = gain[p] * sum over i of a[p][i] * b[i][j], P rows and J vectors of columns in registers.
 template <int P, int J>
-static inline void float_tile(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int count, float* out, int64_t out_stride) {
+static inline void float_tile(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int count, const float* gain, float* out,
+                              int64_t out_stride) {
   floats acc[P][J];
   EACH_PIXEL(EACH_VECTOR(acc[p][j] = floats{};))
   for (int i = 0; i < count; ++i) {
@@ -74,20 +39,20 @@ static inline void float_tile(const float* a, int64_t a_stride, const float* b, 
     EACH_VECTOR(row[j] = *(const floats*)(b + i * b_stride + j * LANES);)
     EACH_PIXEL(const floats x = floats{} + a[p * a_stride + i]; EACH_VECTOR(acc[p][j] = multiply_add(row[j], x, acc[p][j]);))
   }
-  EACH_PIXEL(EACH_VECTOR(*(floats*)(out + p * out_stride + j * LANES) = acc[p][j];))
+  EACH_PIXEL(EACH_VECTOR(*(floats*)(out + p * out_stride + j * LANES) = acc[p][j] * gain[p];))
 }
 
-// The product of a (rows x count) and b (count x columns); columns is a multiple of LANES.
-static void float_product(const float* a, int64_t a_stride, int rows, const float* b, int64_t b_stride, int count, int columns, float* out,
-                          int64_t out_stride) {
+// The product of a (rows x count) and b (count x columns), its rows times `gain`; columns is a multiple of LANES.
+static void float_product(const float* a, int64_t a_stride, int rows, const float* b, int64_t b_stride, int count, int columns,
+                          const float* gain, float* out, int64_t out_stride) {
   int p = 0;
   const auto tiles = [&]<int P>(Constant<P>) {
     if constexpr (P > 0) for (; p + P <= rows; p += P) {
       const float* from = a + p * a_stride;
       float* to = out + p * out_stride;
       int j = 0;
-      for (; j + VECTORS * LANES <= columns; j += VECTORS * LANES) float_tile<P, VECTORS>(from, a_stride, b + j, b_stride, count, to + j, out_stride);
-      for (; j < columns; j += LANES) float_tile<P, 1>(from, a_stride, b + j, b_stride, count, to + j, out_stride);
+      for (; j + VECTORS * LANES <= columns; j += VECTORS * LANES) float_tile<P, VECTORS>(from, a_stride, b + j, b_stride, count, gain + p, to + j, out_stride);
+      for (; j < columns; j += LANES) float_tile<P, 1>(from, a_stride, b + j, b_stride, count, gain + p, to + j, out_stride);
     }
   };
   tiles(Constant<PIXELS>());  // what remains is one smaller tile
@@ -98,26 +63,28 @@ static void float_product(const float* a, int64_t a_stride, int rows, const floa
   EACH(i, PIXELS, 5, tiles(Constant<PIXELS - i>());)
 }
 
-static void attention(const Attention& t, int first, int queries, float* scores, float* out, int64_t out_stride) {
-  const int padded = (t.tokens + LANES - 1) / LANES * LANES;
-  float_product(t.q + first * t.stride, t.stride, queries, t.keys, padded, t.dim, padded, scores, padded);
-  for (int p = 0; p < queries; ++p) {
-    float* row = scores + (int64_t)p * padded;
-    for (int i = t.tokens; i < padded; ++i) row[i] = -1e30f;
-    floats tops = *(const floats*)row;
-    for (int i = LANES; i < padded; i += LANES) tops = larger(tops, *(const floats*)(row + i));
-    const float top = largest_of(tops);
-    floats sums = {};
-    for (int i = 0; i < padded; i += LANES) {
-      const floats e = exponential((*(const floats*)(row + i) - top) * t.scale);
-      *(floats*)(row + i) = e;
-      sums = sums + e;
-    }
-    for (int i = t.tokens; i < padded; ++i) row[i] = 0.0f;  // exp(-87) times their number is nothing beside the largest's 1
-    const float inverse = 1.0f / sum_of(sums);
-    for (int i = 0; i < padded; i += LANES) *(floats*)(row + i) = *(const floats*)(row + i) * inverse;
+// row: scores in units of log(2) to 2^(score - largest); returns 1 / their sum. `beyond` hides what is no token in the last vector.
+static inline float softmax(floats* row, int vectors, floats beyond) {
+  row[vectors - 1] = row[vectors - 1] + beyond;
+  floats tops = row[0], sums = {};
+  for (int i = 1; i < vectors; ++i) tops = larger(tops, row[i]);
+  const float top = largest_of(tops);
+  for (int i = 0; i < vectors; ++i) {
+    const floats e = power_of_two(row[i] - top);
+    row[i] = e;
+    sums = sums + e;
   }
-  float_product(scores, padded, queries, t.v, t.stride, t.tokens, t.dim, out, out_stride);
+  return 1.0f / sum_of(sums);
+}
+
+static void attention(const Attention& t, int first, int queries, float* scores, float* out, int64_t out_stride) {
+  const int vectors = (t.tokens + LANES - 1) / LANES, padded = vectors * LANES;
+  float gain[kMaxQueries], beyond[LANES];
+  for (int p = 0; p < queries; ++p) gain[p] = t.scale * 1.44269504f;  // 1 / log(2)
+  for (int l = 0; l < LANES; ++l) beyond[l] = padded - LANES + l < t.tokens ? 0.0f : -1e30f;
+  float_product(t.q + first * t.stride, t.stride, queries, t.keys, padded, t.dim, padded, gain, scores, padded);
+  for (int p = 0; p < queries; ++p) gain[p] = softmax((floats*)(scores + (int64_t)p * padded), vectors, *(const floats*)beyond);
+  float_product(scores, padded, queries, t.v, t.stride, t.tokens, t.dim, gain, out, out_stride);
 }
 
 static void transpose_keys(const float* k, int64_t stride, int tokens, int dim, float* keys) {

@@ -1,10 +1,5 @@
 // Part of body.h: from accumulators to a node's output.
 
-// Adding 1.5 * 2^23 rounds a float of magnitude < 2^22 to the nearest integer, ties to even, as rint does; the low bits of the
-// sum are that integer, and larger sums have larger bits, taken as an integer (smaller than -1.5 * 2^23: negative ones).
-static constexpr float kRound = 12582912.0f;
-static constexpr int32_t kRoundBits = 0x4B400000;
-
 enum class Residual { kNone, kBytes, kFloats };
 
 // What a whole tile has in common, copied: behind a reference it would be loaded again after every byte that is stored.
@@ -18,10 +13,11 @@ struct Finish {
 };
 
 // One vector of channels of one pixel, of which n are real, with that vector's residual.
-template <Residual R, bool BYTES>
+template <Residual R, bool BYTES, bool GELU = false>
 static inline void finish_vector(const Finish& f, void* out, const void* residual, int n, ints acc, floats gain, floats bias) {
   floats y = __builtin_convertvector(acc >> f.shift, floats) * gain;
   y = y + bias;
+  if constexpr (GELU) y = gelu(y);
   if constexpr (R == Residual::kFloats) {
     y = y + (n == LANES ? *(const floats*)residual : load_part<floats>(residual, n * 4)) * f.residual_gain;
   } else if constexpr (R == Residual::kBytes) {
@@ -39,7 +35,7 @@ static inline void finish_vector(const Finish& f, void* out, const void* residua
   }
 }
 
-template <Residual R, bool BYTES, bool ROW_SCALE>
+template <Residual R, bool BYTES, bool ROW_SCALE, bool GELU = false>
 static void finish_kind(const Epilogue& e, const Output& o, const int32_t* acc, int pixels, int channels) {
   const int vectors = (channels + LANES - 1) / LANES;
   const Finish f(e);
@@ -50,7 +46,7 @@ static void finish_kind(const Epilogue& e, const Output& o, const int32_t* acc, 
       void* const out = (char*)o.out[p] + j * LANES * (BYTES ? 1 : 4);
       const void* const residual = R == Residual::kNone ? nullptr : (const char*)o.residual[p] + j * LANES * (R == Residual::kBytes ? 1 : 4);
       const ints sum = *(const ints*)(acc + (p * vectors + j) * LANES);
-      if constexpr (ROW_SCALE) finish_vector<R, BYTES>(f, out, residual, n, sum, gain * o.row_scale[p], bias);
+      if constexpr (ROW_SCALE) finish_vector<R, BYTES, GELU>(f, out, residual, n, sum, gain * o.row_scale[p], bias);
       else finish_vector<R, BYTES>(f, out, residual, n, sum, gain, bias);
     }
   }
@@ -69,6 +65,8 @@ static inline void by_kind(const Epilogue& e, const Output& o, const Run& run) {
 }
 
 static void finish(const Epilogue& e, const Output& o, const int32_t* acc, int pixels, int channels) {
+  if (o.has_row_scale && e.gelu) return finish_kind<Residual::kNone, false, true, true>(e, o, acc, pixels, channels);
+  if (o.has_row_scale && o.has_residual) return finish_kind<Residual::kFloats, false, true>(e, o, acc, pixels, channels);
   if (o.has_row_scale) return finish_kind<Residual::kNone, false, true>(e, o, acc, pixels, channels);
   by_kind(e, o, [&](auto residual, auto to_bytes) { finish_kind<residual.value, to_bytes.value, false>(e, o, acc, pixels, channels); });
 }

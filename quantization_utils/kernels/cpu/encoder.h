@@ -5,7 +5,8 @@
 //
 // A few rows go through everything between two attentions while they lie in the nearest cache. Only attention needs all rows of
 // an image: with many images, each thread takes whole ones through all layers; with few, all threads share an image's rows,
-// and a layer has two phases. The results are the same, bit for bit.
+// and a layer has two phases. The results are the same, bit for bit. Of a classifier's last layer only the class token is used
+// later: what no other token reads any more is not computed.
 #pragma once
 #include <memory>
 #include <vector>
@@ -22,18 +23,27 @@ struct EncoderLayer {
 class Encoder {
  public:
   Encoder(const Kernels& isa, int heads, float epsilon, std::vector<EncoderLayer> layers);
-  // x: images x tokens x width, in place
-  void run(float* x, int64_t images, int tokens, int threads);
+  // x: images x tokens x width, overwritten; out: the first `kept` tokens of each image, images x kept x width
+  void run(float* x, int64_t images, int tokens, int kept, int threads, float* out);
   int width() const { return width_; }
 
  private:
   struct Scratch;  // of a thread
+  struct Images {
+    float *x, *qkv, *attended, *out;
+    int64_t count;
+    int tokens, kept;
+  };
   Scratch scratch(int tokens) const;
+  void run_layers(Member& member, const Images& of, Scratch& s) const;
   // `rows` rows of one tile: x (rows x width) to qkv (rows x 3 width), and what attention gave to x.
   void project(const EncoderLayer& layer, const float* x, int rows, float* qkv, Scratch& s) const;
   void finish(const EncoderLayer& layer, const float* attended, float* x, int rows, Scratch& s) const;
-  void attend(int head, const float* qkv, int tokens, float* attended, Scratch& s) const;  // of one image
-  void run_image(float* x, int tokens, float* qkv, float* attended, Scratch& s) const;
+  // The scratch's codes and row_scale for the layer that takes them next, of x and of its LayerNorm.
+  void quantize(const float* x, int rows, const Linear& next, Scratch& s) const;
+  void normalize(const float* x, int rows, const std::vector<float>& weight, const std::vector<float>& bias, const Linear& next, Scratch& s) const;
+  // The first `queries` tokens of one image, to the columns of one head.
+  void attend(int head, const float* qkv, int tokens, int queries, float* attended, Scratch& s) const;
   const Kernels& isa_;
   int heads_, width_;
   float epsilon_;

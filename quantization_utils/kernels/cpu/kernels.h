@@ -67,8 +67,8 @@ struct WinogradTile {
   const int32_t* init;           // [lanes]: start of the accumulators where there is an offset
 };
 
-// y = float(acc >> shift) * gain_n [* row scale]; y += bias_n; y += residual * residual_gain; ReLU; round; clamp.
-// Each is one float32 operation (compiled without contraction), in this order.
+// y = float(acc >> shift) * gain_n [* row scale]; y += bias_n; y = GELU(y); y += residual * residual_gain; ReLU; round; clamp.
+// Each but GELU is one float32 operation (compiled without contraction), in this order.
 struct Epilogue {
   const float* gain;
   const float* bias;
@@ -76,16 +76,19 @@ struct Epilogue {
   bool relu;
   int out_max;  // 0: float32 output
   int shift;
+  bool gelu = false;  // only with a row scale
 };
 
 // Where the pixels of a tile go. Pointers already point at the tile's first channel.
 struct Output {
   void* out[kMaxPixels * 4];
   const void* residual[kMaxPixels * 4];  // uint8, or float32 if residual_is_float; ignored unless has_residual
-  float row_scale[kMaxPixels * 4];       // only if has_row_scale: gain_n * row_scale is rounded first
+  float row_scale[kMaxPixels * 4];       // only if has_row_scale: gain_n * row_scale is rounded first; the output is float32
   bool has_residual, residual_is_float, has_row_scale;
   int first_channel;                     // Winograd: added to the pointers; a null pointer is a pixel beyond an odd edge
 };
+
+constexpr int kMaxQueries = 24;  // of one call of attention: a multiple of every instruction set's tile
 
 // One head of one image: softmax(scale * Q K^T) V over float32 rows `stride` apart. `dim` is a multiple of 16.
 struct Attention {
@@ -118,8 +121,6 @@ struct Kernels {
   void (*add_row)(const uint8_t* in, int n, int32_t* inout);    // inout += in
   // Of a transformer, float32. Their sums are in the order of this instruction set's vectors.
   void (*layer_norm)(const float* x, int n, const float* weight, const float* bias, float epsilon, float* out);
-  void (*gelu)(int n, float* inout);
-  void (*add_floats)(const float* in, int n, float* inout);
   void (*transpose_keys)(const float* k, int64_t stride, int tokens, int dim, float* keys);
   // Queries first … first + queries - 1; scores: room for `queries` rows of padded tokens.
   void (*attention)(const Attention&, int first, int queries, float* scores, float* out, int64_t out_stride);

@@ -27,23 +27,23 @@ Tile Linear::tile(int block) const {
   return tile;
 }
 
-void Linear::finish(const Tile& tile, int block, const int32_t* acc, const float* row_scale, float* out) const {
+void Linear::finish(const Tile& tile, int block, const int32_t* acc, const float* row_scale, Then then, float* out) const {
   const int first = block * panels_.block;
-  const Epilogue epilogue = {scale_.data() + first, bias_.data() + first, 0.0f, false, 0, panels_.kind == Weights::kTwoBit ? 6 : 0};
+  const Epilogue epilogue = {scale_.data() + first, bias_.data() + first, 1.0f, false, 0, panels_.kind == Weights::kTwoBit ? 6 : 0, then == Then::kGelu};
   Output to;
-  to.has_row_scale = true, to.has_residual = to.residual_is_float = false;
-  for (int p = 0; p < tile.count; ++p) to.out[p] = out + (int64_t)p * n_ + first, to.row_scale[p] = row_scale[p];
+  to.has_row_scale = to.residual_is_float = true, to.has_residual = then == Then::kAdd;
+  for (int p = 0; p < tile.count; ++p) to.residual[p] = to.out[p] = out + (int64_t)p * n_ + first, to.row_scale[p] = row_scale[p];
   isa_.finish(epilogue, to, acc, tile.count, tile.channels);
 }
 
-void Linear::multiply(const uint8_t* codes, const float* row_scale, int rows, float* out) const {
+void Linear::multiply(const uint8_t* codes, const float* row_scale, int rows, Then then, float* out) const {
   alignas(64) int32_t acc[kMaxPixels * kMaxChannels];
   for (int block = 0; block * panels_.block < n_; ++block) {
     Tile t = tile(block);
     t.count = rows;
     for (int p = 0; p < rows; ++p) t.pixels[p] = codes + (int64_t)p * stride_;
     isa_.multiply(panels_.kind, t, acc);
-    finish(t, block, acc, row_scale, out);
+    finish(t, block, acc, row_scale, then, out);
   }
 }
 
@@ -70,7 +70,7 @@ void Linear::run(const float* x, int64_t rows, int threads, float* out) {
         t.count = (int)std::min<int64_t>(most, end - m);
         for (int p = 0; p < t.count; ++p) t.pixels[p] = rows_.data() + (m + p) * stride_;
         isa_.multiply(panels_.kind, t, acc);
-        finish(t, block, acc, row_scale_.data() + m, out + m * n_);
+        finish(t, block, acc, row_scale_.data() + m, Then::kStore, out + m * n_);
       }
     });
   });

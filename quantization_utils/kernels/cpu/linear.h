@@ -12,7 +12,8 @@ class Linear {
   // x: rows x k, out: rows x n
   void run(const float* x, int64_t rows, int threads, float* out);
   // Rows whose codes (of `quantize`) stand stride() bytes apart, at most isa.max_pixels; all channels, rows of out n() apart.
-  void multiply(const uint8_t* codes, const float* row_scale, int rows, float* out) const;
+  enum class Then { kStore, kGelu, kAdd };  // kAdd: to what is in out
+  void multiply(const uint8_t* codes, const float* row_scale, int rows, Then then, float* out) const;
   float quantize(const float* x, uint8_t* codes) const { return isa_.quantize_row(x, k_, code_max_, codes); }
   int n() const { return n_; }
   int k() const { return k_; }
@@ -20,7 +21,7 @@ class Linear {
 
  private:
   Tile tile(int block) const;
-  void finish(const Tile& tile, int block, const int32_t* acc, const float* row_scale, float* out) const;
+  void finish(const Tile& tile, int block, const int32_t* acc, const float* row_scale, Then then, float* out) const;
   const Kernels& isa_;
   int n_, k_, stride_, code_max_;
   Panels panels_;

@@ -57,14 +57,18 @@ def test_equals_the_modules(backend: str, options: dict[str, object]) -> None:
     model = packed_vit(**options)
     hidden = torch.randn(3, (32 // int(options.get("patch_size", 4))) ** 2 + 1, int(options.get("width", 128)))
     use(model, "reference")
-    wanted = model.encoder(hidden)
+    tokens = hidden.shape[1]
+    wanted = model.encoder(hidden, tokens)
     assert model.encoder.backend is None
     use(model, backend)
-    close(model.encoder(hidden), wanted)
+    found = model.encoder(hidden, tokens)
+    close(found, wanted)
     assert model.encoder.backend == backend
-    alone = torch.cat([model.encoder(image) for image in hidden.split(1)])
-    torch.set_num_threads(1)
-    assert torch.equal(model.encoder(hidden), alone)  # whatever the batch and the threads
+    for threads in (1, 2, 3):  # 3 images: each thread has one, or all share the rows of each
+        torch.set_num_threads(threads)
+        for kept in (tokens, 3, 1, 0):  # whatever the batch, the threads and what is used later
+            assert torch.equal(model.encoder(hidden, kept), found[:, :kept])
+            assert torch.equal(model.encoder(hidden[1:2], kept), found[1:2, :kept])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -77,9 +81,9 @@ def test_large_scores_and_constant_tokens(backend: str) -> None:
     for layer in model.network.vit.layers:
         layer.attention.q_proj.scale *= 1000
     use(model, "reference")
-    wanted = model.encoder(hidden)
+    wanted = model.encoder(hidden, 65)
     use(model, backend)
-    found = model.encoder(hidden)
+    found = model.encoder(hidden, 65)
     assert found.isfinite().all()
     close(found, wanted)
 
@@ -131,11 +135,13 @@ def test_what_does_not_fit_together_is_refused() -> None:
     good = cpu.EncoderLayer(dense(96, 32), dense(32, 32), dense(64, 32), dense(32, 64), norms)
     hidden = torch.randn(1, 3, 32)
     encoder = cpu.Encoder([good], 2, 1e-6, 8)
-    assert encoder(hidden).shape == (1, 3, 32) and encoder(hidden[:0]).shape == (0, 3, 32)
+    assert encoder(hidden, 2).shape == (1, 2, 32) and encoder(hidden[:0], 3).shape == (0, 3, 32)
     with pytest.raises(ValueError, match="heads are a multiple of 16"):
         cpu.Encoder([good], 4, 1e-6, 8)
     bad = cpu.EncoderLayer(dense(96, 32), dense(32, 32), dense(64, 32), dense(32, 48), norms)
     with pytest.raises(ValueError, match="do not fit together"):
         cpu.Encoder([bad], 2, 1e-6, 8)
     with pytest.raises(ValueError, match=r"\(images, tokens, 32\)"):
-        encoder(torch.randn(1, 3, 31))
+        encoder(torch.randn(1, 3, 31), 1)
+    with pytest.raises(ValueError, match="of 3 tokens the first 4 can't be kept"):
+        encoder(hidden, 4)
