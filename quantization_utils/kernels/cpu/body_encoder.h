@@ -63,9 +63,15 @@ static void float_product(const float* a, int64_t a_stride, int rows, const floa
   EACH(i, PIXELS, 5, tiles(Constant<PIXELS - i>());)
 }
 
-// row: scores in units of log(2) to 2^(score - largest); returns 1 / their sum. `beyond` hides what is no token in the last vector.
-static inline float softmax(floats* row, int vectors, floats beyond) {
-  row[vectors - 1] = row[vectors - 1] + beyond;
+static inline float dot_product(const float* a, const float* b, int n) {  // n: a multiple of LANES
+  floats sum = {};
+  for (int i = 0; i < n; i += LANES) sum = multiply_add(*(const floats*)(a + i), *(const floats*)(b + i), sum);
+  return sum_of(sum);
+}
+
+// row: scores in units of log(2) to 2^(score - largest); returns 1 / their sum. `hidden`: lanes of the last vector beyond the tokens.
+static inline float softmax(floats* row, int vectors, ints hidden) {
+  row[vectors - 1] = hidden ? floats{} - 1e30f : row[vectors - 1];
   floats tops = row[0], sums = {};
   for (int i = 1; i < vectors; ++i) tops = larger(tops, row[i]);
   const float top = largest_of(tops);
@@ -78,23 +84,45 @@ static inline float softmax(floats* row, int vectors, floats beyond) {
 }
 
 static void attention(const Attention& t, int first, int queries, float* scores, float* out, int64_t out_stride) {
-  const int vectors = (t.tokens + LANES - 1) / LANES, padded = vectors * LANES;
-  float gain[kMaxQueries], beyond[LANES];
-  for (int p = 0; p < queries; ++p) gain[p] = t.scale * 1.44269504f;  // 1 / log(2)
-  for (int l = 0; l < LANES; ++l) beyond[l] = padded - LANES + l < t.tokens ? 0.0f : -1e30f;
-  float_product(t.q + first * t.stride, t.stride, queries, t.keys, padded, t.dim, padded, gain, scores, padded);
-  for (int p = 0; p < queries; ++p) gain[p] = softmax((floats*)(scores + (int64_t)p * padded), vectors, *(const floats*)beyond);
+  const int vectors = (t.tokens + LANES - 1) / LANES, padded = vectors * LANES, over = t.tokens % LANES;
+  // A class token makes the tokens one more than a multiple of the lanes: a vector of columns for it would be mostly padding.
+  const int columns = over * 4 <= LANES ? t.tokens - over : padded;
+  const float* const q = t.q + first * t.stride;
+  const float in_powers_of_two = t.scale * 1.44269504f;
+  float gain[kMaxQueries];
+  for (float& g : gain) g = in_powers_of_two;
+  float_product(q, t.stride, queries, t.keys, padded, t.dim, columns, gain, scores, padded);
+  for (int k = columns; k < t.tokens; ++k)
+    for (int p = 0; p < queries; ++p) scores[p * padded + k] = dot_product(q + p * t.stride, t.k + k * t.stride, t.dim) * in_powers_of_two;
+  ints hidden;
+  for (int l = 0; l < LANES; ++l) hidden[l] = padded - LANES + l < t.tokens ? 0 : -1;
+  for (int p = 0; p < queries; ++p) gain[p] = softmax((floats*)(scores + p * padded), vectors, hidden);
   float_product(scores, padded, queries, t.v, t.stride, t.tokens, t.dim, gain, out, out_stride);
 }
 
+typedef float four_floats __attribute__((vector_size(16), aligned(4), may_alias));
+#if defined(__clang__)
+#define shuffle(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else  // GCC has the other only since 12
+typedef int32_t four_ints __attribute__((vector_size(16)));
+#define shuffle(a, b, ...) __builtin_shuffle(a, b, four_ints{__VA_ARGS__})
+#endif
+
+// keys[d][t] = k[t][d], by squares of 4 x 4; columns beyond the tokens are zeros.
 static void transpose_keys(const float* k, int64_t stride, int tokens, int dim, float* keys) {
   const int padded = (tokens + LANES - 1) / LANES * LANES;
   int t = 0;
   for (; t + 4 <= tokens; t += 4, k += 4 * stride)
-    for (int d = 0; d < dim; ++d) {
-      const float four[4] = {k[d], k[stride + d], k[2 * stride + d], k[3 * stride + d]};
-      __builtin_memcpy(keys + (int64_t)d * padded + t, four, sizeof four);
+    for (int d = 0; d < dim; d += 4) {
+      four_floats row[4];
+      for (int i = 0; i < 4; ++i) row[i] = *(const four_floats*)(k + i * stride + d);
+      const four_floats a = shuffle(row[0], row[1], 0, 4, 1, 5), b = shuffle(row[2], row[3], 0, 4, 1, 5);
+      const four_floats c = shuffle(row[0], row[1], 2, 6, 3, 7), e = shuffle(row[2], row[3], 2, 6, 3, 7);
+      const four_floats column[4] = {shuffle(a, b, 0, 1, 4, 5), shuffle(a, b, 2, 3, 6, 7),
+                                     shuffle(c, e, 0, 1, 4, 5), shuffle(c, e, 2, 3, 6, 7)};
+      for (int i = 0; i < 4; ++i) *(four_floats*)(keys + (int64_t)(d + i) * padded + t) = column[i];
     }
   for (; t < padded; ++t, k += stride)
     for (int d = 0; d < dim; ++d) keys[(int64_t)d * padded + t] = t < tokens ? k[d] : 0.0f;
 }
+#undef shuffle

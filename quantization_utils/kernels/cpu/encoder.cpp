@@ -119,7 +119,7 @@ void Encoder::attend(int head, const float* qkv, int tokens, int queries, float*
   const int64_t stride = 3 * width_;
   const float* q = qkv + head * dim;
   isa_.transpose_keys(q + width_, stride, tokens, dim, s.keys.data());
-  const Attention one_head = {q, q + 2 * width_, s.keys.data(), stride, tokens, dim, 1.0f / std::sqrt((float)dim)};
+  const Attention one_head = {q, q + width_, q + 2 * width_, s.keys.data(), stride, tokens, dim, 1.0f / std::sqrt((float)dim)};
   for (int first = 0; first < queries; first += kMaxQueries)
     isa_.attention(one_head, first, std::min(kMaxQueries, queries - first), s.scores.data(), attended + (int64_t)first * width_ + head * dim, width_);
 }

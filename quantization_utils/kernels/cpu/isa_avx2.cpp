@@ -63,7 +63,12 @@ static inline float largest_of_(__m256 v) {
 #define smaller(a, b) ((floats)_mm256_min_ps((__m256)(a), (__m256)(b)))
 #define sum_of(v) sum_of_((__m256)(v))
 #define largest_of(v) largest_of_((__m256)(v))
-#define reciprocal(x) (1.0f / (x))
+// lookup: of 16 floats those that the low four bits of each lane of i name.
+static inline __m256 lookup_(const float* table, __m256i i) {
+  const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), i), high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), i);
+  return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(i, 28)));  // by the sign
+}
+#define lookup(table, i) ((floats)lookup_(table, (__m256i)(i)))
 #include "body.h"
 }  // namespace avx2
 }  // namespace ternary

@@ -54,11 +54,8 @@ static inline __m512 bytes_to_floats_(__m128i b) { return _mm512_cvtepi32_ps(_mm
 #define smaller(a, b) ((floats)_mm512_min_ps((__m512)(a), (__m512)(b)))
 #define sum_of(v) _mm512_reduce_add_ps((__m512)(v))
 #define largest_of(v) _mm512_reduce_max_ps((__m512)(v))
-static inline __m512 reciprocal_(__m512 x) {  // 14 bits and a step of Newton's: to rounding, in half the time of a division
-  const __m512 r = _mm512_rcp14_ps(x);
-  return _mm512_mul_ps(r, _mm512_fnmadd_ps(x, r, _mm512_set1_ps(2.0f)));
-}
-#define reciprocal(x) ((floats)reciprocal_((__m512)(x)))
+// lookup: of 16 floats those that the low four bits of each lane of i name.
+#define lookup(table, i) ((floats)_mm512_permutexvar_ps((__m512i)(i), _mm512_loadu_ps(table)))
 #include "body.h"
 }  // namespace avx512vnni
 

@@ -53,7 +53,8 @@ static inline vec dot_four(vec acc, vec a, const uint8_t* four) { return dot<Wei
 #define larger(a, b) ((a) > (b) ? (a) : (b))
 #define smaller(a, b) ((a) < (b) ? (a) : (b))
 #define largest_of(v) larger(larger((v)[0], (v)[2]), larger((v)[1], (v)[3]))
-#define reciprocal(x) (1.0f / (x))
+// lookup: of 16 floats those that the low four bits of each lane of i name.
+#define lookup(table, i) (floats{(table)[((ints)(i))[0] & 15], (table)[((ints)(i))[1] & 15], (table)[((ints)(i))[2] & 15], (table)[((ints)(i))[3] & 15]})
 #include "body.h"
 }  // namespace portable
 

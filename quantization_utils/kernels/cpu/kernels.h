@@ -92,8 +92,8 @@ constexpr int kMaxQueries = 24;  // of one call of attention: a multiple of ever
 
 // One head of one image: softmax(scale * Q K^T) V over float32 rows `stride` apart. `dim` is a multiple of 16.
 struct Attention {
-  const float *q, *v;
-  const float* keys;  // transposed, [dim][tokens padded to whole vectors]: see transpose_keys
+  const float *q, *k, *v;
+  const float* keys;  // k transposed, [dim][tokens padded to whole vectors]: see transpose_keys
   int64_t stride;
   int tokens, dim;
   float scale;
