@@ -275,7 +275,9 @@ class PackedConv2d(_PackedLayer):
                 dense = self.weight
                 self._runner = lambda x: F.conv2d(x, dense, self.bias, **self.geometry)
             else:
-                self._runner = reference.Conv2d(self.codes, self.scale, self.bias, self.act_bits, self.geometry)
+                self._runner = kernels.make_conv(
+                    self.codes, self.scale, self.bias, self.act_bits, self.geometry, self.backend
+                )
         return self._runner(x)
 
     def extra_repr(self) -> str:

@@ -61,6 +61,27 @@ def make_linear(
     return cpu.Linear(codes_NK, scale_N, bias_N, act_bits, chosen)
 
 
+def make_conv(
+    codes: Tensor, scale_N: Tensor, bias_N: Tensor | None, act_bits: int, geometry: dict[str, Any], backend: str = "auto"
+) -> Any:
+    """A function images float (B, C, H, W) → float32 (B, N, H', W') with activations quantized per image.
+
+    `geometry`: stride, padding, dilation, groups. The kernels take patches side by side; others are the reference's.
+
+    Raises:
+        ValueError: the backend was asked for by name and cannot run here.
+    """
+    _not_while_tracing()
+    kernel = tuple(codes.shape[2:])
+    side_by_side = {"stride": kernel, "padding": (0, 0), "dilation": (1, 1), "groups": 1}
+    chosen = _resolve(backend, _device([codes]))
+    if chosen == "reference" or geometry != side_by_side:
+        return reference.Conv2d(codes, scale_N, bias_N, act_bits, geometry)
+    from . import cpu
+
+    return cpu.Patches(codes, scale_N, bias_N, act_bits, chosen)
+
+
 def make_encoder(layers: Sequence[Any], heads: int, epsilon: float, act_bits: int, backend: str = "auto") -> Any:
     """A function hidden states float32 (B, T, D), kept → of the first `kept` tokens; None for the reference.
 

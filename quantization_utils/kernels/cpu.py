@@ -106,6 +106,19 @@ class Linear:
         return torch.ops.ternary.linear_run(x, self._handle, self._n)
 
 
+class Patches(Linear):
+    """Dynamic integer convolution whose kernel is its stride, as reference.Conv2d: (B, C, H, W) → (B, N, H', W')."""
+
+    def __init__(
+        self, codes_NCHW: Tensor, scale_N: Tensor, bias_N: Tensor | None, act_bits: int, backend: str = "cpu"
+    ) -> None:
+        super().__init__(codes_NCHW.flatten(1), scale_N, bias_N, act_bits, backend)
+        self._patch = list(codes_NCHW.shape[2:])
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return torch.ops.ternary.patches_run(images, self._handle, self._patch, self._n).permute(0, 3, 1, 2)
+
+
 @dataclass(frozen=True)
 class EncoderLayer:
     """What `Encoder` needs of one transformer layer: its linear layers and the values of its LayerNorms."""

@@ -17,6 +17,11 @@ def register() -> None:
     def linear_run(x: Tensor, handle: int, n: int) -> Tensor:
         return x.new_empty((*x.shape[:-1], n), dtype=torch.float32)
 
+    @torch.library.register_fake("ternary::patches_run")
+    def patches_run(images: Tensor, handle: int, patch: list[int], n: int) -> Tensor:
+        batch, _, height, width = images.shape
+        return images.new_empty((batch, height // patch[0], width // patch[1], n), dtype=torch.float32)
+
     @torch.library.register_fake("ternary::encoder_run")
     def encoder_run(hidden: Tensor, handle: int, kept: int) -> Tensor:
         return hidden.new_empty((hidden.shape[0], kept, hidden.shape[2]), dtype=torch.float32)

@@ -146,6 +146,17 @@ at::Tensor linear_run(const at::Tensor& input, int64_t handle, int64_t n) {
   return out;
 }
 
+at::Tensor patches_run(const at::Tensor& images, int64_t handle, at::IntArrayRef patch, int64_t n) {
+  auto layer = linears().get(handle);
+  TORCH_CHECK_VALUE(images.dim() == 4 && images.size(1) * patch[0] * patch[1] == layer->k() && n == layer->n(), "images must be (batch, ",
+                    layer->k() / (patch[0] * patch[1]), ", height, width)");
+  const at::Tensor x = images.to(at::kFloat).contiguous();
+  const ternary::Patches patches = {(int)x.size(1), (int)x.size(2), (int)x.size(3), (int)patch[0], (int)patch[1]};
+  at::Tensor out = at::empty({x.size(0), x.size(2) / patch[0], x.size(3) / patch[1], n}, x.options());
+  layer->run_patches(x.data_ptr<float>(), x.size(0), patches, at::get_num_threads(), out.data_ptr<float>());
+  return out;
+}
+
 // Tensors of a layer: weight and bias of both norms; numbers of linear layers: qkv, out, fc1, fc2.
 int64_t encoder_create(const std::string& isa_name, int64_t heads, double epsilon, at::TensorList norms, at::IntArrayRef linear_handles) {
   TORCH_CHECK_VALUE(norms.size() == linear_handles.size() && norms.size() % 4 == 0, "a layer has four tensors and four linear layers");
@@ -214,6 +225,7 @@ void encoder_free(int64_t handle) { encoders().remove(handle); }
 TORCH_LIBRARY(ternary, m) {
   m.def("network_run(Tensor images, int handle, int[] tail) -> Tensor");
   m.def("linear_run(Tensor x, int handle, int n) -> Tensor");
+  m.def("patches_run(Tensor images, int handle, int[2] patch, int n) -> Tensor");
   m.def("encoder_run(Tensor hidden, int handle, int kept) -> Tensor");
   m.def("has_isa(str name) -> bool", has_isa);
   m.def("network_create(str isa, str algorithm, Tensor[] codes, Tensor[] gains, Tensor[] biases, Tensor[] pads, int[] meta, float[] residual_gains, int channels) -> int", network_create);
@@ -230,5 +242,6 @@ TORCH_LIBRARY(ternary, m) {
 TORCH_LIBRARY_IMPL(ternary, CPU, m) {
   m.impl("network_run", network_run);
   m.impl("linear_run", linear_run);
+  m.impl("patches_run", patches_run);
   m.impl("encoder_run", encoder_run);
 }

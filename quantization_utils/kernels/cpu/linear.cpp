@@ -1,5 +1,6 @@
 #include "linear.h"
 
+#include <algorithm>
 #include <stdexcept>
 
 namespace ternary {
@@ -48,6 +49,33 @@ void Linear::multiply(const uint8_t* codes, const float* row_scale, int rows, Th
 }
 
 void Linear::run(const float* x, int64_t rows, int threads, float* out) {
+  const int64_t rows_an_item = std::max<int64_t>(1, 4096 / k_);
+  run_rows(rows, (rows + rows_an_item - 1) / rows_an_item, threads, out, [&](int64_t item) {
+    for (int64_t r = item * rows_an_item; r < std::min(rows, (item + 1) * rows_an_item); ++r)
+      row_scale_[r] = quantize(x + r * k_, rows_.data() + r * stride_);
+  });
+}
+
+void Linear::run_patches(const float* images, int64_t count, const Patches& p, int threads, float* out) {
+  const int across = p.width / p.patch_width, patches = p.height / p.patch_height * across;
+  const int64_t image_floats = (int64_t)p.channels * p.height * p.width;
+  run_rows(count * patches, count, threads, out, [&](int64_t image) {
+    std::vector<uint8_t> codes(image_floats);
+    const float scale = isa_.quantize_row(images + image * image_floats, image_floats, code_max_, codes.data());
+    for (int patch = 0; patch < patches; ++patch) {
+      const int64_t r = image * patches + patch;
+      const uint8_t* from = codes.data() + (int64_t)patch / across * p.patch_height * p.width + patch % across * p.patch_width;
+      uint8_t* to = rows_.data() + r * stride_;
+      for (int c = 0; c < p.channels; ++c, from += (int64_t)p.height * p.width)
+        for (int y = 0; y < p.patch_height; ++y, to += p.patch_width) std::copy_n(from + (int64_t)y * p.width, p.patch_width, to);
+      row_scale_[r] = scale;
+    }
+  });
+}
+
+// quantize(item), for each of `items`: fills some of rows_ and row_scale_.
+template <typename Quantize>
+void Linear::run_rows(int64_t rows, int64_t items, int threads, float* out, const Quantize& quantize) {
   if (rows == 0) return;
   std::lock_guard<std::mutex> lock(mutex_);
   threads = std::max(1, std::min(threads, 256));
@@ -55,12 +83,8 @@ void Linear::run(const float* x, int64_t rows, int threads, float* out) {
   const int blocks = (n_ + panels_.block - 1) / panels_.block, most = isa_.max_pixels;
   const int64_t groups = (rows + most - 1) / most;
   const int64_t chunk = std::max<int64_t>(1, std::min<int64_t>(16, groups * blocks / (threads * 8)));
-  const int64_t rows_an_item = std::max<int64_t>(1, 4096 / k_);
   parallel(threads, [&](Member& member) {
-    member.share((rows + rows_an_item - 1) / rows_an_item, [&](int64_t item) {
-      for (int64_t r = item * rows_an_item; r < std::min(rows, (item + 1) * rows_an_item); ++r)
-        row_scale_[r] = quantize(x + r * k_, rows_.data() + r * stride_);
-    });
+    member.share(items, quantize);
     member.share((groups + chunk - 1) / chunk * blocks, [&](int64_t item) {
       alignas(64) int32_t acc[kMaxPixels * kMaxChannels];
       const int block = item % blocks;

@@ -6,11 +6,18 @@
 
 namespace ternary {
 
+// Images, planes of height x width, as rows of patches side by side; what is left over at the lower and right edges is no row.
+struct Patches {
+  int channels, height, width, patch_height, patch_width;
+};
+
 class Linear {
  public:
   Linear(const Kernels& isa, int n, int k, const int8_t* codes, const float* scale, const float* bias, bool is_ternary, int act_bits);
   // x: rows x k, out: rows x n
   void run(const float* x, int64_t rows, int threads, float* out);
+  // A convolution whose kernel is also its stride: `count` images with one scale each, out: count x patches x n.
+  void run_patches(const float* images, int64_t count, const Patches& patches, int threads, float* out);
   // Rows whose codes (of `quantize`) stand stride() bytes apart, at most isa.max_pixels; all channels, rows of out n() apart.
   enum class Then { kStore, kGelu, kAdd };  // kAdd: to what is in out
   void multiply(const uint8_t* codes, const float* row_scale, int rows, Then then, float* out) const;
@@ -20,6 +27,8 @@ class Linear {
   int stride() const { return stride_; }
 
  private:
+  template <typename Quantize>
+  void run_rows(int64_t rows, int64_t items, int threads, float* out, const Quantize& quantize);
   Tile tile(int block) const;
   void finish(const Tile& tile, int block, const int32_t* acc, const float* row_scale, Then then, float* out) const;
   const Kernels& isa_;

@@ -186,6 +186,34 @@ def test_results_do_not_depend_on_threads() -> None:
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("shape", "size", "act_bits"),
+    [((9, 3, 4, 4), (32, 32), 8), ((130, 3, 16, 16), (48, 32), 8), ((7, 2, 3, 5), (10, 17), 4), ((5, 1, 1, 1), (1, 3), 8)],
+)
+def test_patches_equal_the_reference(
+    backend: str, shape: tuple[int, ...], size: tuple[int, int], act_bits: int
+) -> None:
+    """Also patches that leave a border over, whose pixels count for the scale; whatever the threads and the batch."""
+    codes, scale, bias = codes_of(shape), torch.rand(shape[0]), torch.randn(shape[0])
+    geometry = {"stride": shape[2:], "padding": (0, 0), "dilation": (1, 1), "groups": 1}
+    images, before = torch.randn(5, shape[1], *size), torch.get_num_threads()
+    images[1, :, -1, -1] = 9.0
+    expected = reference.Conv2d(codes, scale, bias, act_bits, geometry)(images)
+    patches = kernels.make_conv(codes, scale, bias, act_bits, geometry, backend)
+    assert patches.backend == backend
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            assert torch.equal(patches(images), expected) and torch.equal(patches(images[1:2]), expected[1:2])
+    finally:
+        torch.set_num_threads(before)
+    assert patches(images[:0]).shape == (0, *expected.shape[1:])
+    assert kernels.make_conv(codes, scale, bias, act_bits, geometry | {"padding": (1, 1)}, backend).backend == "reference"
+    with pytest.raises(ValueError, match=f"images must be .batch, {shape[1]}, height, width"):
+        patches(torch.randn(1, shape[1] + 1, *size))
+
+
 def test_operators_pass_opcheck_and_compile() -> None:
     nodes = [conv(-1, 16, 3), Node("avg_pool", 0, gain=torch.tensor([0.1]))]
     executor, images = kernels.make_executor(nodes, "cpu"), images_of(2, 8, 8)

@@ -92,7 +92,9 @@ def test_every_operator_passes_opcheck() -> None:
     vit = packed("vit", 8, width=64, depth=1)
     vit(images)
     encoder = vit.encoder._runner._handle
-    torch.library.opcheck(torch.ops.ternary.encoder_run, (torch.randn(2, 5, 64), encoder), test_utils=tests)
+    torch.library.opcheck(torch.ops.ternary.encoder_run, (torch.randn(2, 5, 64), encoder, 1), test_utils=tests)
+    patches = vit.network.vit.embeddings.patch_embeddings.projection._runner
+    torch.library.opcheck(torch.ops.ternary.patches_run, (images, patches._handle, [4, 4], 64), test_utils=tests)
 
 
 def test_without_a_compiler(tmp_path: Path) -> None:
