@@ -177,7 +177,8 @@ at::Tensor encoder_run(const at::Tensor& hidden, int64_t handle, int64_t kept) {
   auto encoder = encoders().get(handle);
   TORCH_CHECK_VALUE(hidden.dim() == 3 && hidden.size(2) == encoder->width(), "hidden states must be (images, tokens, ", encoder->width(), ")");
   TORCH_CHECK_VALUE(kept >= 0 && kept <= hidden.size(1), "of ", hidden.size(1), " tokens the first ", kept, " can't be kept");
-  at::Tensor x = hidden.to(at::kFloat).clone(at::MemoryFormat::Contiguous), out = at::empty({x.size(0), kept, x.size(2)}, x.options());
+  const at::Tensor x = hidden.to(at::kFloat).contiguous();
+  at::Tensor out = at::empty({x.size(0), kept, x.size(2)}, x.options());
   encoder->run(x.data_ptr<float>(), x.size(0), (int)x.size(1), (int)kept, at::get_num_threads(), out.data_ptr<float>());
   return out;
 }

@@ -39,22 +39,21 @@ Encoder::Scratch Encoder::scratch(int tokens) const {
   return s;
 }
 
-void Encoder::run(float* x, int64_t images, int tokens, int kept, int threads, float* out) {
+void Encoder::run(const float* hidden, int64_t images, int tokens, int kept, int threads, float* out) {
   if (images == 0 || tokens == 0 || kept == 0) return;
   std::lock_guard<std::mutex> lock(mutex_);
   threads = std::max(1, std::min(threads, kMaxThreads));
   const bool whole_images = images % threads == 0 || images >= 4 * threads;
   const int64_t image_floats = (int64_t)tokens * width_, kept_floats = (int64_t)kept * width_;
   const int64_t room = (whole_images ? threads : images) * image_floats;
-  qkv_.resize(std::max<size_t>(qkv_.size(), 3 * room));
-  attended_.resize(std::max<size_t>(attended_.size(), room));
+  if (x_.size() < (size_t)room) x_.resize(room), qkv_.resize(3 * room), attended_.resize(room);
   parallel(threads, [&](Member& member) {
     Scratch s = scratch(tokens);
-    if (!whole_images) return run_layers(member, {x, qkv_.data(), attended_.data(), out, images, tokens, kept}, s);
+    if (!whole_images) return run_layers(member, {hidden, x_.data(), qkv_.data(), attended_.data(), out, images, tokens, kept}, s);
     const int64_t own = member.index() * image_floats;
     member.share(images, [&](int64_t i) {
       Member alone(0);
-      run_layers(alone, {x + i * image_floats, qkv_.data() + 3 * own, attended_.data() + own, out + i * kept_floats, 1, tokens, kept}, s);
+      run_layers(alone, {hidden + i * image_floats, x_.data() + own, qkv_.data() + 3 * own, attended_.data() + own, out + i * kept_floats, 1, tokens, kept}, s);
     });
   });
 }
@@ -72,7 +71,8 @@ void Encoder::run_layers(Member& member, const Images& of, Scratch& s) const {
   for (size_t l = 0; l < layers_.size(); ++l) {
     each_tile(of.count * of.tokens, [&](int64_t first, int rows) {
       float* const x = of.x + first * width_;
-      if (l > 0) finish(layers_[l - 1], of.attended + first * width_, x, rows, s);
+      if (l == 0) std::copy_n(of.hidden + first * width_, rows * width_, x);
+      else finish(layers_[l - 1], of.attended + first * width_, x, rows, s);
       project(layers_[l], x, rows, of.qkv + 3 * first * width_, s);
     });
     const int queries = l + 1 < layers_.size() ? of.tokens : of.kept;

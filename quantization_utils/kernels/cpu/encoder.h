@@ -23,13 +23,14 @@ struct EncoderLayer {
 class Encoder {
  public:
   Encoder(const Kernels& isa, int heads, float epsilon, std::vector<EncoderLayer> layers);
-  // x: images x tokens x width, overwritten; out: the first `kept` tokens of each image, images x kept x width
-  void run(float* x, int64_t images, int tokens, int kept, int threads, float* out);
+  // hidden: images x tokens x width; out: the first `kept` tokens of each image, images x kept x width
+  void run(const float* hidden, int64_t images, int tokens, int kept, int threads, float* out);
   int width() const { return width_; }
 
  private:
   struct Scratch;  // of a thread
   struct Images {
+    const float* hidden;
     float *x, *qkv, *attended, *out;
     int64_t count;
     int tokens, kept;
@@ -48,7 +49,7 @@ class Encoder {
   int heads_, width_;
   float epsilon_;
   std::vector<EncoderLayer> layers_;
-  std::vector<float> qkv_, attended_;  // of all rows, or of an image of each thread
+  std::vector<float> x_, qkv_, attended_;  // of all rows, or of an image of each thread
   std::mutex mutex_;
 };
 
