@@ -20,7 +20,8 @@ HEAD_MULTIPLE = 16  # the kernels take heads of whole vectors
 class PackedEncoder:
     """The layers of a ViT's encoder: hidden states float32 (B, T, D) → of the first `kept` tokens, (B, kept, D).
 
-    On the fused kernels, which spare themselves what the other tokens need of the last layer, or one by one. It reads the modules at its first call on the CPU, and again after `reset`.
+    On the fused kernels, where the last layer computes no more than these need, or one by one. It reads the modules at
+    its first call on the CPU, and again after `reset`.
     """
 
     def __init__(self, layers: Any, heads: int, epsilon: float) -> None:

@@ -62,8 +62,9 @@ def make_linear(
 
 
 def make_conv(
-    codes: Tensor, scale_N: Tensor, bias_N: Tensor | None, act_bits: int, geometry: dict[str, Any], backend: str = "auto"
-) -> Any:
+    codes: Tensor, scale_N: Tensor, bias_N: Tensor | None, act_bits: int, geometry: dict[str, Any],
+    backend: str = "auto",
+) -> Any:  # fmt: skip
     """A function images float (B, C, H, W) → float32 (B, N, H', W') with activations quantized per image.
 
     `geometry`: stride, padding, dilation, groups. The kernels take patches side by side; others are the reference's.

@@ -131,7 +131,9 @@ class EncoderLayer:
 
 
 class Encoder:
-    """A pre-norm transformer encoder with GELU: hidden states float32 (B, T, D) on the CPU → of the first `kept` tokens.
+    """A pre-norm transformer encoder with GELU: hidden states float32 (B, T, D) on the CPU, kept → (B, kept, D).
+
+    What is returned are the hidden states of the first tokens; the last layer computes no others.
 
     Linear layers as `Linear`, exact integers; norms, GELU, softmax and attention in float32, whose sums are taken in
     another order than PyTorch's.

@@ -148,6 +148,7 @@ at::Tensor linear_run(const at::Tensor& input, int64_t handle, int64_t n) {
 
 at::Tensor patches_run(const at::Tensor& images, int64_t handle, at::IntArrayRef patch, int64_t n) {
   auto layer = linears().get(handle);
+  TORCH_CHECK_VALUE(patch[0] > 0 && patch[1] > 0, "a patch has a height and a width");
   TORCH_CHECK_VALUE(images.dim() == 4 && images.size(1) * patch[0] * patch[1] == layer->k() && n == layer->n(), "images must be (batch, ",
                     layer->k() / (patch[0] * patch[1]), ", height, width)");
   const at::Tensor x = images.to(at::kFloat).contiguous();

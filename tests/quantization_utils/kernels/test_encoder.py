@@ -1,6 +1,7 @@
 """The fused encoder against the modules it stands for."""
 
 import copy
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -69,6 +70,51 @@ def test_equals_the_modules(backend: str, options: dict[str, object]) -> None:
         for kept in (tokens, 3, 1, 0):  # whatever the batch, the threads and what is used later
             assert torch.equal(model.encoder(hidden, kept), found[:, :kept])
             assert torch.equal(model.encoder(hidden[1:2], kept), found[1:2, :kept])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@torch.no_grad()
+def test_any_number_of_tokens(backend: str) -> None:
+    """Attention by whole vectors, with a padded one, and with dot products for the tokens that begin one."""
+    model = packed_vit(width=64, depth=1)
+    for tokens in (1, 2, 3, 4, 8, 10, 16, 18, 20, 31, 50, 100):
+        hidden = torch.randn(2, tokens, 64)
+        use(model, "reference")
+        wanted = model.encoder(hidden, tokens)
+        use(model, backend)
+        close(model.encoder(hidden, tokens), wanted)
+
+
+def test_the_pieces_of_gelu() -> None:
+    """The table as it stands in the source, in double precision, against PyTorch's."""
+    source = (Path(cpu.__file__).parent / "cpu" / "body_functions.h").read_text()
+    numbers = re.findall(r"(-?\d\.\d+e-\d+)f", source.split("kGelu[5][16] = {")[1].split("};")[0])
+    pieces = torch.tensor([float(n) for n in numbers], dtype=torch.float64).view(5, 16)
+    x = torch.linspace(-8, 8, 100_001, dtype=torch.float64)
+    position = (x.abs() * 16 / 5.5 - 0.5).clamp_max(15.49)
+    part, y = position - position.round(), torch.zeros_like(x)
+    for coefficients in pieces:
+        y = y * part + coefficients[position.round().long()]
+    assert ((x.clamp_min(0) + y) - nn.functional.gelu(x)).abs().max() < 2.5e-7
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gelu_of_the_kernels(backend: str) -> None:
+    """An encoder that adds GELU(its bias) in 8 bits: what is added is the nearest of their steps."""
+
+    def dense(codes: torch.Tensor, bias: torch.Tensor | None = None) -> cpu.Dense:
+        return codes.to(torch.int8), torch.ones(len(codes)), bias
+
+    def zeros(n: int) -> torch.Tensor:
+        return torch.zeros(n, 64)
+
+    norms = [torch.ones(64), torch.zeros(64)] * 2
+    for inputs in torch.cat([torch.linspace(-6, 0, 512), torch.linspace(0, 6, 256)]).split(64):
+        qkv, out, fc1, fc2 = dense(zeros(192)), dense(zeros(64)), dense(zeros(64), inputs), dense(torch.eye(64))
+        layer = cpu.EncoderLayer(qkv, out, fc1, fc2, norms)
+        added = cpu.Encoder([layer], 1, 1e-6, 8, backend)(torch.zeros(1, 2, 64), 2)
+        wanted = nn.functional.gelu(inputs)
+        assert (added - wanted).abs().max() < 0.505 * wanted.abs().max() / 127 + 5e-7
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
