@@ -65,8 +65,10 @@ static inline void by_kind(const Epilogue& e, const Output& o, const Run& run) {
 }
 
 static void finish(const Epilogue& e, const Output& o, const int32_t* acc, int pixels, int channels) {
-  if (o.has_row_scale && e.gelu) return finish_kind<Residual::kNone, false, true, true>(e, o, acc, pixels, channels);
-  if (o.has_row_scale && o.has_residual) return finish_kind<Residual::kFloats, false, true>(e, o, acc, pixels, channels);
-  if (o.has_row_scale) return finish_kind<Residual::kNone, false, true>(e, o, acc, pixels, channels);
+  if (o.has_row_scale) {
+    if (e.gelu) return finish_kind<Residual::kNone, false, true, true>(e, o, acc, pixels, channels);
+    if (o.has_residual) return finish_kind<Residual::kFloats, false, true>(e, o, acc, pixels, channels);
+    return finish_kind<Residual::kNone, false, true>(e, o, acc, pixels, channels);
+  }
   by_kind(e, o, [&](auto residual, auto to_bytes) { finish_kind<residual.value, to_bytes.value, false>(e, o, acc, pixels, channels); });
 }

@@ -40,13 +40,9 @@ static float quantize_row(const float* x, int64_t k, int code_max, uint8_t* out)
   }
   const float inverse = (float)code_max / absmax;
   // |x * inverse| <= code_max * (1 + 2^-22), which rounds to at most code_max: nothing to clamp. kRound's last bits are 0.
-  for (i = 0; i < k; i += LANES) {
-    const int n = k - i < LANES ? (int)(k - i) : LANES;
-    const floats v = n == LANES ? *(const floats*)(x + i) : load_part<floats>(x + i, n * 4);
-    const bytes b = ints_to_bytes((ints)(v * inverse + (kRound + 128.0f)));
-    if (n == LANES) *(bytes*)(out + i) = b;
-    else __builtin_memcpy(out + i, &b, n);
-  }
+  const auto codes = [=](floats v) { return ints_to_bytes((ints)(v * inverse + (kRound + 128.0f))); };
+  for (i = 0; i + LANES <= k; i += LANES) *(bytes*)(out + i) = codes(*(const floats*)(x + i));
+  if (i < k) store_part<bytes>(out + i, codes(load_part<floats>(x + i, (int)(k - i) * 4)), (int)(k - i));
   return absmax / (float)code_max;
 }
 

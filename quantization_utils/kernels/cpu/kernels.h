@@ -83,7 +83,7 @@ struct Epilogue {
 struct Output {
   void* out[kMaxPixels * 4];
   const void* residual[kMaxPixels * 4];  // uint8, or float32 if residual_is_float; ignored unless has_residual
-  float row_scale[kMaxPixels * 4];       // only if has_row_scale: gain_n * row_scale is rounded first; the output is float32
+  float row_scale[kMaxPixels * 4];       // only if has_row_scale: gain_n * row_scale is rounded first; residual and output are float32
   bool has_residual, residual_is_float, has_row_scale;
   int first_channel;                     // Winograd: added to the pointers; a null pointer is a pixel beyond an odd edge
 };
