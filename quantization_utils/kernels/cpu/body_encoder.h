@@ -19,7 +19,7 @@ static inline float sum_over(const float* x, int n, float beyond, const Value& v
 }
 
 static void layer_norm(const float* x, int n, const float* weight, const float* bias, float epsilon, float* out) {
-  const float mean = sum_over(x, n, 0.0f, [](floats v) { return v; }) / (float)n;
+  const float mean = sum_over(x, n, 0.0f, [=](floats v) { return v; }) / (float)n;
   const float square = sum_over(x, n, mean, [=](floats v) { return (v - mean) * (v - mean); });
   const float inverse = 1.0f / __builtin_sqrtf(square / (float)n + epsilon);
   int i = 0;
