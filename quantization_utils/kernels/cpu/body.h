@@ -24,6 +24,8 @@ static inline void store_part(void* to, T value, int size) {
   else __builtin_memcpy(to, &value, size);
 }
 
+#include "body_functions.h"
+
 // Loops over pixels and vectors, unrolled by the preprocessor: with indices that are constants from the start the compiler
 // keeps the accumulators in registers (an ordinary loop is unrolled too late for that, and they pass through the stack).
 #define EACH(I, COUNT, N, ...) if constexpr (N < COUNT) { constexpr int I = N; __VA_ARGS__ }
@@ -136,7 +138,6 @@ static void multiply(Weights weights, const Tile& t, int32_t* acc) {
   }
 }
 
-#include "body_functions.h"
 #include "body_epilogue.h"
 #include "body_winograd.h"
 #include "body_rows.h"
