@@ -136,11 +136,33 @@ static void multiply(Weights weights, const Tile& t, int32_t* acc) {
   }
 }
 
+static int gather_plain(const uint64_t* used, int words, const uint8_t* in, uint8_t* out) {
+  uint8_t* to = out;
+  for (int i = 0; i < words; ++i, in += 64) {
+#ifdef kept_bytes
+    for (int shift = 0; shift < 64; shift += 8) {
+      const uint64_t bits = used[i] >> shift & 255;
+      uint64_t eight;
+      __builtin_memcpy(&eight, in + shift, 8);
+      eight = kept_bytes(eight, bits);
+      __builtin_memcpy(to, &eight, 8);
+      to += __builtin_popcountll(bits);
+    }
+#else
+    for (uint64_t bits = used[i]; bits; bits &= bits - 1) *to++ = in[__builtin_ctzll(bits)];
+#endif
+  }
+  return (int)(to - out);
+}
+#ifndef gather
+#define gather gather_plain
+#endif
+
 #include "body_epilogue.h"
 #include "body_winograd.h"
 #include "body_rows.h"
 #include "body_encoder.h"
 
-static const Kernels table = {ISA_NAME, LANES, VECTORS, PIXELS, {TILES4, TILES5}, multiply, finish, winograd_input, winograd, image_row,
+static const Kernels table = {ISA_NAME, LANES, VECTORS, PIXELS, {TILES4, TILES5}, multiply, gather, finish, winograd_input, winograd, image_row,
                               quantize_row, max_row, add_row, layer_norm, gelu, add_floats, transpose_keys, attention,
                               peak_multiply_adds, read_memory};

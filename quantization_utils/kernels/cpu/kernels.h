@@ -104,6 +104,8 @@ struct Kernels {
   int tiles[2];      // Winograd tiles at a time, of side 4 and 5
   // acc[count][vectors * lanes], vectors = ceil(channels / lanes)
   void (*multiply)(Weights, const Tile&, int32_t* acc);
+  // The bytes of `in` whose bit in used[words] is set, one after the other; writes up to 64 beyond them. Returns how many.
+  int (*gather)(const uint64_t* used, int words, const uint8_t* in, uint8_t* out);
   // `pixels` rows of acc (vectors * lanes apart) to output.
   void (*finish)(const Epilogue&, const Output&, const int32_t* acc, int pixels, int channels);
   // V[position][channel] of one patch of side x side pixels, positions `v_stride` bytes apart, and its excess[2][2].

@@ -79,6 +79,7 @@ void Network::run_node(Plan& plan, int node, Member& member) {
     default: break;
   }
   if (plan.steps[node]->algorithm == Algorithm::kWinograd) return run_winograd(plan, node, member);
+  if (plan.steps[node]->algorithm == Algorithm::kSkipping) return run_skipping(plan, node, member);
   run_direct(plan, node, member);
 }
 
@@ -117,6 +118,45 @@ void Network::run_direct(Plan& plan, int node, Member& member) {
           to.residual[p] = residual->data + (image * residual->image() + step.residual_offset[pixel] + first_channel) * (residual->is_float ? 4 : 1);
       }
       isa_.multiply(panels.kind, tile, acc);
+      isa_.finish(epilogue, to, acc, tile.count, tile.channels);
+    }
+  });
+}
+
+// A linear layer: a vector of channels at a time, on the inputs that it reads. What follows them up to a whole group is any
+// byte times a zero weight.
+void Network::run_skipping(Plan& plan, int node, Member& member) {
+  const NodeSpec& s = nodes_[node];
+  const Step& step = *plan.steps[node];
+  const Value &in = plan.values[s.input + 1], &out = plan.values[node + 1];
+  const Value* residual = s.residual != kNone ? &plan.values[s.residual + 1] : nullptr;
+  const SparsePanels& panels = *step.sparse;
+  const int lanes = isa_.lanes, vectors = (int)panels.parts.size(), most = isa_.max_pixels;
+  const int64_t room = (int64_t)s.c + 128;
+  const std::vector<int32_t> zeros(lanes, 0);
+  member.share(vectors, [&](int64_t vector) {
+    const int64_t first = vector * lanes;
+    alignas(64) int32_t acc[kMaxPixels * kMaxChannels];
+    Tile tile;
+    tile.channels = (int)std::min<int64_t>(lanes, s.n - first);
+    tile.runs = 1, tile.groups = panels.parts[vector].groups, tile.run_stride = 0;
+    tile.weights = panels.bytes.data() + panels.parts[vector].first, tile.init = zeros.data();
+    Epilogue epilogue = step.epilogue;
+    epilogue.gain = step.gain.data() + first, epilogue.bias = step.bias.data() + first, epilogue.shift = 6;
+    Output to;
+    to.has_row_scale = false, to.has_residual = residual != nullptr, to.residual_is_float = residual && residual->is_float;
+    uint8_t* gathered = scratch(member.index(), most * room);
+    for (int64_t m = 0; m < in.n; m += tile.count) {
+      tile.count = (int)std::min<int64_t>(most, in.n - m);
+      for (int p = 0; p < tile.count; ++p) {
+        uint8_t* end = gathered + p * room;
+        tile.pixels[p] = end;
+        for (int run = 0; run < panels.runs; ++run)
+          end += isa_.gather(panels.used.data() + (vector * panels.runs + run) * panels.words, panels.words, in.data + (m + p) * in.image() + in.at(run, 0), end);
+        to.out[p] = out.data + ((m + p) * out.image() + step.out_offset[0] + first) * (out.is_float ? 4 : 1);
+        if (residual) to.residual[p] = residual->data + ((m + p) * residual->image() + step.residual_offset[0] + first) * (residual->is_float ? 4 : 1);
+      }
+      isa_.multiply(Weights::kTwoBit, tile, acc);
       isa_.finish(epilogue, to, acc, tile.count, tile.channels);
     }
   });
