@@ -29,7 +29,7 @@ Tile Linear::tile(int block) const {
 
 void Linear::finish(const Tile& tile, int block, const int32_t* acc, const float* row_scale, float* out) const {
   const int first = block * panels_.block;
-  const Epilogue epilogue = {scale_.data() + first, bias_.data() + first, 0.0f, false, 0, panels_.kind == Weights::kTwoBit ? 6 : 0};
+  const Epilogue epilogue = {scale_.data() + first, bias_.data() + first, 0.0f, false, 0, unit_of(panels_.kind)};
   Output to;
   to.has_row_scale = true, to.has_residual = to.residual_is_float = false;
   for (int p = 0; p < tile.count; ++p) to.out[p] = out + (int64_t)p * n_ + first, to.row_scale[p] = row_scale[p];

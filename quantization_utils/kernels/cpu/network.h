@@ -146,7 +146,7 @@ class Network {
   void run_skipping(Plan& plan, int node, Member& member);
   void run_winograd(Plan& plan, int node, Member& member);
   void tile_outputs(Plan& plan, int node, int64_t first, int count, Output& to) const;
-  void run_tiles(const Step& step, const NodeSpec& s, int vector, int tiles, const uint8_t* v, const int32_t* excess, int channels, Output& to) const;
+  void run_tiles(const Step& step, const NodeSpec& s, int vector, int tiles, const uint8_t* v, const int32_t* start, int channels, Output& to) const;
   void run_max_pool(Plan& plan, int node, Member& member);
   void run_avg_pool(Plan& plan, int node, Member& member);
   uint8_t* scratch(int thread, size_t bytes);

@@ -82,9 +82,9 @@ Plan& Network::plan(int batch, int height, int width) {
 int Network::winograd_side(const Plan& plan, int node) const {
   const NodeSpec& s = nodes_[node];
   const Value& in = plan.values[s.input + 1];
-  // Fewer than 16 channels are not worth a transform; more than 38,000 could overflow.
+  // Fewer than 16 channels are not worth a transform; more than 35,000 could overflow.
   const bool possible = s.op == Op::kConv && s.ternary && s.kernel[0] == 3 && s.kernel[1] == 3 && s.stride[0] == s.stride[1] &&
-                        s.stride[0] <= 2 && s.c >= 16 && s.c < 38000 && s.pad_values.empty() && in.code_max <= 63 && !in.is_float;
+                        s.stride[0] <= 2 && s.c >= 16 && s.c < 35000 && s.pad_values.empty() && in.code_max <= 63 && !in.is_float;
   return !possible ? 0 : s.stride[0] == 1 ? 4 : 5;
 }
 

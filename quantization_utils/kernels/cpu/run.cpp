@@ -103,7 +103,7 @@ void Network::run_direct(Plan& plan, int node, Member& member) {
     tile.init = panels.init.data() + first_channel;
     Epilogue epilogue = step.epilogue;
     epilogue.gain = step.gain.data() + first_channel, epilogue.bias = step.bias.data() + first_channel;
-    epilogue.shift = panels.kind == Weights::kTwoBit ? 6 : 0;
+    epilogue.unit = unit_of(panels.kind);
     Output to;
     to.has_row_scale = false, to.has_residual = residual != nullptr, to.residual_is_float = residual && residual->is_float;
     const int64_t start = item / blocks * chunk * most, end = std::min(pixels, start + chunk * most);
@@ -142,7 +142,7 @@ void Network::run_skipping(Plan& plan, int node, Member& member) {
     tile.runs = 1, tile.groups = panels.parts[vector].groups, tile.run_stride = 0;
     tile.weights = panels.bytes.data() + panels.parts[vector].first, tile.init = zeros.data();
     Epilogue epilogue = step.epilogue;
-    epilogue.gain = step.gain.data() + first, epilogue.bias = step.bias.data() + first, epilogue.shift = 6;
+    epilogue.gain = step.gain.data() + first, epilogue.bias = step.bias.data() + first, epilogue.unit = unit_of(Weights::kTwoBit);
     Output to;
     to.has_row_scale = false, to.has_residual = residual != nullptr, to.residual_is_float = residual && residual->is_float;
     uint8_t* gathered = scratch(member.index(), most * room);
@@ -185,16 +185,16 @@ void Network::tile_outputs(Plan& plan, int node, int64_t first, int count, Outpu
   }
 }
 
-// One vector of channels of a group of tiles, from their transformed input v[position][tile][channel] and its excess.
-void Network::run_tiles(const Step& step, const NodeSpec& s, int vector, int tiles, const uint8_t* v, const int32_t* excess, int channels, Output& to) const {
+// One vector of channels of a group of tiles, from their transformed input v[position][tile][channel] and the starts.
+void Network::run_tiles(const Step& step, const NodeSpec& s, int vector, int tiles, const uint8_t* v, const int32_t* start, int channels, Output& to) const {
   const Panels& panels = *step.winograd;
   const int first_channel = vector * isa_.lanes, side = step.winograd_side;
-  const WinogradTile tile = {v, excess, (int64_t)tiles * channels, channels, tiles, panels.groups, panels.bytes.data() + vector * panels.block_bytes,
+  const WinogradTile tile = {v, start, (int64_t)tiles * channels, channels, tiles, panels.groups, panels.bytes.data() + vector * panels.block_bytes,
                              panels.bytes.data() + std::min((int64_t)panels.bytes.size() - panels.block_bytes, (vector + 1) * panels.block_bytes),
                              panels.init.data() + first_channel};
   Epilogue epilogue = step.epilogue;
   epilogue.gain = step.gain.data() + first_channel, epilogue.bias = step.bias.data() + first_channel;
-  epilogue.shift = side == 4 ? 2 : 1;
+  epilogue.unit = side == 4 ? 0.25f : 0.5f;
   to.first_channel = first_channel;
   isa_.winograd(side, tile, epilogue, to, std::min(isa_.lanes, s.n - first_channel));
 }
@@ -298,7 +298,7 @@ void Network::run_avg_pool(Plan& plan, int node, Member& member) {
     for (int y = 0; y < in.h; ++y)
       for (int x = 0; x < in.w; ++x) isa_.add_row(in.data + b * in.image() + in.at(y, x), in.cs, sum.data());
     Epilogue epilogue = step.epilogue;
-    epilogue.gain = step.gain.data(), epilogue.bias = step.bias.data(), epilogue.shift = 0;
+    epilogue.gain = step.gain.data(), epilogue.bias = step.bias.data(), epilogue.unit = 1.0f;
     Output to;
     to.has_row_scale = to.has_residual = to.residual_is_float = false;
     to.out[0] = out.data + (b * out.image() + out.at(0, 0)) * (out.is_float ? 4 : 1);
