@@ -200,7 +200,8 @@ std::shared_ptr<Panels> Network::panels(int node, const Value& in) {
   if (slot) return slot;
   const int64_t k = (int64_t)kh * kw * c;
   Weights kind = s.ternary ? Weights::kTwoBit : Weights::kInt8;
-  if (s.ternary && k >= 131000) kind = Weights::kSmall;
+  // Signed bytes also where a run leaves a quarter of a group or more empty, as three colours do: fewer multiply-adds.
+  if (s.ternary && (k >= 131000 || kw * in.cs <= 12)) kind = Weights::kSmall;
   if (!s.ternary && k >= 66000) refuse(node, "has too many 8-bit weights a channel for 32-bit accumulators");
   slot = std::make_shared<Panels>(pack_panels(isa_, kind, s.n, kh, kw * in.cs, [&](int n, int run, int i) {
     const int x = i / in.cs, ch = i % in.cs;

@@ -277,15 +277,17 @@ void Network::run_max_pool(Plan& plan, int node, Member& member) {
   const NodeSpec& s = nodes_[node];
   const Value &in = plan.values[s.input + 1], &out = plan.values[node + 1];
   member.share((int64_t)out.n * out.h, [&](int64_t item) {
-    const int64_t b = item / out.h;
-    const int y = item % out.h, top = y * s.stride[0] - s.padding[0];
+    const int64_t b = item / out.h, row_bytes = (int64_t)in.w * in.cs;
+    const int y = item % out.h, top = y * s.stride[0] - s.padding[0], first = std::max(top, 0);
+    // Down the columns in long rows, then across them. Padding never wins: the smallest code is 0.
+    uint8_t* highest = scratch(member.index(), row_bytes);
+    std::memcpy(highest, in.data + b * in.image() + in.at(first, 0), row_bytes);
+    for (int yy = first + 1; yy < std::min(top + s.kernel[0], in.h); ++yy) isa_.max_row(in.data + b * in.image() + in.at(yy, 0), (int)row_bytes, highest);
     for (int x = 0; x < out.w; ++x) {
-      const int left = x * s.stride[1] - s.padding[1];
+      const int left = x * s.stride[1] - s.padding[1], from = std::max(left, 0);
       uint8_t* to = out.data + b * out.image() + out.at(y, x);
-      std::memset(to, 0, out.cs);  // the smallest code: padding never wins
-      for (int yy = std::max(top, 0); yy < std::min(top + s.kernel[0], in.h); ++yy)
-        for (int xx = std::max(left, 0); xx < std::min(left + s.kernel[1], in.w); ++xx)
-          isa_.max_row(in.data + b * in.image() + in.at(yy, xx), in.cs, to);
+      std::memcpy(to, highest + (int64_t)from * in.cs, out.cs);
+      for (int xx = from + 1; xx < std::min(left + s.kernel[1], in.w); ++xx) isa_.max_row(highest + (int64_t)xx * in.cs, in.cs, to);
     }
   });
 }
