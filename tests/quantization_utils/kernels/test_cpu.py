@@ -239,6 +239,22 @@ def test_results_do_not_depend_on_threads() -> None:
         torch.set_num_threads(before)
 
 
+def test_skipping_does_not_depend_on_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERNARY_ALGORITHM", "skipping")
+    nodes = [conv(-1, 64, 3, out_max=255),
+             Node("linear", 0, codes=pruned_codes(321, 64 * 9, "single"), gain=torch.rand(321) / 9,
+                  bias=torch.randn(321))]  # fmt: skip
+    executor, before = kernels.make_executor(nodes, "cpu"), torch.get_num_threads()
+    try:
+        for threads in (1, 2, 7):
+            torch.set_num_threads(threads)
+            for batch in (1, 15):
+                images = images_of(batch, 3, 3)
+                assert torch.equal(executor(images), reference.NetworkExecutor(nodes)(images))
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_operators_pass_opcheck_and_compile() -> None:
     nodes = [conv(-1, 16, 3), Node("avg_pool", 0, gain=torch.tensor([0.1]))]
     executor, images = kernels.make_executor(nodes, "cpu"), images_of(2, 8, 8)
