@@ -1,34 +1,50 @@
-"""What each node of a packed network costs, and what removed filters give back.
+"""What each node of a packed network costs, and what removed filters and zero blocks give back.
 
     python3 benchmarks/networks.py layers     each node: time within the network, algorithm, percent of the limit
     python3 benchmarks/networks.py pruned     networks whose filters were pruned and are gone, beside the full one
+    python3 benchmarks/networks.py zero_blocks     networks whose single weights were pruned: what skipping saves
 
 The direct limit of a node is its multiply-adds at the measured rate of the processor, or its 2-bit weights at the
 measured reading rate, whichever is longer; Winograd needs 2.25 (stride 2: 1.44) times fewer multiply-adds and may pass
-it. Writes results/latency/layers.jsonl and results/latency/pruned.jsonl anew.
+it. Writes results/latency/<the table's name>.jsonl anew.
+
+A block is one input of as many output channels as a vector register has lanes: the least that a kernel can skip. Of
+each kind of layer, the one of a network with the most of them is shown. Weights are those of the networks in runs/
+where there are any, else untrained, and at the end zero blocks of 16 inputs made to measure.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import models
+from benchmarks.kernels import stem
 from benchmarks.limits import Limits, machine_limits
 from benchmarks.record import ROOT, append_record
-from pruning_utils import l2_filters, prune_
+from models.select import select_layers
+from pruning_utils import l1, l1_global, l2_filters, prune_, random
 from quantization_utils import calibrate_, pack_, quantize_
+from quantization_utils.kernels import cpu
+from quantization_utils.nodes import Node
+from quantization_utils.quantizers import absmean
+from train_test_utils.checkpoint import load_weights
 
 FRACTIONS = (0.0, 0.3, 0.5, 0.7, 0.9)
+LANES = {"avx512vnni": 16, "avx2": 8, "portable": 4}
+WORTH_MEASURING = 0.125  # as the kernels do: with fewer zero blocks they do not try to skip
 
 
 def packed(name: str, removed: float = 0.0, act_bits: int = 6) -> nn.Module:
@@ -48,7 +64,7 @@ def layers(batch: int, limits: Limits) -> None:
         rows = model.executor.plan(batch)
         print(f"\n{name}, batch {batch}")
         for row, node in zip(rows, model.nodes, strict=True):
-            micros = row["winograd_us" if row["algorithm"] == "winograd" else "direct_us"]
+            micros = row["direct_us" if row["algorithm"] == "pool" else f"{row['algorithm']}_us"]
             weight_bytes = 0 if node.codes is None else node.codes.numel() / 4
             limit = 1e6 * max(
                 row["multiply_adds"] / limits["peak_multiply_adds_per_s"],
@@ -57,8 +73,10 @@ def layers(batch: int, limits: Limits) -> None:
             shape = None if node.codes is None else list(node.codes.shape)
             row |= {"shape": shape, "stride": node.stride[0], "us": micros,
                     "of_direct_limit_pct": round(100 * limit / micros, 1) if limit else None}  # fmt: skip
-            print(f"  {row['node']:2} {row['op']:8} {shape!s:20} /{row['stride']} {row['algorithm']:8} {micros:9.1f} µs"
-                  f" (direct {row['direct_us'] or 0:9.1f}) {row['of_direct_limit_pct'] or 0:6.1f}% of the limit")
+            print(
+                f"  {row['node']:2} {row['op']:8} {shape!s:20} /{row['stride']} {row['algorithm']:8} {micros:9.1f} µs"
+                f" (direct {row['direct_us'] or 0:9.1f}) {row['of_direct_limit_pct'] or 0:6.1f}% of the limit"
+            )
         append_record("latency/layers", {"model": name, "batch": batch, "nodes": rows, **limits})
 
 
@@ -92,15 +110,97 @@ def pruned(batch: int, limits: Limits, rounds: int = 15) -> None:
             append_record("latency/pruned", {**figures, **limits})
 
 
+def zero_share(codes: Tensor) -> float:
+    """The fraction of zero blocks of (N, K) or (N, C, kh, kw)."""
+    lanes = LANES[cpu.choose_isa("cpu")]
+    used_NK = nn.functional.pad(codes.flatten(1).ne(0), (0, 0, 0, -len(codes) % lanes))
+    return 1 - used_NK.view(-1, lanes, used_NK.shape[1]).any(1).float().mean().item()
+
+
+def pruned_layers(name: str) -> Iterator[tuple[dict[str, Any], Tensor, int]]:
+    """For each score and amount, the linear layer and the convolution with the most zero blocks: codes, input side."""
+    torch.manual_seed(0)
+    model = models.build(name, 10).eval()
+    checkpoint = ROOT / "runs" / f"{name}-cifar10" / "float-seed0" / "checkpoint.safetensors"
+    weights = "trained" if checkpoint.exists() else "untrained"
+    if checkpoint.exists():
+        load_weights(model, checkpoint)
+    sides: dict[str, int] = {}
+    for layer_name, layer in select_layers(model, None):
+        layer.register_forward_hook(lambda _, x, __, key=layer_name: sides.update({key: x[0].shape[-1]}))
+    with torch.no_grad():
+        model(torch.rand(1, 3, 32, 32))
+    for score in (random, l1, l1_global):
+        for amount in (0.3, 0.5, 0.7, 0.9, 0.95):
+            pruned_model = prune_(copy.deepcopy(model), score, amount)
+            ternary = [(key, absmean(la.weight.detach())[0]) for key, la in select_layers(pruned_model, None)]
+            for dim, kind in ((2, "linear"), (4, "conv")):
+                of_kind = [t for t in ternary if t[1].dim() == dim]
+                key, codes = max(of_kind, key=lambda t: (zero_share(t[1]) * t[1].numel(), t[1].numel()))
+                figures = {"model": name, "weights": weights, "score": score.__name__, "pruned": amount, "op": kind}
+                yield figures, codes, sides[key] if dim == 4 else 1
+
+
+def made_layers() -> Iterator[tuple[dict[str, Any], Tensor, int]]:
+    """AlexNet's first linear layer with so many zero blocks of 16 inputs and 16 outputs."""
+    for share in (0.25, 0.5, 0.75, 0.9):
+        torch.manual_seed(0)
+        block = torch.rand(4096 // 16, 9216 // 16).ge(share).to(torch.int8)
+        codes = torch.randint(0, 2, (4096, 9216), dtype=torch.int8) * 2 - 1
+        codes *= block.repeat_interleave(16, 0).repeat_interleave(16, 1)
+        yield {"model": "zero blocks of 16×16", "weights": "made", "op": "linear"}, codes, 1
+
+
+def times(codes: Tensor, side: int, batches: list[int], tries: int = 3) -> dict[int, dict[str, float]]:
+    """For each batch, microseconds of the layer by each algorithm.
+
+    A convolution that skips is measured as the linear layer of all its pixels, gathered already: it would take longer.
+    """
+    shape = {"codes": codes, "gain": torch.rand(len(codes)) / 100, "bias": torch.rand(len(codes)), "out_max": 63}
+    cases = [(Node("linear", 0, **{**shape, "codes": codes.flatten(1)}), side * side, 1)]
+    if codes.dim() == 4:
+        kernel, padding = (codes.shape[2],) * 2, (codes.shape[2] // 2,) * 2
+        cases.append((Node("conv", 0, **shape, kernel=kernel, padding=padding), 1, side))
+    found: dict[tuple[int, str], list[float]] = {}
+    for node, rows, size in cases * tries:
+        executor = cpu.NetworkExecutor([stem(node.codes.shape[1]), node])
+        for batch in batches:
+            executor(torch.rand(batch * rows, 1, size, size))
+            plan = executor.plan(batch * rows, size, size)[1]
+            for key in ("direct_us", "winograd_us", "skipping_us"):
+                if plan[key] and (node.op == "conv" or codes.dim() == 2 or key == "skipping_us"):
+                    found.setdefault((batch, key), []).append(plan[key])
+    return {batch: {key: median(us) for (b, key), us in found.items() if b == batch} for batch in batches}
+
+
+def zero_blocks(batches: list[int]) -> None:
+    layers = [*pruned_layers("resnet_18"), *pruned_layers("alexnet"), *made_layers()]
+    shares = [zero_share(codes) for _, codes, _ in layers]
+    print("timing", flush=True)
+    for (figures, codes, side), share in zip(layers, shares, strict=True):
+        figures |= {"shape": list(codes.shape), "zeros_pct": round(100 * codes.eq(0).float().mean().item(), 1),
+                    "zero_blocks_pct": round(100 * share, 1)}  # fmt: skip
+        measured = times(codes, side, batches) if share >= WORTH_MEASURING else {None: {}}
+        for batch, micros in measured.items():
+            if micros:
+                dense = min(us for key, us in micros.items() if key != "skipping_us")
+                micros["times_faster"] = round(dense / micros["skipping_us"], 2)
+            print(*figures.values(), batch, *(f"{key} {value}" for key, value in micros.items()), flush=True)
+            append_record("latency/zero_blocks", {**figures, "batch": batch, **micros})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["layers", "pruned"])
+    parser.add_argument("what", choices=["layers", "pruned", "zero_blocks"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 32])
     args = parser.parse_args()
-    limits = machine_limits()
     (ROOT / "results" / "latency" / f"{args.what}.jsonl").unlink(missing_ok=True)
-    for batch in args.batches:
-        {"layers": layers, "pruned": pruned}[args.what](batch, limits)
+    if args.what == "zero_blocks":
+        zero_blocks(args.batches)
+    else:
+        limits = machine_limits()
+        for batch in args.batches:
+            {"layers": layers, "pruned": pruned}[args.what](batch, limits)
 
 
 if __name__ == "__main__":

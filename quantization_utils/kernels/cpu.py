@@ -1,8 +1,9 @@
 """Packed networks and layers on the C++ kernels: a whole network is one operator call and one parallel region.
 
 Threads follow torch.get_num_threads(). Environment: TERNARY_ISA (avx512vnni, avx2 or portable) forces an instruction
-set; TERNARY_ALGORITHM (direct or winograd) forces how 3×3 convolutions are computed, which else is measured for each
-node and batch size at the first call. Neither changes a result: all are exact.
+set; TERNARY_ALGORITHM forces how nodes are computed that have a choice (winograd: 3×3 convolutions; skipping: linear
+layers, without their zero blocks; direct: none), which else is measured for each node and batch size at the first call.
+Neither changes a result: all are exact.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from ..nodes import Node
 from . import build
 
 ISAS = ("avx512vnni", "avx2", "portable")  # best first
-ALGORITHMS = ("auto", "direct", "winograd")
+ALGORITHMS = ("auto", "direct", "winograd", "skipping")
 OPS = {"conv": 0, "linear": 1, "max_pool": 2, "avg_pool": 3}
 NO_RESIDUAL = -2
 
@@ -78,8 +79,8 @@ class NetworkExecutor:
         Microseconds are None where an algorithm was not measured or cannot be used.
         """
         lines = torch.ops.ternary.network_describe(self._handle, batch, height, width).splitlines()
-        names = ("node", "op", "algorithm", "direct_us", "winograd_us", "multiply_adds")
-        types: tuple[Callable[[str], Any], ...] = (int, str, str, _micros, _micros, int)
+        names = ("node", "op", "algorithm", "direct_us", "winograd_us", "skipping_us", "multiply_adds")
+        types: tuple[Callable[[str], Any], ...] = (int, str, str, _micros, _micros, _micros, int)
         return [
             dict(zip(names, (t(v) for t, v in zip(types, line.split(), strict=True)), strict=True)) for line in lines
         ]

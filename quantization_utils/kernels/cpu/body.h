@@ -32,6 +32,7 @@ static inline void store_part(void* to, T value, int size) {
 #define EACH_PIXEL(...) EACH(p, P, 0, __VA_ARGS__) EACH(p, P, 1, __VA_ARGS__) EACH(p, P, 2, __VA_ARGS__) \
                         EACH(p, P, 3, __VA_ARGS__) EACH(p, P, 4, __VA_ARGS__) EACH(p, P, 5, __VA_ARGS__)
 #define EACH_VECTOR(...) EACH_J(0, __VA_ARGS__) EACH_J(1, __VA_ARGS__) EACH_J(2, __VA_ARGS__) EACH_J(3, __VA_ARGS__)
+#define EACH_QUARTER(...) EACH(q, 4, 0, __VA_ARGS__) EACH(q, 4, 1, __VA_ARGS__) EACH(q, 4, 2, __VA_ARGS__) EACH(q, 4, 3, __VA_ARGS__)
 #define EACH_J(N, ...) if constexpr (N < J) { constexpr int j = N; __VA_ARGS__ }
 
 constexpr int kPrefetchBytes = 4096;
@@ -42,7 +43,7 @@ static void row_kernel(const Tile& t, int32_t* out) {
   vec acc[4][J];
   EACH_VECTOR(acc[0][j] = acc[1][j] = acc[2][j] = vec{}; acc[3][j] = load_ints(t.init + j * LANES);)
   const vec ones = (vec)(ints{} + 0x01010101);
-  vec lanes = vec{};  // lane l: the sum of the activations of group l % 4
+  vec lanes[4] = {};  // lane l: sums of the activations of group l % 4; four, for a single one would wait for itself
   const uint8_t* w = t.weights;
   for (int run = 0; run < t.runs; ++run) {
     const uint8_t* a = t.pixels[0] + run * t.run_stride;
@@ -59,12 +60,17 @@ static void row_kernel(const Tile& t, int32_t* out) {
       TERNARY_PLANE(0) TERNARY_PLANE(1) TERNARY_PLANE(2) TERNARY_PLANE(3)
 #undef TERNARY_PLANE
     }
-    const int64_t bytes_a_run = (int64_t)t.groups * 16, whole = bytes_a_run / (LANES * 4) * (LANES * 4);
-    for (int64_t i = 0; i < whole; i += LANES * 4) lanes = dot<Weights::kSmall>(lanes, (vec)*(const ints*)(a + i), ones);
-    if (whole < bytes_a_run) lanes = dot<Weights::kSmall>(lanes, (vec)load_part<ints>(a + whole, (int)(bytes_a_run - whole)), ones);
+    constexpr int kVector = LANES * 4;
+    const int64_t bytes_a_run = (int64_t)t.groups * 16;
+    int64_t i = 0;
+    for (; i + 4 * kVector <= bytes_a_run; i += 4 * kVector) {
+      EACH_QUARTER(lanes[q] = dot<Weights::kSmall>(lanes[q], (vec)*(const ints*)(a + i + q * kVector), ones);)
+    }
+    for (; i + kVector <= bytes_a_run; i += kVector) lanes[0] = dot<Weights::kSmall>(lanes[0], (vec)*(const ints*)(a + i), ones);
+    if (i < bytes_a_run) lanes[0] = dot<Weights::kSmall>(lanes[0], (vec)load_part<ints>(a + i, (int)(bytes_a_run - i)), ones);
   }
   int32_t by_lane[LANES], sum[4] = {0, 0, 0, 0};
-  store_ints(by_lane, lanes);
+  store_ints(by_lane, (vec)((ints)lanes[0] + (ints)lanes[1] + (ints)lanes[2] + (ints)lanes[3]));
   for (int l = 0; l < LANES; ++l) sum[l % 4] += by_lane[l];
   EACH_VECTOR(const ints y0 = (ints)acc[0][j] - 2 * sum[0]; const ints y1 = (ints)acc[1][j] - 8 * sum[1];
               const ints y2 = (ints)acc[2][j] - 32 * sum[2];
@@ -138,11 +144,33 @@ static void multiply(Weights weights, const Tile& t, int32_t* acc) {
   }
 }
 
+static int gather_plain(const uint64_t* used, int words, const uint8_t* in, uint8_t* out) {
+  uint8_t* to = out;
+  for (int i = 0; i < words; ++i, in += 64) {
+#ifdef kept_bytes
+    for (int shift = 0; shift < 64; shift += 8) {
+      const uint64_t bits = used[i] >> shift & 255;
+      uint64_t eight;
+      __builtin_memcpy(&eight, in + shift, 8);
+      eight = kept_bytes(eight, bits);
+      __builtin_memcpy(to, &eight, 8);
+      to += __builtin_popcountll(bits);
+    }
+#else
+    for (uint64_t bits = used[i]; bits; bits &= bits - 1) *to++ = in[__builtin_ctzll(bits)];
+#endif
+  }
+  return (int)(to - out);
+}
+#ifndef gather
+#define gather gather_plain
+#endif
+
 #include "body_epilogue.h"
 #include "body_winograd.h"
 #include "body_rows.h"
 #include "body_encoder.h"
 
-static const Kernels table = {ISA_NAME, LANES, VECTORS, PIXELS, {TILES4, TILES5}, multiply, finish, winograd_input, winograd, image_row,
+static const Kernels table = {ISA_NAME, LANES, VECTORS, PIXELS, {TILES4, TILES5}, multiply, gather, finish, winograd_input, winograd, image_row,
                               quantize_row, max_row, add_row, layer_norm, transpose_keys, attention, peak_multiply_adds,
                               read_memory};

@@ -5,9 +5,8 @@ enum class Residual { kNone, kBytes, kFloats };
 // What a whole tile has in common, copied: behind a reference it would be loaded again after every byte that is stored.
 struct Finish {
   explicit Finish(const Epilogue& e)
-      : residual_gain(floats{} + e.residual_gain), shift(e.shift), top(ints{} + kRoundBits + e.out_max), relu(e.relu) {}
-  floats residual_gain;
-  int shift;
+      : residual_gain(floats{} + e.residual_gain), unit(floats{} + e.unit), top(ints{} + kRoundBits + e.out_max), relu(e.relu) {}
+  floats residual_gain, unit;
   ints top;
   bool relu;
 };
@@ -15,7 +14,7 @@ struct Finish {
 // One vector of channels of one pixel, of which n are real, with that vector's residual.
 template <Residual R, bool BYTES, bool GELU = false>
 static inline void finish_vector(const Finish& f, void* out, const void* residual, int n, ints acc, floats gain, floats bias) {
-  floats y = __builtin_convertvector(acc >> f.shift, floats) * gain;
+  floats y = __builtin_convertvector(acc, floats) * gain;
   y = y + bias;
   if constexpr (GELU) y = gelu(y);
   if constexpr (R == Residual::kFloats) {
@@ -41,7 +40,7 @@ static void finish_kind(const Epilogue& e, const Output& o, const int32_t* acc, 
   const Finish f(e);
   for (int j = 0; j < vectors; ++j) {
     const int n = channels - j * LANES < LANES ? channels - j * LANES : LANES;
-    const floats gain = *(const floats*)(e.gain + j * LANES), bias = *(const floats*)(e.bias + j * LANES);
+    const floats gain = *(const floats*)(e.gain + j * LANES) * f.unit, bias = *(const floats*)(e.bias + j * LANES);
     for (int p = 0; p < pixels; ++p) {
       void* const out = (char*)o.out[p] + j * LANES * (BYTES ? 1 : 4);
       const void* const residual = R == Residual::kNone ? nullptr : (const char*)o.residual[p] + j * LANES * (R == Residual::kBytes ? 1 : 4);

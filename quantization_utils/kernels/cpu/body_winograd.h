@@ -39,9 +39,10 @@ static void transform_channels(const uint8_t* d, int64_t row, int64_t pixel, int
 typedef uint8_t wide __attribute__((vector_size(LANES * 4), aligned(1), may_alias));
 static inline wide load_channels(const uint8_t* from, int n) { return n == LANES * 4 ? *(const wide*)from : load_part<wide>(from, n); }
 
-// kWinogradOffset times the sums of d over the channels of the pixels that kernels.h names.
+// Minus kWinogradOffset times the sums of d over the channels of the pixels that kernels.h names, each as the corner that adds
+// it to its output needs it: A^T's last column is -1 for stride 1.
 template <int SIDE>
-static inline void excess_sums(const uint8_t* d, int64_t row, int64_t pixel, int channels, int32_t* excess) {
+static inline void corner_starts(const uint8_t* d, int64_t row, int64_t pixel, int channels, int32_t* start) {
   constexpr int kStep = SIDE == 4 ? 2 : 1, kSize = SIDE == 4 ? 1 : 2, kWide = LANES * 4;
   const vec ten = (vec)(ints{} + 0x01010101 * kWinogradOffset);
   vec sums[4] = {};
@@ -68,13 +69,13 @@ static inline void excess_sums(const uint8_t* d, int64_t row, int64_t pixel, int
   for (int i = 0; i < 4; ++i) {
     int32_t x = quarter[i * 4];
     for (int l = 1; l < 4; ++l) x += quarter[i * 4 + l];
-    excess[i] = x;
+    start[i] = SIDE == 4 && (i == 1 || i == 2) ? x : -x;
   }
 }
 
-static void winograd_input(int side, const uint8_t* d, int64_t row, int64_t pixel, int channels, uint8_t* v, int64_t v_stride, int32_t* excess) {
-  if (side == 4) transform_channels<4>(d, row, pixel, channels, v, v_stride), excess_sums<4>(d, row, pixel, channels, excess);
-  else transform_channels<5>(d, row, pixel, channels, v, v_stride), excess_sums<5>(d, row, pixel, channels, excess);
+static void winograd_input(int side, const uint8_t* d, int64_t row, int64_t pixel, int channels, uint8_t* v, int64_t v_stride, int32_t* start) {
+  if (side == 4) transform_channels<4>(d, row, pixel, channels, v, v_stride), corner_starts<4>(d, row, pixel, channels, start);
+  else transform_channels<5>(d, row, pixel, channels, v, v_stride), corner_starts<5>(d, row, pixel, channels, start);
 }
 
 // A^T in one dimension: SIDE values to 2.
@@ -126,7 +127,13 @@ template <int SIDE, int P, int COLUMN>
 static inline void winograd_column(const WinogradTile& t, ints* rows) {
   const uint8_t* w = t.weights;
   vec acc[SIDE][P];
-  EACH_ROW(const vec start = winograd_has_offset(SIDE, i, COLUMN) ? load_ints(t.init) : vec{}; EACH_PIXEL(acc[i][p] = start;))
+  constexpr int kLast = SIDE - 1;
+  EACH_ROW(if constexpr (i % kLast == 0 && COLUMN % kLast == 0) {  // a corner: of one output only, which it can set right
+             EACH_PIXEL(acc[i][p] = (vec)(ints{} + t.start[p * 4 + i / kLast * 2 + COLUMN / kLast]);)
+           } else {
+             const vec start = winograd_has_offset(SIDE, i, COLUMN) ? load_ints(t.init) : vec{};
+             EACH_PIXEL(acc[i][p] = start;)
+           })
   const uint8_t* a[P];
   EACH_PIXEL(a[p] = t.input + COLUMN * t.position_stride + p * t.tile_stride;)
   const int64_t row = SIDE * t.position_stride;
@@ -146,9 +153,9 @@ static inline void winograd_column(const WinogradTile& t, ints* rows) {
 }
 
 template <Residual R, bool BYTES, int SIDE>
-static inline void winograd_finish(const Epilogue& e, const Output& o, const ints* rows, const int32_t* excess, int tiles, int channels) {
-  const floats gain = *(const floats*)e.gain, bias = *(const floats*)e.bias;
+static inline void winograd_finish(const Epilogue& e, const Output& o, const ints* rows, int tiles, int channels) {
   const Finish f(e);
+  const floats gain = *(const floats*)e.gain * f.unit, bias = *(const floats*)e.bias;
   const int64_t out = o.first_channel * (BYTES ? 1 : 4), residual = o.first_channel * (R == Residual::kBytes ? 1 : 4);
   for (int r = 0; r < tiles * 2; ++r) {
     alignas(64) ints y[2];
@@ -157,7 +164,7 @@ static inline void winograd_finish(const Epilogue& e, const Output& o, const int
       const int p = r * 2 + x;
       if (!o.out[p]) continue;
       const void* const from = R == Residual::kNone ? nullptr : (const char*)o.residual[p] + residual;
-      finish_vector<R, BYTES>(f, (char*)o.out[p] + out, from, channels, y[x] - excess[p], gain, bias);
+      finish_vector<R, BYTES>(f, (char*)o.out[p] + out, from, channels, y[x], gain, bias);
     }
   }
 }
@@ -168,7 +175,7 @@ static void winograd_tiles(const WinogradTile& t, const Epilogue& e, const Outpu
   winograd_column<SIDE, P, 0>(t, rows), winograd_column<SIDE, P, 1>(t, rows);
   winograd_column<SIDE, P, 2>(t, rows), winograd_column<SIDE, P, 3>(t, rows);
   if constexpr (SIDE == 5) winograd_column<SIDE, P, 4>(t, rows);
-  by_kind(e, o, [&](auto residual, auto to_bytes) { winograd_finish<residual.value, to_bytes.value, SIDE>(e, o, rows, t.excess, P, channels); });
+  by_kind(e, o, [&](auto residual, auto to_bytes) { winograd_finish<residual.value, to_bytes.value, SIDE>(e, o, rows, P, channels); });
 }
 
 template <int SIDE, int MOST>

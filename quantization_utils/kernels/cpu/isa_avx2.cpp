@@ -4,10 +4,10 @@
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,bmi2,popcnt"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,bmi2,popcnt")
 #endif
 
 namespace ternary {
@@ -46,6 +46,9 @@ static inline vec dot(vec acc, vec a, vec w) {
 }
 // As dot, of unsigned bytes with four signed ones from memory.
 static inline vec dot_four(vec acc, vec a, const uint8_t* four) { return dot<Weights::kSmall>(acc, a, broadcast(four)); }
+// Of eight bytes, those whose bit is set, side by side.
+static inline uint64_t kept_bytes_(uint64_t eight, uint64_t bits) { return _pext_u64(eight, _pdep_u64(bits, 0x0101010101010101) * 255); }
+#define kept_bytes kept_bytes_
 #define bytes_to_floats(b) __builtin_convertvector(b, floats)
 #define ints_to_bytes(i) __builtin_convertvector(i, bytes)
 #define multiply_add(a, b, c) ((floats)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c)))
@@ -78,7 +81,10 @@ static inline __m256 lookup_(const float* table, __m256i i) {
 #pragma GCC pop_options
 #endif
 
-const ternary::Kernels* ternary::avx2_kernels() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? &avx2::table : nullptr; }
+const ternary::Kernels* ternary::avx2_kernels() {
+  const bool has = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+  return has ? &avx2::table : nullptr;
+}
 #else
 const ternary::Kernels* ternary::avx2_kernels() { return nullptr; }
 #endif

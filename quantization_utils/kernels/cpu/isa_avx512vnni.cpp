@@ -4,10 +4,10 @@
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("bmi2,popcnt,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx2,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,prefer-vector-width=512")
+#pragma GCC target("avx2,bmi2,popcnt,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,prefer-vector-width=512")
 #endif
 
 namespace ternary {
@@ -46,6 +46,24 @@ static inline vec dot_four(vec acc, vec a, const uint8_t* four) {
   __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(a), "m"(*(const int32_t __attribute__((may_alias))*)four));
   return acc;
 }
+// Of eight bytes, those whose bit is set, side by side.
+static inline uint64_t kept_bytes_(uint64_t eight, uint64_t bits) { return _pext_u64(eight, _pdep_u64(bits, 0x0101010101010101) * 255); }
+#define kept_bytes kept_bytes_
+static int gather_plain(const uint64_t* used, int words, const uint8_t* in, uint8_t* out);
+// By vpcompressb where there is one: it is newer than VNNI, so the compiler is not told that it may use it.
+static int gather_(const uint64_t* used, int words, const uint8_t* in, uint8_t* out) {
+  static const bool can_compress = __builtin_cpu_supports("avx512vbmi2");
+  if (!can_compress) return gather_plain(used, words, in, out);
+  uint8_t* to = out;
+  for (int i = 0; i < words; ++i) {
+    vec kept;
+    __asm__("vpcompressb %1, %0%{%2%}%{z%}" : "=v"(kept) : "v"(_mm512_loadu_si512(in + i * 64)), "Yk"((__mmask64)used[i]));
+    _mm512_storeu_si512(to, kept);
+    to += __builtin_popcountll(used[i]);
+  }
+  return (int)(to - out);
+}
+#define gather gather_
 static inline __m512 bytes_to_floats_(__m128i b) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(b)); }
 #define bytes_to_floats(b) ((floats)bytes_to_floats_((__m128i)(b)))
 #define ints_to_bytes(i) ((bytes)_mm512_cvtepi32_epi8((__m512i)(i)))
@@ -69,7 +87,7 @@ static inline __m512 bytes_to_floats_(__m128i b) { return _mm512_cvtepi32_ps(_mm
 
 const ternary::Kernels* ternary::avx512vnni_kernels() {
   const bool has = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                   __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+                   __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("bmi2");
   return has ? &avx512vnni::table : nullptr;
 }
 #else

@@ -24,6 +24,7 @@ constexpr int kMaxChannels = 64;  // upper limit of any instruction set's channe
 //            saturate (64,770), so they are widened to 16 bits first.
 constexpr uint8_t kTwoBitZeros = 0x2A;  // four zero weights of kTwoBit
 enum class Weights : int { kTwoBit, kSmall, kInt8 };
+static constexpr float unit_of(Weights kind) { return kind == Weights::kTwoBit ? 1 / 64.0f : 1.0f; }
 
 struct Tile {
   const uint8_t* pixels[kMaxPixels];  // where each pixel's first run starts
@@ -47,19 +48,20 @@ struct Tile {
 // and multiplies in one instruction. So U is made of v + 10, between 1 and 48 everywhere, and Y is too large by
 //   10 * A^T (B^T d B * o o^T) A summed over channels,   o = 1, or (1, 2, 1, 1, 1) for stride 2, whose second row adds two,
 // which is ten times the sum of d over the pixels (y, x), y + 2 and x + 2 (stride 1), or over y ... y + 2, x ... x + 2
-// (stride 2): the same for all output channels, taken with the transform and taken off at the end.
+// (stride 2): the same for all output channels, taken with the transform. The four corner positions are each a part of one
+// output only, so that is where it is taken off: their accumulators start below zero.
 // G has one row too many for its rank: with v = (2 g0, g0 + g1 + g2, 2 g2) in both dimensions, nine numbers, stride 1's U is
 // v in rows and columns 0, 1, 3 and v0 + v2 - v1 in 2; stride 2's is made of v = 2 g, without a division, so Y is twice the
 // result there. Eight of the nine are even and within +-6 (5 + v/2 is a nibble), the one in the middle is within +-9: five bytes
 // for a kernel instead of 16 or 25, small enough to come from the outer caches as fast as they are used.
-// Pair sums of AVX2's vpmaddubsw: 2 * 48 * 128 <= 32,767. |M| <= 48 * 128 * C, and Y is a sum of at most nine: below 2^31 for
-// C < 38,000.
+// Pair sums of AVX2's vpmaddubsw: 2 * 48 * 128 <= 32,767. |M| <= 48 * 128 * C, and Y is a sum of at most nine and of a start,
+// at most 10 * 9 * 63 * C: below 2^31 for C < 35,000.
 constexpr int kWinogradOffset = 10;
 static constexpr bool winograd_has_offset(int side, int i, int j) { return side == 4 && i == 1 && j == 1; }
 
 struct WinogradTile {
   const uint8_t* input;          // transformed: [position][tile][channel]
-  const int32_t* excess;         // [tile][2][2]: by how much the outputs are too large
+  const int32_t* start;          // [tile][2][2]: where the accumulators of the four corner positions start
   int64_t position_stride, tile_stride;
   int tiles, groups;             // tiles: 1 ... tiles[] of the instruction set; groups of 4 input channels
   const uint8_t* weights;        // [group][5][lanes * 4 bytes]: v00 | v20 << 4, v02 | v22 << 4, v10 | v12 << 4, v01 | v21 << 4, v11
@@ -67,15 +69,16 @@ struct WinogradTile {
   const int32_t* init;           // [lanes]: start of the accumulators where there is an offset
 };
 
-// y = float(acc >> shift) * gain_n [* row scale]; y += bias_n; y = GELU(y); y += residual * residual_gain; ReLU; round; clamp.
-// Each but GELU is one float32 operation (compiled without contraction), in this order.
+// y = float(acc) * (gain_n * unit) [* row scale]; y += bias_n; y = GELU(y); y += residual * residual_gain; ReLU; round; clamp.
+// Each but GELU is one float32 operation (compiled without contraction), in this order. The unit of the accumulators is a power of two,
+// so it changes no rounding: float(acc) * (gain * unit) = float(acc * unit) * gain, bit for bit (of gains above 2^-120).
 struct Epilogue {
   const float* gain;
   const float* bias;
   float residual_gain;
   bool relu;
   int out_max;  // 0: float32 output
-  int shift;
+  float unit;
   bool gelu = false;  // only with a row scale
 };
 
@@ -107,10 +110,12 @@ struct Kernels {
   int tiles[2];      // Winograd tiles at a time, of side 4 and 5
   // acc[count][vectors * lanes], vectors = ceil(channels / lanes)
   void (*multiply)(Weights, const Tile&, int32_t* acc);
+  // The bytes of `in` whose bit in used[words] is set, one after the other; writes up to 64 beyond them. Returns how many.
+  int (*gather)(const uint64_t* used, int words, const uint8_t* in, uint8_t* out);
   // `pixels` rows of acc (vectors * lanes apart) to output.
   void (*finish)(const Epilogue&, const Output&, const int32_t* acc, int pixels, int channels);
-  // V[position][channel] of one patch of side x side pixels, positions `v_stride` bytes apart, and its excess[2][2].
-  void (*winograd_input)(int side, const uint8_t* patch, int64_t row_stride, int64_t pixel_stride, int channels, uint8_t* v, int64_t v_stride, int32_t* excess);
+  // V[position][channel] of one patch of side x side pixels, positions `v_stride` bytes apart, and its start[2][2].
+  void (*winograd_input)(int side, const uint8_t* patch, int64_t row_stride, int64_t pixel_stride, int channels, uint8_t* v, int64_t v_stride, int32_t* start);
   // Products, output transform and epilogue for one vector of channels, of which `channels` are real; outputs [tile][2][2].
   void (*winograd)(int side, const WinogradTile&, const Epilogue&, const Output&, int channels);
   // float32 image planes -> uint8 NHWC row of `width` pixels, `stride` bytes each, round(x * 255) clamped to 0 … 255

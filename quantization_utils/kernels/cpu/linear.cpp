@@ -30,7 +30,7 @@ Tile Linear::tile(int block) const {
 
 void Linear::finish(const Tile& tile, int block, const int32_t* acc, const float* row_scale, Then then, float* out) const {
   const int first = block * panels_.block;
-  const Epilogue epilogue = {scale_.data() + first, bias_.data() + first, 1.0f, false, 0, panels_.kind == Weights::kTwoBit ? 6 : 0, then == Then::kGelu};
+  const Epilogue epilogue = {scale_.data() + first, bias_.data() + first, 1.0f, false, 0, unit_of(panels_.kind), then == Then::kGelu};
   Output to;
   to.has_row_scale = to.residual_is_float = true, to.has_residual = then == Then::kAdd;
   for (int p = 0; p < tile.count; ++p) to.residual[p] = to.out[p] = out + (int64_t)p * n_ + first, to.row_scale[p] = row_scale[p];

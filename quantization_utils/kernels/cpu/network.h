@@ -16,7 +16,7 @@ namespace ternary {
 
 enum class Op : int { kConv, kLinear, kMaxPool, kAvgPool };
 constexpr int kNone = -2;
-enum class Algorithm : int { kDirect, kWinograd, kPool };
+enum class Algorithm : int { kDirect, kWinograd, kSkipping, kPool };
 
 struct NodeSpec {
   Op op;
@@ -70,6 +70,19 @@ Panels pack_panels(const Kernels& isa, Weights kind, int n, int runs, int run_by
   return p;
 }
 
+// Ternary weights of a linear layer without those inputs that no channel of a vector reads: a block of one input and `lanes`
+// channels that is zero takes no memory, no reading and no multiply-adds. Each vector gathers the inputs that it does read.
+struct SparsePanels {
+  struct Part {
+    int64_t first;             // where the vector's weights start
+    int groups;
+  };
+  int runs = 0, words = 0;     // words of `used` a run
+  std::vector<Part> parts;     // per vector of channels
+  std::vector<uint64_t> used;  // [vector][run][words], a bit for each byte of a run
+  Bytes bytes;                 // for each vector as a block of Panels
+};
+
 // A value between nodes: NHWC with a border on all sides (what convolutions pad with), or float32 NHWC without.
 struct Value {
   int n = 0, h = 0, w = 0, c = 0;  // real sizes
@@ -87,10 +100,11 @@ struct Step {
   Algorithm algorithm = Algorithm::kPool;
   int winograd_side = 0;                     // 0: not possible
   std::shared_ptr<Panels> direct, winograd;
+  std::shared_ptr<SparsePanels> sparse;
   Epilogue epilogue{};
   std::vector<float> gain, bias;             // padded to whole vectors
   std::vector<int64_t> in_offset, out_offset, residual_offset;  // per output pixel of one image, in elements
-  double micros[2] = {0, 0};                 // measured at planning: direct, Winograd
+  double micros[4] = {};                     // measured at planning, of each algorithm
 };
 
 struct Plan {
@@ -110,7 +124,7 @@ class Network {
   // images: float32 planes (batch, channels, height, width); out: float32, as many as out_size says.
   void run(const float* images, int batch, int height, int width, int threads, const std::string& algorithm, float* out);
   std::vector<int64_t> out_shape(int batch, int height, int width) const;
-  // One line a node: "node op algorithm direct_us winograd_us multiply_adds", for a batch that has run.
+  // One line a node: "node op algorithm direct_us winograd_us skipping_us multiply_adds", for a batch that has run.
   std::string describe(int batch, int height, int width);
 
  private:
@@ -122,15 +136,17 @@ class Network {
   int winograd_side(const Plan& plan, int node) const;
   std::shared_ptr<Panels> panels(int node, const Value& in);
   std::shared_ptr<Panels> winograd_panels(int node, const Value& in, int side);
+  std::shared_ptr<SparsePanels> sparse_panels(int node, const Value& in, double least);
   void choose(Plan& plan, const std::string& algorithm);
   void measure(Plan& plan);
   void run_part(Plan& plan, const float* images, int64_t part, Member& member);
   void run_image(Plan& plan, const float* images, Member& member);
   void run_node(Plan& plan, int node, Member& member);
   void run_direct(Plan& plan, int node, Member& member);
+  void run_skipping(Plan& plan, int node, Member& member);
   void run_winograd(Plan& plan, int node, Member& member);
   void tile_outputs(Plan& plan, int node, int64_t first, int count, Output& to) const;
-  void run_tiles(const Step& step, const NodeSpec& s, int vector, int tiles, const uint8_t* v, const int32_t* excess, int channels, Output& to) const;
+  void run_tiles(const Step& step, const NodeSpec& s, int vector, int tiles, const uint8_t* v, const int32_t* start, int channels, Output& to) const;
   void run_max_pool(Plan& plan, int node, Member& member);
   void run_avg_pool(Plan& plan, int node, Member& member);
   uint8_t* scratch(int thread, size_t bytes);
@@ -141,6 +157,7 @@ class Network {
   int front_;  // nodes before the first linear layer
   std::map<std::vector<int>, std::unique_ptr<Plan>> plans_;
   std::map<std::vector<int>, std::shared_ptr<Panels>> packed_;  // by node, algorithm and input layout; shared by batch sizes
+  std::map<std::vector<int>, std::shared_ptr<SparsePanels>> sparse_;            // by node and input layout; null: not worth it
   std::vector<Bytes> scratch_;                                                   // one a thread
   int threads_ = 1;
   std::mutex mutex_;

@@ -10,6 +10,9 @@
 namespace ternary {
 namespace {
 
+// The fraction of zero blocks from which skipping is measured: with fewer it never won.
+constexpr double kLeastSkipped = 0.125;
+
 int round_up(int value, int to) { return (value + to - 1) / to * to; }
 
 [[noreturn]] void refuse(int node, const std::string& why) {
@@ -79,9 +82,9 @@ Plan& Network::plan(int batch, int height, int width) {
 int Network::winograd_side(const Plan& plan, int node) const {
   const NodeSpec& s = nodes_[node];
   const Value& in = plan.values[s.input + 1];
-  // Fewer than 16 channels are not worth a transform; more than 38,000 could overflow.
+  // Fewer than 16 channels are not worth a transform; more than 35,000 could overflow.
   const bool possible = s.op == Op::kConv && s.ternary && s.kernel[0] == 3 && s.kernel[1] == 3 && s.stride[0] == s.stride[1] &&
-                        s.stride[0] <= 2 && s.c >= 16 && s.c < 38000 && s.pad_values.empty() && in.code_max <= 63 && !in.is_float;
+                        s.stride[0] <= 2 && s.c >= 16 && s.c < 35000 && s.pad_values.empty() && in.code_max <= 63 && !in.is_float;
   return !possible ? 0 : s.stride[0] == 1 ? 4 : 5;
 }
 
@@ -150,7 +153,7 @@ void Network::allocate(Plan& plan, int first, int end) const {
     if (v < first) continue;
     auto& candidates = free_buffers[key];
     if (candidates.empty()) {
-      const size_t bytes = elements * (value.is_float ? 4 : 1) + 128;  // tiles may read up to 15 bytes past a run
+      const size_t bytes = elements * (value.is_float ? 4 : 1) + 128;  // tiles read up to 15 bytes past a run, gathering 63
       plan.storage.emplace_back(bytes);                                // zeroed
       uint8_t* data = plan.storage.back().data();
       for (int64_t e = 0; pad && e < elements; e += value.cs) std::memcpy(data + e, pad, value.c);
@@ -197,13 +200,52 @@ std::shared_ptr<Panels> Network::panels(int node, const Value& in) {
   if (slot) return slot;
   const int64_t k = (int64_t)kh * kw * c;
   Weights kind = s.ternary ? Weights::kTwoBit : Weights::kInt8;
-  if (s.ternary && k >= 131000) kind = Weights::kSmall;
+  // Signed bytes also where a run leaves a quarter of a group or more empty, as three colours do: fewer multiply-adds.
+  if (s.ternary && (k >= 131000 || kw * in.cs <= 12)) kind = Weights::kSmall;
   if (!s.ternary && k >= 66000) refuse(node, "has too many 8-bit weights a channel for 32-bit accumulators");
   slot = std::make_shared<Panels>(pack_panels(isa_, kind, s.n, kh, kw * in.cs, [&](int n, int run, int i) {
     const int x = i / in.cs, ch = i % in.cs;
     return ch < c ? s.codes[(((size_t)n * c + ch) * kh + run) * kw + x] : 0;
   }));
   return slot;
+}
+
+// null: of the blocks of one input and a vector of channels, fewer than `least` (a fraction) are zero.
+std::shared_ptr<SparsePanels> Network::sparse_panels(int node, const Value& in, double least) {
+  const NodeSpec& s = nodes_[node];
+  if (s.op != Op::kLinear || !s.ternary || s.c >= 131000) return nullptr;
+  const auto [slot, is_new] = sparse_.try_emplace({node, in.h, in.w, in.cs});
+  if (!is_new) return slot->second;
+  auto sparse = std::make_shared<SparsePanels>();
+  SparsePanels& p = *sparse;
+  const int lanes = isa_.lanes, vectors = (s.n + lanes - 1) / lanes, plane = in.h * in.w;
+  p.runs = in.h, p.words = (in.w * in.cs + 63) / 64;
+  p.used.assign((size_t)vectors * p.runs * p.words, 0);
+  std::vector<std::vector<int>> inputs(vectors);  // columns of the codes, in the order in which activations lie
+  int64_t blocks = 0;
+  for (int v = 0; v < vectors; ++v) {
+    const int first = v * lanes, count = std::min(lanes, s.n - first);
+    std::vector<uint8_t> is_read(s.c, 0);
+    for (int n = first; n < first + count; ++n)
+      for (int i = 0; i < s.c; ++i) is_read[i] |= s.codes[(size_t)n * s.c + i] != 0;
+    for (int y = 0; y < in.h; ++y)
+      for (int x = 0; x < in.w; ++x)
+        for (int c = 0; c < in.c; ++c) {
+          const int column = c * plane + y * in.w + x, bit = x * in.cs + c;
+          if (!is_read[column]) continue;
+          inputs[v].push_back(column);
+          p.used[((size_t)v * p.runs + y) * p.words + bit / 64] |= (uint64_t)1 << bit % 64;
+        }
+    blocks += inputs[v].size();
+  }
+  if (blocks > (1 - least) * vectors * s.c) return nullptr;
+  for (int v = 0; v < vectors; ++v) {
+    const Panels dense = pack_panels(isa_, Weights::kTwoBit, std::min(lanes, s.n - v * lanes), 1, (int)inputs[v].size(),
+                                     [&](int n, int, int i) { return s.codes[(size_t)(v * lanes + n) * s.c + inputs[v][i]]; });
+    p.parts.push_back({(int64_t)p.bytes.size(), dense.groups});
+    p.bytes.insert(p.bytes.end(), dense.bytes.begin(), dense.bytes.begin() + (int64_t)dense.groups * lanes * 4);
+  }
+  return slot->second = sparse;
 }
 
 void Network::make_step(Plan& plan, int node) {
@@ -255,12 +297,12 @@ void Network::measure(Plan& plan) {
   for (size_t i = 0; i < n; ++i) {
     std::sort(micros[i].begin(), micros[i].end());
     const double parts = i < front ? plan.batch / (double)(plan.part * threads_) : 1.0;
-    plan.steps[i]->micros[plan.steps[i]->algorithm == Algorithm::kWinograd] = micros[i][1] * parts;
+    plan.steps[i]->micros[(int)plan.steps[i]->algorithm] = micros[i][1] * parts;
   }
 }
 
-// The network with every node direct, then with Winograd wherever it can be; the faster wins, node by node. The buffers
-// hold whatever they hold.
+// The network with every node direct, then each with what else it can be: Winograd, or skipping zero blocks where there are
+// enough to try. The faster wins, node by node. The buffers hold whatever they hold.
 void Network::choose(Plan& plan, const std::string& algorithm) {
   for (auto& own : plan.parts) own->values[front_].data = plan.values[front_].data;
   if (algorithm == "auto") measure(plan);
@@ -268,9 +310,11 @@ void Network::choose(Plan& plan, const std::string& algorithm) {
   size_t shared = 0, shared_a_part = 0;
   for (size_t i = 0; i < nodes_.size(); ++i) {
     Step& step = *plan.steps[i];
-    if (!step.winograd_side) continue;
     const bool in_part = plan.part && (int)i < front_;
     const Value &in = plan.values[nodes_[i].input + 1], &out = plan.values[i + 1];
+    if (algorithm != "winograd") step.sparse = sparse_panels(i, in, algorithm == "skipping" ? 0.0 : kLeastSkipped);
+    if (step.sparse) step.algorithm = Algorithm::kSkipping;
+    if (!step.winograd_side || algorithm == "skipping") continue;
     const int64_t tiles = (int64_t)(in_part ? plan.part : in.n) * ((out.h + 1) / 2) * ((out.w + 1) / 2) + isa_.max_pixels;
     size_t& most = in_part ? shared_a_part : shared;
     most = std::max(most, (size_t)(tiles * (step.winograd_side * step.winograd_side * in.cs + 16)));
@@ -279,12 +323,12 @@ void Network::choose(Plan& plan, const std::string& algorithm) {
   }
   plan.shared = Bytes(shared);
   for (auto& own : plan.parts) own->shared = Bytes(shared_a_part);
-  if (algorithm == "winograd") return;
+  if (algorithm != "auto") return;
   measure(plan);
   for (const auto& step : plan.steps) {
-    if (step->algorithm != Algorithm::kWinograd || step->micros[1] < step->micros[0]) continue;
+    if (step->algorithm == Algorithm::kPool || step->micros[(int)step->algorithm] <= step->micros[(int)Algorithm::kDirect]) continue;
     step->algorithm = Algorithm::kDirect;
-    step->winograd.reset();
+    step->winograd.reset(), step->sparse.reset();
   }
 }
 
@@ -302,15 +346,16 @@ std::string Network::describe(int batch, int height, int width) {
   std::lock_guard<std::mutex> lock(mutex_);
   Plan& p = plan(batch, height, width);
   static const char* ops[] = {"conv", "linear", "max_pool", "avg_pool"};
-  static const char* algorithms[] = {"direct", "winograd", "pool"};
+  static const char* algorithms[] = {"direct", "winograd", "skipping", "pool"};
   std::ostringstream text;
   for (size_t i = 0; i < nodes_.size(); ++i) {
     const Step& step = *p.steps[i];
     const Value& out = p.values[i + 1];
     const bool weights = nodes_[i].op == Op::kConv || nodes_[i].op == Op::kLinear;
     const int64_t macs = weights ? (int64_t)nodes_[i].codes.size() * out.h * out.w * out.n : 0;
-    text << i << ' ' << ops[(int)nodes_[i].op] << ' ' << algorithms[(int)step.algorithm] << ' ' << step.micros[0] << ' '
-         << step.micros[1] << ' ' << macs << '\n';
+    const double plain = step.micros[(int)(step.algorithm == Algorithm::kPool ? Algorithm::kPool : Algorithm::kDirect)];
+    text << i << ' ' << ops[(int)nodes_[i].op] << ' ' << algorithms[(int)step.algorithm] << ' ' << plain << ' '
+         << step.micros[(int)Algorithm::kWinograd] << ' ' << step.micros[(int)Algorithm::kSkipping] << ' ' << macs << '\n';
   }
   return text.str();
 }

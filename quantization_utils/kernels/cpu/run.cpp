@@ -79,6 +79,7 @@ void Network::run_node(Plan& plan, int node, Member& member) {
     default: break;
   }
   if (plan.steps[node]->algorithm == Algorithm::kWinograd) return run_winograd(plan, node, member);
+  if (plan.steps[node]->algorithm == Algorithm::kSkipping) return run_skipping(plan, node, member);
   run_direct(plan, node, member);
 }
 
@@ -102,7 +103,7 @@ void Network::run_direct(Plan& plan, int node, Member& member) {
     tile.init = panels.init.data() + first_channel;
     Epilogue epilogue = step.epilogue;
     epilogue.gain = step.gain.data() + first_channel, epilogue.bias = step.bias.data() + first_channel;
-    epilogue.shift = panels.kind == Weights::kTwoBit ? 6 : 0;
+    epilogue.unit = unit_of(panels.kind);
     Output to;
     to.has_row_scale = false, to.has_residual = residual != nullptr, to.residual_is_float = residual && residual->is_float;
     const int64_t start = item / blocks * chunk * most, end = std::min(pixels, start + chunk * most);
@@ -117,6 +118,45 @@ void Network::run_direct(Plan& plan, int node, Member& member) {
           to.residual[p] = residual->data + (image * residual->image() + step.residual_offset[pixel] + first_channel) * (residual->is_float ? 4 : 1);
       }
       isa_.multiply(panels.kind, tile, acc);
+      isa_.finish(epilogue, to, acc, tile.count, tile.channels);
+    }
+  });
+}
+
+// A linear layer: a vector of channels at a time, on the inputs that it reads. What follows them up to a whole group is any
+// byte times a zero weight.
+void Network::run_skipping(Plan& plan, int node, Member& member) {
+  const NodeSpec& s = nodes_[node];
+  const Step& step = *plan.steps[node];
+  const Value &in = plan.values[s.input + 1], &out = plan.values[node + 1];
+  const Value* residual = s.residual != kNone ? &plan.values[s.residual + 1] : nullptr;
+  const SparsePanels& panels = *step.sparse;
+  const int lanes = isa_.lanes, vectors = (int)panels.parts.size(), most = isa_.max_pixels;
+  const int64_t room = (int64_t)s.c + 128;
+  const std::vector<int32_t> zeros(lanes, 0);
+  member.share(vectors, [&](int64_t vector) {
+    const int64_t first = vector * lanes;
+    alignas(64) int32_t acc[kMaxPixels * kMaxChannels];
+    Tile tile;
+    tile.channels = (int)std::min<int64_t>(lanes, s.n - first);
+    tile.runs = 1, tile.groups = panels.parts[vector].groups, tile.run_stride = 0;
+    tile.weights = panels.bytes.data() + panels.parts[vector].first, tile.init = zeros.data();
+    Epilogue epilogue = step.epilogue;
+    epilogue.gain = step.gain.data() + first, epilogue.bias = step.bias.data() + first, epilogue.unit = unit_of(Weights::kTwoBit);
+    Output to;
+    to.has_row_scale = false, to.has_residual = residual != nullptr, to.residual_is_float = residual && residual->is_float;
+    uint8_t* gathered = scratch(member.index(), most * room);
+    for (int64_t m = 0; m < in.n; m += tile.count) {
+      tile.count = (int)std::min<int64_t>(most, in.n - m);
+      for (int p = 0; p < tile.count; ++p) {
+        uint8_t* end = gathered + p * room;
+        tile.pixels[p] = end;
+        for (int run = 0; run < panels.runs; ++run)
+          end += isa_.gather(panels.used.data() + (vector * panels.runs + run) * panels.words, panels.words, in.data + (m + p) * in.image() + in.at(run, 0), end);
+        to.out[p] = out.data + ((m + p) * out.image() + step.out_offset[0] + first) * (out.is_float ? 4 : 1);
+        if (residual) to.residual[p] = residual->data + ((m + p) * residual->image() + step.residual_offset[0] + first) * (residual->is_float ? 4 : 1);
+      }
+      isa_.multiply(Weights::kTwoBit, tile, acc);
       isa_.finish(epilogue, to, acc, tile.count, tile.channels);
     }
   });
@@ -145,16 +185,16 @@ void Network::tile_outputs(Plan& plan, int node, int64_t first, int count, Outpu
   }
 }
 
-// One vector of channels of a group of tiles, from their transformed input v[position][tile][channel] and its excess.
-void Network::run_tiles(const Step& step, const NodeSpec& s, int vector, int tiles, const uint8_t* v, const int32_t* excess, int channels, Output& to) const {
+// One vector of channels of a group of tiles, from their transformed input v[position][tile][channel] and the starts.
+void Network::run_tiles(const Step& step, const NodeSpec& s, int vector, int tiles, const uint8_t* v, const int32_t* start, int channels, Output& to) const {
   const Panels& panels = *step.winograd;
   const int first_channel = vector * isa_.lanes, side = step.winograd_side;
-  const WinogradTile tile = {v, excess, (int64_t)tiles * channels, channels, tiles, panels.groups, panels.bytes.data() + vector * panels.block_bytes,
+  const WinogradTile tile = {v, start, (int64_t)tiles * channels, channels, tiles, panels.groups, panels.bytes.data() + vector * panels.block_bytes,
                              panels.bytes.data() + std::min((int64_t)panels.bytes.size() - panels.block_bytes, (vector + 1) * panels.block_bytes),
                              panels.init.data() + first_channel};
   Epilogue epilogue = step.epilogue;
   epilogue.gain = step.gain.data() + first_channel, epilogue.bias = step.bias.data() + first_channel;
-  epilogue.shift = side == 4 ? 2 : 1;
+  epilogue.unit = side == 4 ? 0.25f : 0.5f;
   to.first_channel = first_channel;
   isa_.winograd(side, tile, epilogue, to, std::min(isa_.lanes, s.n - first_channel));
 }
@@ -237,15 +277,17 @@ void Network::run_max_pool(Plan& plan, int node, Member& member) {
   const NodeSpec& s = nodes_[node];
   const Value &in = plan.values[s.input + 1], &out = plan.values[node + 1];
   member.share((int64_t)out.n * out.h, [&](int64_t item) {
-    const int64_t b = item / out.h;
-    const int y = item % out.h, top = y * s.stride[0] - s.padding[0];
+    const int64_t b = item / out.h, row_bytes = (int64_t)in.w * in.cs;
+    const int y = item % out.h, top = y * s.stride[0] - s.padding[0], first = std::max(top, 0);
+    // Down the columns in long rows, then across them. Padding never wins: the smallest code is 0.
+    uint8_t* highest = scratch(member.index(), row_bytes);
+    std::memcpy(highest, in.data + b * in.image() + in.at(first, 0), row_bytes);
+    for (int yy = first + 1; yy < std::min(top + s.kernel[0], in.h); ++yy) isa_.max_row(in.data + b * in.image() + in.at(yy, 0), (int)row_bytes, highest);
     for (int x = 0; x < out.w; ++x) {
-      const int left = x * s.stride[1] - s.padding[1];
+      const int left = x * s.stride[1] - s.padding[1], from = std::max(left, 0);
       uint8_t* to = out.data + b * out.image() + out.at(y, x);
-      std::memset(to, 0, out.cs);  // the smallest code: padding never wins
-      for (int yy = std::max(top, 0); yy < std::min(top + s.kernel[0], in.h); ++yy)
-        for (int xx = std::max(left, 0); xx < std::min(left + s.kernel[1], in.w); ++xx)
-          isa_.max_row(in.data + b * in.image() + in.at(yy, xx), in.cs, to);
+      std::memcpy(to, highest + (int64_t)from * in.cs, out.cs);
+      for (int xx = from + 1; xx < std::min(left + s.kernel[1], in.w); ++xx) isa_.max_row(highest + (int64_t)xx * in.cs, in.cs, to);
     }
   });
 }
@@ -258,7 +300,7 @@ void Network::run_avg_pool(Plan& plan, int node, Member& member) {
     for (int y = 0; y < in.h; ++y)
       for (int x = 0; x < in.w; ++x) isa_.add_row(in.data + b * in.image() + in.at(y, x), in.cs, sum.data());
     Epilogue epilogue = step.epilogue;
-    epilogue.gain = step.gain.data(), epilogue.bias = step.bias.data(), epilogue.shift = 0;
+    epilogue.gain = step.gain.data(), epilogue.bias = step.bias.data(), epilogue.unit = 1.0f;
     Output to;
     to.has_row_scale = to.has_residual = to.residual_is_float = false;
     to.out[0] = out.data + (b * out.image() + out.at(0, 0)) * (out.is_float ? 4 : 1);

@@ -155,6 +155,59 @@ def test_largest_accumulators_do_not_overflow(backend: str) -> None:
         assert got.tolist() == [[float(c) * 9216 * 255 for c in codes.tolist()]]
 
 
+def pruned_codes(n: int, k: int, kind: str) -> Tensor:
+    """Ternary codes whose zeros are: single, whole blocks, all of some channels' vectors, everything."""
+    codes = codes_of((n, k)) | 1
+    if kind == "single":
+        return codes * torch.rand(n, k).ge(0.95)
+    if kind == "blocks":
+        return (
+            codes * torch.rand(n // 16 + 1, k // 5 + 1).ge(0.7).repeat_interleave(16, 0).repeat_interleave(5, 1)[:n, :k]
+        )
+    codes[16:48] = 0
+    return codes * (kind != "everything")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["single", "blocks", "channels", "everything"])
+@pytest.mark.parametrize("batch", [1, 7])
+@pytest.mark.parametrize("algorithm", ["skipping", "auto"])
+def test_zero_blocks_are_skipped(
+    backend: str, kind: str, batch: int, algorithm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exactly, on saturated 8-bit activations with a border beside them, and a shortcut around the second layer."""
+    monkeypatch.setenv("TERNARY_ALGORITHM", algorithm)
+    k = 35 * 5 * 3
+    nodes = [
+        conv(-1, 35, 3, out_max=255),
+        conv(0, 8, 35),  # its padding gives the linear layer's input a border
+        Node("linear", 0, codes=pruned_codes(97, k, kind), gain=torch.rand(97) / 50, bias=torch.randn(97) * 9,
+             relu=True, out_max=255),
+        Node("linear", 2, codes=pruned_codes(97, 97, kind), gain=torch.rand(97), bias=torch.randn(97), out_max=63,
+             residual=2, residual_gain=0.7),
+        Node("linear", 3, codes=codes_of((10, 97)), gain=torch.rand(10), bias=torch.randn(10)),
+    ]  # fmt: skip
+    nodes[0].gain[:9] = 100.0
+    check(nodes, images_of(batch, 5, 3), backend)
+    if algorithm == "skipping":
+        executor = kernels.make_executor(nodes, backend)
+        executor(images_of(batch, 5, 3))
+        assert [step["algorithm"] for step in executor.plan(batch, 5, 3)] == ["direct", "direct", *["skipping"] * 3]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_pattern_of_bytes_is_gathered(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Channel n reads the inputs whose bit in n is set, of each eight differently rotated."""
+    monkeypatch.setenv("TERNARY_ALGORITHM", "skipping")
+    columns = torch.arange(136)
+    codes = (torch.arange(256)[:, None] >> (columns + columns // 8) % 8 & 1).to(torch.int8)
+    # Vectors of channels share what they read: 16 channels apart, the widest reads one pattern.
+    codes = codes.repeat_interleave(16, 0)
+    nodes = [conv(-1, 136, 3, out_max=255),
+             Node("linear", 0, codes=codes, gain=torch.ones(4096), bias=torch.zeros(4096))]  # fmt: skip
+    check(nodes, images_of(2, 1, 1), backend)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("bits", ["ternary", 8])
 @pytest.mark.parametrize(("rows", "k", "n"), [(1, 1, 1), (3, 17, 97), (65, 384, 257), (32, 1025, 64), (2, 3072, 10)])
@@ -213,6 +266,22 @@ def test_patches_equal_the_reference(
     assert padded.backend == "reference"
     with pytest.raises(ValueError, match=f"images must be .batch, {shape[1]}, height, width"):
         patches(torch.randn(1, shape[1] + 1, *size))
+
+
+def test_skipping_does_not_depend_on_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERNARY_ALGORITHM", "skipping")
+    nodes = [conv(-1, 64, 3, out_max=255),
+             Node("linear", 0, codes=pruned_codes(321, 64 * 9, "single"), gain=torch.rand(321) / 9,
+                  bias=torch.randn(321))]  # fmt: skip
+    executor, before = kernels.make_executor(nodes, "cpu"), torch.get_num_threads()
+    try:
+        for threads in (1, 2, 7):
+            torch.set_num_threads(threads)
+            for batch in (1, 15):
+                images = images_of(batch, 3, 3)
+                assert torch.equal(executor(images), reference.NetworkExecutor(nodes)(images))
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_operators_pass_opcheck_and_compile() -> None:
