@@ -19,7 +19,7 @@ from train_test_utils.rows import Prune, Reinitialize, Row, Ternary
 from train_test_utils.transforms import CalibratedStart, CalibratedTernary, ReconstructedTernary
 
 SCRATCH = Recipe(epochs=200, lr=0.1, optimizer=sgd, weight_decay=5e-4, cutout=8)
-FINETUNE = replace(SCRATCH, epochs=60, lr=0.05, weight_decay=1e-4, statistics_images=1024)
+FINETUNE = replace(SCRATCH, epochs=60, lr=0.05, weight_decay=1e-4, statistics_images=8192)
 SHORT = replace(FINETUNE, epochs=30)
 
 LINEAR = Ternary(mse_optimal, only=nn.Linear)
