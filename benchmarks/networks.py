@@ -47,10 +47,14 @@ LANES = {"avx512vnni": 16, "avx2": 8, "portable": 4}
 WORTH_MEASURING = 0.125  # as the kernels do: with fewer zero blocks they do not try to skip
 
 
+def untrained(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return models.build(name, 10).eval()
+
+
 def packed(name: str, removed: float = 0.0, act_bits: int = 6) -> nn.Module:
     """Untrained: the time does not depend on what the weights are."""
-    torch.manual_seed(0)
-    model = models.build(name, 10).eval()
+    model = untrained(name)
     if removed:
         prune_(model, l2_filters, removed, only=nn.Conv2d)
     return pack_(calibrate_(quantize_(model, act_bits=act_bits), torch.rand(16, 3, 32, 32)))
@@ -119,8 +123,7 @@ def zero_share(codes: Tensor) -> float:
 
 def pruned_layers(name: str) -> Iterator[tuple[dict[str, Any], Tensor, int]]:
     """For each score and amount, the linear layer and the convolution with the most zero blocks: codes, input side."""
-    torch.manual_seed(0)
-    model = models.build(name, 10).eval()
+    model = untrained(name)
     checkpoint = ROOT / "runs" / f"{name}-cifar10" / "float-seed0" / "checkpoint.safetensors"
     weights = "trained" if checkpoint.exists() else "untrained"
     if checkpoint.exists():
@@ -176,7 +179,6 @@ def times(codes: Tensor, side: int, batches: list[int], tries: int = 3) -> dict[
 def zero_blocks(batches: list[int]) -> None:
     layers = [*pruned_layers("resnet_18"), *pruned_layers("alexnet"), *made_layers()]
     shares = [zero_share(codes) for _, codes, _ in layers]
-    print("timing", flush=True)
     for (figures, codes, side), share in zip(layers, shares, strict=True):
         figures |= {"shape": list(codes.shape), "zeros_pct": round(100 * codes.eq(0).float().mean().item(), 1),
                     "zero_blocks_pct": round(100 * share, 1)}  # fmt: skip
