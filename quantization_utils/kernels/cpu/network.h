@@ -94,6 +94,8 @@ struct Value {
   int64_t row() const { return (int64_t)(w + 2 * border + extra) * cs; }
   int64_t image() const { return row() * (h + 2 * border + extra); }
   int64_t at(int y, int x) const { return (y + border) * row() + (int64_t)(x + border) * cs; }
+  // `offset` elements (see `at`) into image `number` of the batch.
+  uint8_t* element(int64_t number, int64_t offset) const { return data + (number * image() + offset) * (is_float ? 4 : 1); }
 };
 
 struct Step {

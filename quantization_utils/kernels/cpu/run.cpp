@@ -14,6 +14,11 @@ int64_t team_chunk(int64_t groups, int blocks, int threads, int64_t most) {
   return std::max<int64_t>(1, std::min(most, groups * blocks / wanted));
 }
 
+// Of a network's node, which has no scale of its own for each row; null: no residual.
+void set_residual(Output& to, const Value* residual) {
+  to.has_row_scale = false, to.has_residual = residual != nullptr, to.residual_is_float = residual && residual->is_float;
+}
+
 }  // namespace
 
 void Network::run(const float* images, int batch, int height, int width, int threads, const std::string& algorithm, float* out) {
@@ -105,7 +110,7 @@ void Network::run_direct(Plan& plan, int node, Member& member) {
     epilogue.gain = step.gain.data() + first_channel, epilogue.bias = step.bias.data() + first_channel;
     epilogue.unit = unit_of(panels.kind);
     Output to;
-    to.has_row_scale = false, to.has_residual = residual != nullptr, to.residual_is_float = residual && residual->is_float;
+    set_residual(to, residual);
     const int64_t start = item / blocks * chunk * most, end = std::min(pixels, start + chunk * most);
     int64_t image = start / per_image, pixel = start % per_image;
     for (int64_t m = start; m < end; m += tile.count) {
@@ -113,9 +118,8 @@ void Network::run_direct(Plan& plan, int node, Member& member) {
       for (int p = 0; p < tile.count; ++p, ++pixel) {
         if (pixel == per_image) pixel = 0, ++image;
         tile.pixels[p] = in.data + image * in.image() + step.in_offset[pixel];
-        to.out[p] = out.data + (image * out.image() + step.out_offset[pixel] + first_channel) * (out.is_float ? 4 : 1);
-        if (residual)
-          to.residual[p] = residual->data + (image * residual->image() + step.residual_offset[pixel] + first_channel) * (residual->is_float ? 4 : 1);
+        to.out[p] = out.element(image, step.out_offset[pixel] + first_channel);
+        if (residual) to.residual[p] = residual->element(image, step.residual_offset[pixel] + first_channel);
       }
       isa_.multiply(panels.kind, tile, acc);
       isa_.finish(epilogue, to, acc, tile.count, tile.channels);
@@ -144,7 +148,7 @@ void Network::run_skipping(Plan& plan, int node, Member& member) {
     Epilogue epilogue = step.epilogue;
     epilogue.gain = step.gain.data() + first, epilogue.bias = step.bias.data() + first, epilogue.unit = unit_of(Weights::kTwoBit);
     Output to;
-    to.has_row_scale = false, to.has_residual = residual != nullptr, to.residual_is_float = residual && residual->is_float;
+    set_residual(to, residual);
     uint8_t* gathered = scratch(member.index(), most * room);
     for (int64_t m = 0; m < in.n; m += tile.count) {
       tile.count = (int)std::min<int64_t>(most, in.n - m);
@@ -153,8 +157,8 @@ void Network::run_skipping(Plan& plan, int node, Member& member) {
         tile.pixels[p] = end;
         for (int run = 0; run < panels.runs; ++run)
           end += isa_.gather(panels.used.data() + (vector * panels.runs + run) * panels.words, panels.words, in.data + (m + p) * in.image() + in.at(run, 0), end);
-        to.out[p] = out.data + ((m + p) * out.image() + step.out_offset[0] + first) * (out.is_float ? 4 : 1);
-        if (residual) to.residual[p] = residual->data + ((m + p) * residual->image() + step.residual_offset[0] + first) * (residual->is_float ? 4 : 1);
+        to.out[p] = out.element(m + p, step.out_offset[0] + first);
+        if (residual) to.residual[p] = residual->element(m + p, step.residual_offset[0] + first);
       }
       isa_.multiply(Weights::kTwoBit, tile, acc);
       isa_.finish(epilogue, to, acc, tile.count, tile.channels);
@@ -168,7 +172,7 @@ void Network::tile_outputs(Plan& plan, int node, int64_t first, int count, Outpu
   const Step& step = *plan.steps[node];
   const Value& out = plan.values[node + 1];
   const Value* residual = s.residual != kNone ? &plan.values[s.residual + 1] : nullptr;
-  to.has_row_scale = false, to.has_residual = residual != nullptr, to.residual_is_float = residual && residual->is_float;
+  set_residual(to, residual);
   const int across = (out.w + 1) / 2, per_image = across * ((out.h + 1) / 2);
   int64_t image = first / per_image;
   int y = first % per_image / across * 2, x = first % across * 2;
@@ -177,8 +181,8 @@ void Network::tile_outputs(Plan& plan, int node, int64_t first, int count, Outpu
       const int yy = y + p % 4 / 2, xx = x + p % 2, pixel = yy * out.w + xx;
       to.out[p] = nullptr;  // beyond an odd edge
       if (yy >= out.h || xx >= out.w) continue;
-      to.out[p] = out.data + (image * out.image() + step.out_offset[pixel]) * (out.is_float ? 4 : 1);
-      if (residual) to.residual[p] = residual->data + (image * residual->image() + step.residual_offset[pixel]) * (residual->is_float ? 4 : 1);
+      to.out[p] = out.element(image, step.out_offset[pixel]);
+      if (residual) to.residual[p] = residual->element(image, step.residual_offset[pixel]);
     }
     if ((x += 2) >= out.w) x = 0, y += 2;
     if (y >= out.h) y = 0, ++image;
@@ -302,8 +306,8 @@ void Network::run_avg_pool(Plan& plan, int node, Member& member) {
     Epilogue epilogue = step.epilogue;
     epilogue.gain = step.gain.data(), epilogue.bias = step.bias.data(), epilogue.unit = 1.0f;
     Output to;
-    to.has_row_scale = to.has_residual = to.residual_is_float = false;
-    to.out[0] = out.data + (b * out.image() + out.at(0, 0)) * (out.is_float ? 4 : 1);
+    set_residual(to, nullptr);
+    to.out[0] = out.element(b, out.at(0, 0));
     isa_.finish(epilogue, to, sum.data(), 1, out.c);
   });
 }
