@@ -1,26 +1,18 @@
 // Part of body.h: images, activations quantized per row, pools, and what the machine can do at most.
 
-static inline uint32_t pixel_code(float x) {
-  float y = x * 255.0f;
-  y = y > 0.0f ? y : 0.0f;
-  y = y < 255.0f ? y : 255.0f;
-  const float shifted = y + kRound;
-  uint32_t bits;
-  __builtin_memcpy(&bits, &shifted, 4);
-  return bits & 255u;
-}
+// round(x * 255), clamped to 0 ... 255.
+static inline ints pixel_codes(floats x) { return (ints)(smaller(larger(x * 255.0f, floats{}), floats{} + 255.0f) + kRound) & 255; }
 
 static void image_row(const float* const* planes, int channels, int width, uint8_t* out, int stride) {
-  if (channels == 3 && stride == 4) {
-    const float *r = planes[0], *g = planes[1], *b = planes[2];
-    for (int x = 0; x < width; ++x) {
-      const uint32_t value = pixel_code(r[x]) | pixel_code(g[x]) << 8 | pixel_code(b[x]) << 16;
-      out[4 * x] = (uint8_t)value, out[4 * x + 1] = (uint8_t)(value >> 8), out[4 * x + 2] = (uint8_t)(value >> 16);
+  for (int x = 0; x < width; x += LANES) {
+    const int n = width - x < LANES ? width - x : LANES;
+    for (int c = 0; c < channels; ++c) {
+      const float* from = planes[c] + x;
+      const ints codes = pixel_codes(n == LANES ? *(const floats*)from : load_part<floats>(from, n * 4));
+      uint8_t* to = out + (int64_t)x * stride + c;
+      for (int i = 0; i < n; ++i) to[(int64_t)i * stride] = (uint8_t)codes[i];
     }
-    return;
   }
-  for (int c = 0; c < channels; ++c)
-    for (int x = 0; x < width; ++x) out[(int64_t)x * stride + c] = (uint8_t)pixel_code(planes[c][x]);
 }
 
 static float quantize_row(const float* x, int64_t k, int code_max, uint8_t* out) {

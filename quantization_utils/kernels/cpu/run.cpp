@@ -169,21 +169,23 @@ void Network::run_skipping(Plan& plan, int node, Member& member) {
 // Where the 2x2 outputs of tiles `first` ... `first + count` of the batch go.
 void Network::tile_outputs(Plan& plan, int node, int64_t first, int count, Output& to) const {
   const NodeSpec& s = nodes_[node];
-  const Step& step = *plan.steps[node];
   const Value& out = plan.values[node + 1];
   const Value* residual = s.residual != kNone ? &plan.values[s.residual + 1] : nullptr;
   set_residual(to, residual);
   const int across = (out.w + 1) / 2, per_image = across * ((out.h + 1) / 2);
+  auto square = [](const Value& v, int64_t image, int y, int x, auto* to) {
+    const int64_t size = v.is_float ? 4 : 1, right = v.cs * size, below = v.row() * size;
+    uint8_t* first = v.element(image, v.at(y, x));
+    to[0] = first, to[1] = first + right, to[2] = first + below, to[3] = first + below + right;
+  };
   int64_t image = first / per_image;
   int y = first % per_image / across * 2, x = first % across * 2;
   for (int t = 0; t < count; ++t) {
-    for (int p = t * 4; p < t * 4 + 4; ++p) {
-      const int yy = y + p % 4 / 2, xx = x + p % 2, pixel = yy * out.w + xx;
-      to.out[p] = nullptr;  // beyond an odd edge
-      if (yy >= out.h || xx >= out.w) continue;
-      to.out[p] = out.element(image, step.out_offset[pixel]);
-      if (residual) to.residual[p] = residual->element(image, step.residual_offset[pixel]);
-    }
+    void** const four = to.out + t * 4;
+    square(out, image, y, x, four);
+    if (x + 1 == out.w) four[1] = four[3] = nullptr;  // beyond an odd edge
+    if (y + 1 == out.h) four[2] = four[3] = nullptr;
+    if (residual) square(*residual, image, y, x, to.residual + t * 4);
     if ((x += 2) >= out.w) x = 0, y += 2;
     if (y >= out.h) y = 0, ++image;
   }
