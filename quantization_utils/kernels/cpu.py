@@ -76,7 +76,7 @@ class NetworkExecutor:
     def plan(self, batch: int, height: int = 32, width: int = 32) -> list[dict[str, Any]]:
         """One dict a node for a batch size that has run: op, algorithm, microseconds of each candidate, multiply-adds.
 
-        Microseconds are None where an algorithm was not measured or cannot be used.
+        Microseconds are None where an algorithm was not measured or cannot be used. Products with padding do not count.
         """
         lines = torch.ops.ternary.network_describe(self._handle, batch, height, width).splitlines()
         names = ("node", "op", "algorithm", "direct_us", "winograd_us", "skipping_us", "multiply_adds")

@@ -19,6 +19,16 @@ int round_up(int value, int to) { return (value + to - 1) / to * to; }
   throw std::invalid_argument("node " + std::to_string(node) + " " + why);
 }
 
+// Products of one dimension of a convolution's kernel with the image, without those with its padding, over all outputs.
+int64_t taps(int in, int out, int kernel, int stride, int padding) {
+  int64_t count = 0;
+  for (int y = 0; y < out; ++y) {
+    const int top = y * stride - padding;
+    count += std::max(0, std::min(top + kernel, in) - std::max(top, 0));
+  }
+  return count;
+}
+
 // The nine numbers v of one 3x3 kernel, and U, as kernels.h has them (U of stride 2 doubled).
 void transform_kernel(int side, const int8_t* g, int (&v)[3][3], int (&u)[5][5]) {
   static const int stride1[3][3] = {{2, 0, 0}, {1, 1, 1}, {0, 0, 2}};
@@ -351,10 +361,12 @@ std::string Network::describe(int batch, int height, int width) {
   for (size_t i = 0; i < nodes_.size(); ++i) {
     const Step& step = *p.steps[i];
     const Value& out = p.values[i + 1];
-    const bool weights = nodes_[i].op == Op::kConv || nodes_[i].op == Op::kLinear;
-    const int64_t macs = weights ? (int64_t)nodes_[i].codes.size() * out.h * out.w * out.n : 0;
+    const NodeSpec& s = nodes_[i];
+    const Value& in = p.values[s.input + 1];
+    int64_t macs = (int64_t)s.n * s.c * out.n;  // pools: 0
+    if (s.op == Op::kConv) macs *= taps(in.h, out.h, s.kernel[0], s.stride[0], s.padding[0]) * taps(in.w, out.w, s.kernel[1], s.stride[1], s.padding[1]);
     const double plain = step.micros[(int)(step.algorithm == Algorithm::kPool ? Algorithm::kPool : Algorithm::kDirect)];
-    text << i << ' ' << ops[(int)nodes_[i].op] << ' ' << algorithms[(int)step.algorithm] << ' ' << plain << ' '
+    text << i << ' ' << ops[(int)s.op] << ' ' << algorithms[(int)step.algorithm] << ' ' << plain << ' '
          << step.micros[(int)Algorithm::kWinograd] << ' ' << step.micros[(int)Algorithm::kSkipping] << ' ' << macs << '\n';
   }
   return text.str();

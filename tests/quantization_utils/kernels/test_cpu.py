@@ -110,6 +110,23 @@ def test_winograd_equals_direct(backend: str, size: int, channels: int, monkeypa
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_pixels_between_codes_and_out_of_range(backend: str) -> None:
+    images = torch.linspace(-0.5, 1.5, 3 * 9 * 37).reshape(1, 3, 9, 37)
+    images[0, 0, 0, :4] = torch.tensor([0.5, 1.5, 2.5, 254.5]) / 255  # halves go to the even code
+    check([conv(-1, 7, 3)], images, backend)
+
+
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 1, 1), (3, 2, 1), (5, 3, 4), (1, 2, 3)])
+def test_multiply_adds_leave_padding_out(kernel: int, stride: int, padding: int) -> None:
+    node = conv(-1, 5, 3, kernel, stride, padding)
+    executor = kernels.make_executor([node], "cpu")
+    executor(images_of(2, 9, 6))
+    ones, taps = torch.ones(2, 3, 9, 6), torch.ones(5, 3, kernel, kernel)
+    products = int(torch.nn.functional.conv2d(ones, taps, stride=stride, padding=padding).sum())
+    assert [step["multiply_adds"] for step in executor.plan(2, 9, 6)] == [products]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("bits", ["ternary", 8])
 @pytest.mark.parametrize("batch", [1, 3, 31, 32])  # 31: parts of images of which the last is smaller
 def test_a_whole_network(backend: str, bits: int | str, batch: int) -> None:
