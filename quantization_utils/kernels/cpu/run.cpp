@@ -111,10 +111,10 @@ void Network::run_direct(Plan& plan, int node, Member& member) {
     epilogue.unit = unit_of(panels.kind);
     Output to;
     set_residual(to, residual);
-    const int64_t start = item / blocks * chunk * most, end = std::min(pixels, start + chunk * most);
+    const int64_t first = item / blocks * chunk, end = std::min(groups, first + chunk), start = first * pixels / groups;
     int64_t image = start / per_image, pixel = start % per_image;
-    for (int64_t m = start; m < end; m += tile.count) {
-      tile.count = (int)std::min<int64_t>(most, end - m);
+    for (int64_t group = first; group < end; ++group) {
+      tile.count = (int)((group + 1) * pixels / groups - group * pixels / groups);
       for (int p = 0; p < tile.count; ++p, ++pixel) {
         if (pixel == per_image) pixel = 0, ++image;
         tile.pixels[p] = in.data + image * in.image() + step.in_offset[pixel];
