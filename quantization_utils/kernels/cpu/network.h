@@ -91,11 +91,12 @@ struct Value {
   bool is_float = false;
   int code_max = 255;
   uint8_t* data = nullptr;
+  int64_t element_bytes() const { return is_float ? 4 : 1; }
   int64_t row() const { return (int64_t)(w + 2 * border + extra) * cs; }
   int64_t image() const { return row() * (h + 2 * border + extra); }
   int64_t at(int y, int x) const { return (y + border) * row() + (int64_t)(x + border) * cs; }
   // `offset` elements (see `at`) into image `number` of the batch.
-  uint8_t* element(int64_t number, int64_t offset) const { return data + (number * image() + offset) * (is_float ? 4 : 1); }
+  uint8_t* element(int64_t number, int64_t offset) const { return data + (number * image() + offset) * element_bytes(); }
 };
 
 struct Step {
@@ -105,7 +106,7 @@ struct Step {
   std::shared_ptr<SparsePanels> sparse;
   Epilogue epilogue{};
   std::vector<float> gain, bias;             // padded to whole vectors
-  std::vector<int64_t> in_offset, out_offset, residual_offset;  // per output pixel of one image, in elements
+  std::vector<int64_t> in_offset, out_offset, residual_offset;  // per output pixel of one image, in bytes
   double micros[4] = {};                     // measured at planning, of each algorithm
 };
 

@@ -61,7 +61,7 @@ Network::Network(const Kernels& isa, std::vector<NodeSpec> nodes, int image_chan
 // their weights are too many to be read for a few.
 int Network::images_a_part(const Plan& plan) const {
   int64_t largest = 1;
-  for (int v = 0; v < front_; ++v) largest = std::max(largest, plan.values[v].image() * (plan.values[v].is_float ? 4 : 1));
+  for (int v = 0; v < front_; ++v) largest = std::max(largest, plan.values[v].image() * plan.values[v].element_bytes());
   int part = front_ == 0 ? 0 : (int)std::clamp<int64_t>((384 << 10) / largest, 1, 8);
   auto uneven = [&] { return (plan.batch + part * threads_ - 1) / (part * threads_) * part * threads_ * 10 > plan.batch * 11; };
   while (part > 0 && uneven()) --part;
@@ -163,7 +163,7 @@ void Network::allocate(Plan& plan, int first, int end) const {
     if (v < first) continue;
     auto& candidates = free_buffers[key];
     if (candidates.empty()) {
-      const size_t bytes = elements * (value.is_float ? 4 : 1) + 128;  // tiles read up to 15 bytes past a run, gathering 63
+      const size_t bytes = elements * value.element_bytes() + 128;  // tiles read up to 15 bytes past a run, gathering 63
       plan.storage.emplace_back(bytes);                                // zeroed
       uint8_t* data = plan.storage.back().data();
       for (int64_t e = 0; pad && e < elements; e += value.cs) std::memcpy(data + e, pad, value.c);
@@ -277,8 +277,8 @@ void Network::make_step(Plan& plan, int node) {
   for (int y = 0; y < out.h; ++y)
     for (int x = 0; x < out.w; ++x) {
       step->in_offset.push_back(in.at(y * s.stride[0] - s.padding[0], x * s.stride[1] - s.padding[1]));
-      step->out_offset.push_back(out.at(y, x));
-      step->residual_offset.push_back(residual ? residual->at(y, x) : 0);
+      step->out_offset.push_back(out.at(y, x) * out.element_bytes());
+      step->residual_offset.push_back(residual ? residual->at(y, x) * residual->element_bytes() : 0);
     }
 }
 

@@ -57,7 +57,7 @@ void Network::run_part(Plan& plan, const float* images, int64_t part, Member& me
   const int64_t first = part * plan.part;
   for (Value& v : own.values) v.n = (int)std::min<int64_t>(plan.part, plan.batch - first);
   Value& last = own.values[front_];
-  last.data = plan.values[front_].data + first * last.image() * (last.is_float ? 4 : 1);
+  last.data = plan.values[front_].data + first * last.image() * last.element_bytes();
   run_image(own, images + first * image_channels_ * plan.height * plan.width, alone);
   for (int i = 0; i < front_; ++i) run_node(own, i, alone);
 }
@@ -113,13 +113,19 @@ void Network::run_direct(Plan& plan, int node, Member& member) {
     set_residual(to, residual);
     const int64_t first = item / blocks * chunk, end = std::min(groups, first + chunk), start = first * pixels / groups;
     int64_t image = start / per_image, pixel = start % per_image;
+    const uint8_t *from = nullptr, *added = nullptr;
+    uint8_t* into = nullptr;
+    auto enter_image = [&] {
+      from = in.element(image, 0), into = out.element(image, first_channel);
+      if (residual) added = residual->element(image, first_channel);
+    };
+    enter_image();
     for (int64_t group = first; group < end; ++group) {
       tile.count = (int)((group + 1) * pixels / groups - group * pixels / groups);
       for (int p = 0; p < tile.count; ++p, ++pixel) {
-        if (pixel == per_image) pixel = 0, ++image;
-        tile.pixels[p] = in.data + image * in.image() + step.in_offset[pixel];
-        to.out[p] = out.element(image, step.out_offset[pixel] + first_channel);
-        if (residual) to.residual[p] = residual->element(image, step.residual_offset[pixel] + first_channel);
+        if (pixel == per_image) pixel = 0, ++image, enter_image();
+        tile.pixels[p] = from + step.in_offset[pixel], to.out[p] = into + step.out_offset[pixel];
+        if (residual) to.residual[p] = added + step.residual_offset[pixel];
       }
       isa_.multiply(panels.kind, tile, acc);
       isa_.finish(epilogue, to, acc, tile.count, tile.channels);
@@ -157,8 +163,8 @@ void Network::run_skipping(Plan& plan, int node, Member& member) {
         tile.pixels[p] = end;
         for (int run = 0; run < panels.runs; ++run)
           end += isa_.gather(panels.used.data() + (vector * panels.runs + run) * panels.words, panels.words, in.data + (m + p) * in.image() + in.at(run, 0), end);
-        to.out[p] = out.element(m + p, step.out_offset[0] + first);
-        if (residual) to.residual[p] = residual->element(m + p, step.residual_offset[0] + first);
+        to.out[p] = out.element(m + p, first) + step.out_offset[0];
+        if (residual) to.residual[p] = residual->element(m + p, first) + step.residual_offset[0];
       }
       isa_.multiply(Weights::kTwoBit, tile, acc);
       isa_.finish(epilogue, to, acc, tile.count, tile.channels);
@@ -174,7 +180,7 @@ void Network::tile_outputs(Plan& plan, int node, int64_t first, int count, Outpu
   set_residual(to, residual);
   const int across = (out.w + 1) / 2, per_image = across * ((out.h + 1) / 2);
   auto square = [](const Value& v, int64_t image, int y, int x, auto* to) {
-    const int64_t size = v.is_float ? 4 : 1, right = v.cs * size, below = v.row() * size;
+    const int64_t right = v.cs * v.element_bytes(), below = v.row() * v.element_bytes();
     uint8_t* first = v.element(image, v.at(y, x));
     to[0] = first, to[1] = first + right, to[2] = first + below, to[3] = first + below + right;
   };
