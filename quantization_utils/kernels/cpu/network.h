@@ -141,7 +141,8 @@ class Network {
   std::shared_ptr<Panels> winograd_panels(int node, const Value& in, int side);
   std::shared_ptr<SparsePanels> sparse_panels(int node, const Value& in, double least);
   void choose(Plan& plan, const std::string& algorithm);
-  void measure(Plan& plan);
+  std::vector<double> time_nodes(Plan& plan);
+  void measure(Plan& plan, const std::vector<Algorithm> (&algorithms)[2]);
   void run_part(Plan& plan, const float* images, int64_t part, Member& member);
   void run_image(Plan& plan, const float* images, Member& member);
   void run_node(Plan& plan, int node, Member& member);

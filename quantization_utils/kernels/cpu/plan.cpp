@@ -282,63 +282,77 @@ void Network::make_step(Plan& plan, int node) {
     }
 }
 
-// Runs the whole network a few times with the algorithms as they are set; notes each node's microseconds in its step. The
-// whole network, because a node alone finds its weights in the caches, where in the network it does not. A node has ended
-// when the first thread leaves it: a thread that the system had put aside finds all done and passes many at once. The
-// second smallest, because all disturbances add time. Of the front, every thread runs one part.
-void Network::measure(Plan& plan) {
+// Microseconds of each node in a run of the whole network: a node alone would find its weights in the caches, where in the network
+// it does not. A node has ended when the first thread leaves it: a thread that the system had put aside finds all done and passes
+// many at once. Of the front, every thread runs one part. The buffers hold whatever they hold.
+std::vector<double> Network::time_nodes(Plan& plan) {
   using Clock = std::chrono::steady_clock;
-  constexpr int kRuns = 9;
   const size_t n = nodes_.size(), front = plan.part ? front_ : 0;
-  std::vector<std::vector<double>> micros(n);
-  for (int repetition = 0; repetition < kRuns; ++repetition) {
-    std::vector<std::vector<Clock::time_point>> left(threads_, std::vector<Clock::time_point>(n + 1, Clock::time_point::max()));
-    parallel(threads_, [&](Member& member) {
-      std::vector<Clock::time_point>& times = left[member.index()];
-      Member alone(member.index());
-      times[0] = Clock::now();
-      for (size_t i = 0; i < front; ++i) run_node(*plan.parts[member.index()], i, alone), times[i + 1] = Clock::now();
-      for (size_t i = front; i < n; ++i) run_node(plan, i, member), times[i + 1] = Clock::now();
-    });
-    for (size_t i = 0; i <= n; ++i)
-      for (int t = 1; t < threads_; ++t) left[0][i] = std::min(left[0][i], left[t][i]);
-    for (size_t i = 0; i < n; ++i) micros[i].push_back(std::chrono::duration<double, std::micro>(left[0][i + 1] - left[0][i]).count());
-  }
+  std::vector<std::vector<Clock::time_point>> left(threads_, std::vector<Clock::time_point>(n + 1, Clock::time_point::max()));
+  parallel(threads_, [&](Member& member) {
+    std::vector<Clock::time_point>& times = left[member.index()];
+    Member alone(member.index());
+    times[0] = Clock::now();
+    for (size_t i = 0; i < front; ++i) run_node(*plan.parts[member.index()], i, alone), times[i + 1] = Clock::now();
+    for (size_t i = front; i < n; ++i) run_node(plan, i, member), times[i + 1] = Clock::now();
+  });
+  for (size_t i = 0; i <= n; ++i)
+    for (int t = 1; t < threads_; ++t) left[0][i] = std::min(left[0][i], left[t][i]);
+  std::vector<double> micros(n);
   for (size_t i = 0; i < n; ++i) {
-    std::sort(micros[i].begin(), micros[i].end());
     const double parts = i < front ? plan.batch / (double)(plan.part * threads_) : 1.0;
-    plan.steps[i]->micros[(int)plan.steps[i]->algorithm] = micros[i][1] * parts;
+    micros[i] = std::chrono::duration<double, std::micro>(left[0][i + 1] - left[0][i]).count() * parts;
   }
+  return micros;
 }
 
-// The network with every node direct, then each with what else it can be: Winograd, or skipping zero blocks where there are
-// enough to try. The faster wins, node by node. The buffers hold whatever they hold.
+// Notes in each step what its node takes by the first algorithm and by the second. Runs take turns, so that whatever else the
+// machine does disturbs both; the second smallest of the runs counts, because all disturbances add time.
+void Network::measure(Plan& plan, const std::vector<Algorithm> (&algorithms)[2]) {
+  constexpr int kRuns = 9;
+  std::vector<std::vector<double>> runs[2] = {std::vector<std::vector<double>>(nodes_.size()), std::vector<std::vector<double>>(nodes_.size())};
+  for (int turn = 0; turn < 2 * kRuns; ++turn) {
+    for (size_t i = 0; i < nodes_.size(); ++i) plan.steps[i]->algorithm = algorithms[turn % 2][i];
+    const std::vector<double> micros = time_nodes(plan);
+    for (size_t i = 0; i < nodes_.size(); ++i) runs[turn % 2][i].push_back(micros[i]);
+  }
+  for (int which = 0; which < 2; ++which)
+    for (size_t i = 0; i < nodes_.size(); ++i) {
+      std::vector<double>& micros = runs[which][i];
+      std::sort(micros.begin(), micros.end());
+      plan.steps[i]->micros[(int)algorithms[which][i]] = micros[1];
+    }
+}
+
+// Every node direct, or what else it can be: Winograd, or skipping zero blocks where there are enough to try. The faster wins,
+// node by node.
 void Network::choose(Plan& plan, const std::string& algorithm) {
   for (auto& own : plan.parts) own->values[front_].data = plan.values[front_].data;
-  if (algorithm == "auto") measure(plan);
   if (algorithm == "direct") return;
+  std::vector<Algorithm> algorithms[2];  // the plain ones, and the others
   size_t shared = 0, shared_a_part = 0;
   for (size_t i = 0; i < nodes_.size(); ++i) {
     Step& step = *plan.steps[i];
+    algorithms[0].push_back(step.algorithm), algorithms[1].push_back(step.algorithm);
     const bool in_part = plan.part && (int)i < front_;
     const Value &in = plan.values[nodes_[i].input + 1], &out = plan.values[i + 1];
     if (algorithm != "winograd") step.sparse = sparse_panels(i, in, algorithm == "skipping" ? 0.0 : kLeastSkipped);
-    if (step.sparse) step.algorithm = Algorithm::kSkipping;
+    if (step.sparse) algorithms[1][i] = Algorithm::kSkipping;
     if (!step.winograd_side || algorithm == "skipping") continue;
     const int64_t tiles = (int64_t)(in_part ? plan.part : in.n) * ((out.h + 1) / 2) * ((out.w + 1) / 2) + isa_.max_pixels;
     size_t& most = in_part ? shared_a_part : shared;
     most = std::max(most, (size_t)(tiles * (step.winograd_side * step.winograd_side * in.cs + 16)));
     step.winograd = winograd_panels(i, in, step.winograd_side);
-    step.algorithm = Algorithm::kWinograd;
+    algorithms[1][i] = Algorithm::kWinograd;
   }
   plan.shared = Bytes(shared);
   for (auto& own : plan.parts) own->shared = Bytes(shared_a_part);
-  if (algorithm != "auto") return;
-  measure(plan);
-  for (const auto& step : plan.steps) {
-    if (step->algorithm == Algorithm::kPool || step->micros[(int)step->algorithm] <= step->micros[(int)Algorithm::kDirect]) continue;
-    step->algorithm = Algorithm::kDirect;
-    step->winograd.reset(), step->sparse.reset();
+  if (algorithm == "auto") measure(plan, algorithms);
+  for (size_t i = 0; i < nodes_.size(); ++i) {
+    Step& step = *plan.steps[i];
+    const Algorithm plain = algorithms[0][i], other = algorithms[1][i];
+    step.algorithm = step.micros[(int)other] <= step.micros[(int)plain] ? other : plain;  // unmeasured: the other
+    if (step.algorithm == plain) step.winograd.reset(), step.sparse.reset();
   }
 }
 
