@@ -24,45 +24,49 @@ SHORT = replace(FINETUNE, epochs=15)
 LINEAR = Ternary(mse_optimal, only=nn.Linear)
 QAT = Ternary(absmean_fitted, act_bits=8)
 EIGHT_BIT = Ternary(int8_absmax, act_bits=8)
-FIRST, LAST = "1", "28"  # names of layers
 CALIBRATED = CalibratedStart(act_bits=8)
 
-ROWS = [
-    #   name                    starts from  then transformed by                            then trained with
-    Row("float",                None,        [],                                            SCRATCH),
-    Row("float_finetuned",      "float",     [],                                            FINETUNE),
-    # After training, weights only
-    Row("ptq_linear",           "float",     [LINEAR],                                      None),
-    Row("ptq_all_per_tensor",   "float",     [Ternary(absmean_per_tensor)],                 None),
-    Row("ptq_all_twn",          "float",     [Ternary(twn)],                                None),
-    Row("ptq_all",              "float",     [Ternary(mse_optimal)],                        None),
-    Row("ptq_all_8bit_acts",    "float",     [Ternary(mse_optimal, act_bits=8)],            None),
-    # ... and 1,024 unlabelled training images: each line adds a step to the one above
-    Row("ptq_all_error_feedback", "float",   [CalibratedTernary(Settings(correct=False))],   None),
-    Row("ptq_all_corrected",    "float",     [CalibratedTernary()],                          None),
-    Row("ptq_all_corrected_8bit_acts", "float", [CalibratedTernary(act_bits=8)],             None),
-    Row("ptq_all_reconstructed", "float",   [ReconstructedTernary()],                       None),
-    Row("ptq_all_reconstructed_8bit_acts", "float", [ReconstructedTernary(act_bits=8)],     None),
-    # As the earlier study: convolutions pruned after the linear layers became ternary
-    *[Row(f"ptq_linear_{score.__name__}_{p}", "float", [LINEAR, Prune(score, p / 100, only=nn.Conv2d)], None)
-      for score in (random, l1, l2_filters, l1_global) for p in (30, 50, 70, 90)],
-    # During training, weights and activations: integer arithmetic from the first layer to the last
-    Row("qat_linear",           "float",     [Ternary(absmean_fitted, act_bits=8, only=nn.Linear)], SHORT),
-    Row("qat_all",              "float",     [QAT],                                         FINETUNE),
-    Row("qat_all_6bit_acts",    "float",     [replace(QAT, act_bits=6)],                    FINETUNE),
-    Row("qat_all_weight_only",  "float",     [replace(QAT, act_bits=None)],                 FINETUNE),
-    Row("qat_all_8bit_first",   "float",     [replace(EIGHT_BIT, only=FIRST), QAT],         FINETUNE),
-    Row("qat_all_8bit_last",    "float",     [replace(EIGHT_BIT, only=LAST), QAT],          FINETUNE),
-    Row("qat_all_8bit_ends",    "float",     [replace(EIGHT_BIT, only=(FIRST, LAST)), QAT], FINETUNE),
-    # ... and from the codes of ptq_all_corrected, where the rows above start from the nearest ones
-    Row("qat_all_calibrated",   "float",     [CALIBRATED],                                  FINETUNE),
-    Row("qat_all_calibrated_6bit_acts", "float", [replace(CALIBRATED, act_bits=6)],     FINETUNE),
-    Row("qat_all_calibrated_weight_only", "float", [replace(CALIBRATED, act_bits=None)], FINETUNE),
-    *[Row(f"qat_all_{score.__name__}_{p}", "float", [Prune(score, p / 100), QAT],           SHORT)
-      for score in (random, l1, l2_filters, l1_global) for p in (30, 50, 70, 90)],
-]  # fmt: skip
+
+def rows(options: dict) -> list[Row]:
+    """The table; the original without batch norm has its layers under other numbers."""
+    first, last = "1", "28" if options.get("batch_norm", True) else "21"  # names of layers
+    return [
+        #   name                    starts from  then transformed by                            then trained with
+        Row("float",                None,        [],                                            SCRATCH),
+        Row("float_finetuned",      "float",     [],                                            FINETUNE),
+        # After training, weights only
+        Row("ptq_linear",           "float",     [LINEAR],                                      None),
+        Row("ptq_all_per_tensor",   "float",     [Ternary(absmean_per_tensor)],                 None),
+        Row("ptq_all_twn",          "float",     [Ternary(twn)],                                None),
+        Row("ptq_all",              "float",     [Ternary(mse_optimal)],                        None),
+        Row("ptq_all_8bit_acts",    "float",     [Ternary(mse_optimal, act_bits=8)],            None),
+        # ... and 1,024 unlabelled training images: each line adds a step to the one above
+        Row("ptq_all_error_feedback", "float",   [CalibratedTernary(Settings(correct=False))],   None),
+        Row("ptq_all_corrected",    "float",     [CalibratedTernary()],                          None),
+        Row("ptq_all_corrected_8bit_acts", "float", [CalibratedTernary(act_bits=8)],             None),
+        Row("ptq_all_reconstructed", "float",   [ReconstructedTernary()],                       None),
+        Row("ptq_all_reconstructed_8bit_acts", "float", [ReconstructedTernary(act_bits=8)],     None),
+        # As the earlier study: convolutions pruned after the linear layers became ternary
+        *[Row(f"ptq_linear_{score.__name__}_{p}", "float", [LINEAR, Prune(score, p / 100, only=nn.Conv2d)], None)
+          for score in (random, l1, l2_filters, l1_global) for p in (30, 50, 70, 90)],
+        # During training, weights and activations: integer arithmetic from the first layer to the last
+        Row("qat_linear",           "float",     [Ternary(absmean_fitted, act_bits=8, only=nn.Linear)], SHORT),
+        Row("qat_all",              "float",     [QAT],                                         FINETUNE),
+        Row("qat_all_6bit_acts",    "float",     [replace(QAT, act_bits=6)],                    FINETUNE),
+        Row("qat_all_weight_only",  "float",     [replace(QAT, act_bits=None)],                 FINETUNE),
+        Row("qat_all_8bit_first",   "float",     [replace(EIGHT_BIT, only=first), QAT],         FINETUNE),
+        Row("qat_all_8bit_last",    "float",     [replace(EIGHT_BIT, only=last), QAT],          FINETUNE),
+        Row("qat_all_8bit_ends",    "float",     [replace(EIGHT_BIT, only=(first, last)), QAT], FINETUNE),
+        # ... and from the codes of ptq_all_corrected, where the rows above start from the nearest ones
+        Row("qat_all_calibrated",   "float",     [CALIBRATED],                                  FINETUNE),
+        Row("qat_all_calibrated_6bit_acts", "float", [replace(CALIBRATED, act_bits=6)],     FINETUNE),
+        Row("qat_all_calibrated_weight_only", "float", [replace(CALIBRATED, act_bits=None)], FINETUNE),
+        *[Row(f"qat_all_{score.__name__}_{p}", "float", [Prune(score, p / 100), QAT],           SHORT)
+          for score in (random, l1, l2_filters, l1_global) for p in (30, 50, 70, 90)],
+    ]  # fmt: skip
+
 
 QUICK = ("float", "ptq_linear", "ptq_all", "qat_all", "qat_all_l1_50", "qat_all_l2_filters_50")
 
 if __name__ == "__main__":
-    main("alexnet", ROWS, QUICK)
+    main("alexnet", rows, QUICK)

@@ -2,7 +2,7 @@
 
     python3 determine_space_saved.py                       # each model of the study, packed and really saved
     python3 determine_space_saved.py --layers              # ... with a line for each layer
-    python3 determine_space_saved.py runs/**/model.safetensors    # what these packed files hold, checked byte for byte
+    python3 determine_space_saved.py runs/*/*/model.safetensors   # what these packed files hold, checked byte for byte
 
 Without files nothing is trained or downloaded: weights are random, and a third of their codes is zero, as after
 training.
@@ -98,9 +98,10 @@ def print_file(path: str) -> None:
     hashed = len(report.layers) + len(report.others)
     print(f"{path}: {report.kind}, {report.file_bytes:,} bytes, SHA-256 of the file and of {hashed} tensors verified")
     print_layers(report)
-    print(f"  {report.weights:,} packed weights, {report.zero_fraction:.1%} zeros, "
-          f"{8 * (report.file_bytes - report.other_bytes) / max(report.weights, 1):.3f} bits each, all of the header "
-          "counted")  # fmt: skip
+    if report.weights:
+        print(f"  {report.weights:,} packed weights, {report.zero_fraction:.1%} zeros, "
+              f"{8 * (report.file_bytes - report.other_bytes) / report.weights:.3f} bits each, all of the header "
+              "counted")  # fmt: skip
     sizes = {
         "this file": report.file_bytes, "ideal: entropy of the codes": report.ideal_bytes,
         "ideal: log2(3) bits": report.log2_3_bytes, "int8": report.bytes_at(1, 4), "float16": report.bytes_at(2, 2),

@@ -26,8 +26,10 @@ def alexnet(num_classes: int, batch_norm: bool = True, dropout: float | None = N
     `batch_norm=False` is the original. `dropout` defaults to 0.5 without batch norm and 0.2 with it.
 
     Raises:
-        ValueError: a dropout outside [0, 1).
+        ValueError: a dropout outside [0, 1), or a batch_norm that is neither true nor false.
     """
+    if not isinstance(batch_norm, bool):
+        raise ValueError(f"batch_norm is true or false, not {batch_norm!r}")
     rate = dropout if dropout is not None else (0.2 if batch_norm else 0.5)
     if not 0 <= rate < 1:
         raise ValueError(f"dropout is a fraction in [0, 1), not {rate}")

@@ -45,5 +45,4 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
             if hasattr(new, tensor_name):
                 for parametrization in parametrizations:
                     parametrize.register_parametrization(new, tensor_name, parametrization)
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, new)
+    model.set_submodule(name, new)

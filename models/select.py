@@ -17,13 +17,14 @@ def select_layers(model: nn.Module, only: Selection = None, keep: Sequence[str] 
     all. `keep`: name patterns of layers to leave out.
 
     Raises:
-        ValueError: a `keep` pattern that matches no layer (a typing mistake would silently change the result).
+        ValueError: a name pattern that matches no layer (a typing mistake would silently change the result).
     """
     wanted = (only,) if only is None or isinstance(only, (type, str)) else tuple(only)
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
-    for pattern in keep:
-        if not any(fnmatchcase(name, pattern) for name, _ in layers):
-            raise ValueError(f"keep={pattern!r} matches no layer: choose from {', '.join(n for n, _ in layers)}")
+    for kind, patterns in (("only", [w for w in wanted if isinstance(w, str)]), ("keep", keep)):
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name, _ in layers):
+                raise ValueError(f"{kind}={pattern!r} matches no layer: choose from {', '.join(n for n, _ in layers)}")
 
     def chosen(name: str, module: nn.Module) -> bool:
         if any(fnmatchcase(name, pattern) for pattern in keep):

@@ -110,9 +110,12 @@ def _essential(config: Any) -> dict[str, Any]:
     return {key: getattr(config, key) for key in ESSENTIAL}
 
 
+def _said(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def _no_vit(checkpoint: str, error: Exception) -> str:
-    said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return f"{checkpoint!r} cannot be loaded as a ViT ({said}): name a folder that save_pretrained wrote"
+    return f"{checkpoint!r} cannot be loaded as a ViT ({_said(error)}): name a folder that save_pretrained wrote"
 
 
 def _from_checkpoint(checkpoint: str, num_classes: int) -> tuple[nn.Module, list[float], list[float]]:
@@ -124,7 +127,7 @@ def _from_checkpoint(checkpoint: str, num_classes: int) -> tuple[nn.Module, list
         if Path(checkpoint).is_dir():
             raise ValueError(_no_vit(checkpoint, error)) from error
         raise FileNotFoundError(
-            f"the ViT checkpoint {checkpoint!r} is not a local folder and the Hub can't be reached for it: "
+            f"the ViT checkpoint {checkpoint!r} is not a local folder and cannot be had from the Hub ({_said(error)}): "
             "name a local folder with --options checkpoint=FOLDER, or train the compact ViT with --options "
             "checkpoint=none"
         ) from error

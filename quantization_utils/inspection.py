@@ -72,8 +72,13 @@ class FileReport:
         return bits / 8 + self.other_bytes
 
     def bytes_at(self, weight_bytes: int, other_bytes: int) -> int:
-        """With so many bytes for a weight and for every other number (float32: 4, 4; int8: 1, 4)."""
-        return self.weights * weight_bytes + sum(layer.weights for layer in self.others) * other_bytes
+        """With so many bytes for a weight and for every other number (float32: 4, 4; int8: 1, 4).
+
+        Of the tensors stored as they are, those of two and more dimensions hold weights.
+        """
+        weights = self.weights + sum(other.weights for other in self.others if len(other.shape) > 1)
+        others = sum(other.weights for other in self.others if len(other.shape) < 2)
+        return weights * weight_bytes + others * other_bytes
 
     @property
     def float_bytes(self) -> int:

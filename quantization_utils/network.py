@@ -82,7 +82,10 @@ def to_nodes(model: nn.Module, image_size: int = 32) -> list[Node]:
     graph = trace(model)
     # A model that is packed layer by layer may have buffers only.
     device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-    ShapeProp(fx.GraphModule(model, graph)).propagate(torch.zeros(1, 3, image_size, image_size, device=device))
+    try:
+        ShapeProp(fx.GraphModule(model, graph)).propagate(torch.zeros(1, 3, image_size, image_size, device=device))
+    except Exception as error:  # whatever its layers raise for images that are not theirs
+        raise NotANetwork(f"it does not take images of 3×{image_size}×{image_size}") from error
     return _Builder(model).build(graph)
 
 
@@ -103,7 +106,7 @@ class _Builder:
         return [replace(n, gain=_float32(n.gain), bias=_float32(n.bias)) for n in self.nodes]
 
     def step(self, fx_node: fx.Node) -> _Value:
-        if fx_node.target in (operator.add, operator.iadd, torch.add):
+        if fx_node.target in (operator.add, operator.iadd, torch.add) and not fx_node.kwargs:
             return self.add(*(self.values[a] for a in fx_node.args))  # type: ignore[index]
         module, source = module_of(self.model, fx_node), fx_node.args[0]
         value = self.values[source]  # type: ignore[index]
@@ -117,6 +120,8 @@ class _Builder:
         if isinstance(module, (nn.Dropout, nn.Identity, nn.Flatten)):
             return value
         if isinstance(module, nn.MaxPool2d) and value.index is not None:
+            if module.ceil_mode or _pair(module.dilation) != (1, 1):
+                raise NotANetwork("a max-pool with dilation or with part of a window at its end")
             node = Node("max_pool", value.index, kernel=_pair(module.kernel_size), stride=_pair(module.stride),
                         padding=_pair(module.padding))  # fmt: skip
             return self.emit(node, value.step)
@@ -134,6 +139,8 @@ class _Builder:
         if isinstance(module, BitConv2d):
             if module.groups != 1 or _pair(module.dilation) != (1, 1) or module.padding_mode != "zeros":
                 raise NotANetwork("a grouped or dilated convolution")
+            if isinstance(module.padding, str):
+                raise NotANetwork("a convolution whose padding is a word")
             node = replace(node, op="conv", kernel=_pair(module.kernel_size), stride=_pair(module.stride),
                            padding=_pair(module.padding))  # fmt: skip
             if value.index == IMAGE:
@@ -154,9 +161,8 @@ class _Builder:
         return gain_N, bias_N - gain_N * offset_N, mean_C.to(torch.uint8)
 
     def batch_norm(self, module: nn.BatchNorm1d | nn.BatchNorm2d, value: _Value) -> _Value:
-        if value.open is None:
-            raise NotANetwork("a batch norm that does not follow a layer")
-        assert module.running_mean is not None and module.running_var is not None
+        if value.open is None or not module.affine or module.running_mean is None or module.running_var is None:
+            raise NotANetwork("a batch norm that does not follow a layer, or has no weight or no statistics")
         assert value.open.gain is not None and value.open.bias is not None
         # Weight and bias may be parametrized (a pruned filter's are masked): attribute access sees the masked values.
         factor_N = module.weight.detach().double() / (module.running_var.double() + module.eps).sqrt()
@@ -178,6 +184,8 @@ class _Builder:
         if isinstance(module.module, nn.ReLU) and value.open is not None:
             node = replace(value.open, relu=True)
         elif isinstance(module.module, nn.AdaptiveAvgPool2d) and value.index is not None:
+            if _pair(module.module.output_size) != (1, 1):
+                raise NotANetwork("an average pool to more than one pixel")
             gain = torch.tensor([value.step / (shape[-1] * shape[-2])], dtype=torch.float64)
             node = Node("avg_pool", value.index, gain=gain)
         else:

@@ -45,14 +45,14 @@ def absmean(weight: Tensor) -> tuple[Tensor, Tensor]:
     Reference: S. Ma et al., "The Era of 1-bit LLMs", arXiv 2402.17764, eq. 1-3; there with one s for the whole tensor.
     """
     weight_NK = weight.flatten(1)
-    scale_N = _mean_magnitude(weight_NK, weight_NK != 0)
+    scale_N = _mean_magnitude(weight_NK)
     return _round_to_ternary(weight_NK, scale_N).view_as(weight), scale_N
 
 
 def absmean_per_tensor(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Absmean with one scale for the whole tensor, as in BitNet b1.58: arXiv 2402.17764, eq. 1-3."""
     weight_1K = weight.reshape(1, -1)
-    scale_1 = _mean_magnitude(weight_1K, weight_1K != 0)
+    scale_1 = _mean_magnitude(weight_1K)
     return _round_to_ternary(weight_1K, scale_1).view_as(weight), scale_1.expand(len(weight)).contiguous()
 
 
@@ -82,7 +82,7 @@ def twn(weight: Tensor) -> tuple[Tensor, Tensor]:
     Reference: F. Li, B. Liu et al., "Ternary Weight Networks", arXiv 1605.04711, eq. 6; there per layer.
     """
     weight_NK = weight.flatten(1)
-    threshold_N = 0.7 * _mean_magnitude(weight_NK, weight_NK != 0)
+    threshold_N = 0.7 * _mean_magnitude(weight_NK)
     codes_NK = (weight_NK.sign() * (weight_NK.abs() > threshold_N[:, None])).to(torch.int8)
     return codes_NK.view_as(weight), _fitted_scale(weight, codes_NK.view_as(weight))
 
@@ -127,9 +127,9 @@ def dequantize(codes: Tensor, scale_N: Tensor) -> Tensor:
     return codes.float() * scale_N.view(-1, *[1] * (codes.dim() - 1))
 
 
-def _mean_magnitude(weight_NK: Tensor, kept_NK: Tensor) -> Tensor:
-    """Mean |w| over the kept entries of each row, 1 where none is kept."""
-    count_N = kept_NK.sum(1)
+def _mean_magnitude(weight_NK: Tensor) -> Tensor:
+    """Mean |w| over the nonzero entries of each row (what is pruned has no say), 1 where there is none."""
+    count_N = (weight_NK != 0).sum(1)
     mean_N = weight_NK.abs().float().sum(1) / count_N.clamp_min(1)
     return mean_N.clamp_min(TINY).where(count_N > 0, 1.0)
 

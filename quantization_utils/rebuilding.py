@@ -71,13 +71,13 @@ def _swap_layers(model: nn.Module, described: Any, records: Mapping[str, Record]
             f"layer {name!r} has no such bits",
         )
         require(codes.shape == tuple(layer.weight.shape), f"the codes of layer {name!r} have the wrong shape")
-        _replace(model, name, _empty_packed(layer, codes.bits, options["act_bits"]))
+        model.set_submodule(name, _empty_packed(layer, codes.bits, options["act_bits"]))
     for name, options in quantized.items():
         require(name in built and name not in packed and name != "", f"there is no module {name!r} to quantize")
         fits = isinstance(options, dict) and set(options) == {"bits"} and whole(options["bits"], 2, 8)
         require(fits, f"module {name!r} has no such bits")
         with torch.device("meta"):
-            _replace(model, name, Quantized(built[name], StaticQuantizer(options["bits"], 1.0)))
+            model.set_submodule(name, Quantized(built[name], StaticQuantizer(options["bits"], 1.0)))
 
 
 def _empty_packed(layer: nn.Linear | nn.Conv2d, bits: Bits, act_bits: int | None) -> nn.Module:
@@ -88,11 +88,6 @@ def _empty_packed(layer: nn.Linear | nn.Conv2d, bits: Bits, act_bits: int | None
         return PackedLinear(codes, scale_N, bias_N, bits, act_bits)
     geometry = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation, "groups": layer.groups}
     return PackedConv2d(codes, scale_N, bias_N, bits, act_bits, geometry=geometry)
-
-
-def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, new)
 
 
 def _check_state(model: nn.Module, records: Mapping[str, Record]) -> None:

@@ -105,9 +105,8 @@ def _pack_layers(model: nn.Module) -> None:
     for name in [name for name, module in model.named_modules() if isinstance(module, tuple(BIT_TO_PACKED))]:
         layer: Any = model.get_submodule(name)  # held here alone, so that its float weight goes with it
         act_bits = getattr(layer.input_quantizer, "bits", None)
-        parent, _, child = name.rpartition(".")
         packed_class = next(packed for kind, packed in BIT_TO_PACKED.items() if isinstance(layer, kind))
-        setattr(model.get_submodule(parent), child, packed_class.from_bit_layer(layer, act_bits))
+        model.set_submodule(name, packed_class.from_bit_layer(layer, act_bits))
 
 
 def _insert_static_quantizers(model: nn.Module) -> dict[str, Quantized]:

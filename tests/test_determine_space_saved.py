@@ -44,6 +44,18 @@ def test_models_and_files(capsys, monkeypatch):
     assert f"{GOLDEN.stat().st_size:,} bytes" in out
 
 
+def test_float_layers_are_weights_too(tmp_path, capsys):
+    layers = [m for m in build("resnet_18", 10).modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))]
+    weights = sum(layer.weight.numel() for layer in layers)
+    path = tmp_path / "model"
+    save_model(pack_(build("resnet_18", 10)), path)
+    assert determine_space_saved.main([str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "packed weights" not in out
+    report = inspect_file(path)
+    assert report.bytes_at(1, 4) == report.float_bytes - 3 * weights
+
+
 @pytest.mark.parametrize("content", [None, b"", b"hello, this is no model", GOLDEN.read_bytes()[:-1]])
 def test_bad_files_are_one_sentence_and_exit_code_2(content, tmp_path, capsys):
     path = tmp_path / "model"

@@ -49,12 +49,23 @@ def test_list_shows_every_row_and_runs_none(script, monkeypatch, capsys, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_the_first_and_the_last_layer_are_called_so(script):
-    names = runpy.run_path(str(ROOT / f"{script}_experiments.py"))
-    model = build(script, 10, **({"checkpoint": None, "depth": 1, "width": 64} if script == "vit" else {}))
+@pytest.mark.parametrize(
+    "script, options",
+    [
+        ("alexnet", {}),
+        ("alexnet", {"batch_norm": False}),
+        ("resnet_18", {}),
+        ("vit", {"checkpoint": None, "depth": 1, "width": 64}),
+    ],
+)
+def test_the_first_and_the_last_layer_are_called_so(script, options):
+    table = runpy.run_path(str(ROOT / f"{script}_experiments.py"))
+    rows = {row.name: row for row in (table["rows"](options) if "rows" in table else table["ROWS"])}
+    model = build(script, 10, **options)
     layers = [name for name, _ in select_layers(model)]
-    assert [name for name, _ in select_layers(model, (names["FIRST"], names["LAST"]))] == [layers[0], layers[-1]]
+    for row, names in (("first", layers[:1]), ("last", layers[-1:]), ("ends", [layers[0], layers[-1]])):
+        eight_bit = rows[f"qat_all_8bit_{row}"].transforms[0]
+        assert [name for name, _ in select_layers(model, eight_bit.only)] == names
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -122,8 +122,11 @@ def _cpu_has_bf16() -> bool:
         return False
 
 
+PYTHON_WORDS = {"none": "null", "true": "true", "false": "false"}  # as JSON has them
+
+
 def parse_options(words: list[str]) -> dict[str, Any]:
-    """{"stem": "maxpool", "width": 192} from KEY=VALUE words; a value that reads as JSON is JSON, "none" is None.
+    """{"stem": "maxpool", "width": 192} from KEY=VALUE words; values as JSON or Python writes them, or words.
 
     Raises:
         ValueError: a word without "=".
@@ -134,7 +137,7 @@ def parse_options(words: list[str]) -> dict[str, Any]:
         if not (key and equals and value):
             raise ValueError(f"--options takes KEY=VALUE words, not {word!r}")
         try:
-            options[key] = None if value.lower() == "none" else json.loads(value)
+            options[key] = json.loads(PYTHON_WORDS.get(value.lower(), value))
         except json.JSONDecodeError:
             options[key] = value
     return options

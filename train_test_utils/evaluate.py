@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from quantization_utils.bit_layers import fixed_weights
 
 from .data import to_float
-from .dataset import Split
 
 
 @torch.inference_mode()
@@ -21,8 +20,3 @@ def predict(model: nn.Module, images_u8: Tensor, batch_size: int = 250) -> Tenso
 def accuracy_pct(logits: Tensor, labels: Tensor) -> float:
     """Share of images whose largest logit is the label's, in percent."""
     return 100 * (logits.argmax(1) == labels.cpu()).double().mean().item()
-
-
-def evaluate(model: nn.Module, split: Split) -> float:
-    """Accuracy of `model` on `split`, in percent."""
-    return accuracy_pct(predict(model, split.images), split.labels)

@@ -58,10 +58,10 @@ def main(
             print(format_rows(model_name, chosen))
             return
         device = distributed.start(arguments.device)
+        with distributed.first_alone():  # one process downloads; all sets, so that a missing one is told now
+            datasets = [load_dataset(name, arguments.data_dir) for name in arguments.dataset]
         diverged = False
-        for name in arguments.dataset:
-            with distributed.first_alone():  # one process downloads
-                dataset = load_dataset(name, arguments.data_dir)
+        for dataset in datasets:
             if arguments.holdout:
                 dataset = dataset.held_out(arguments.holdout)
             diverged |= not run_table(model_name, options, chosen, dataset, replace(arguments, device=device))
@@ -152,16 +152,22 @@ class Run:
         self._claim_folder()
         logbook.start_row(f"{self.row.name}-seed{self.seed}", self.config)
         model = self.transformed(self.start())
-        began = time.monotonic()
+        seconds: float | None = 0.0
         if self.row.recipe is not None:
             args = self.arguments
             setup = Setup(args.device, args.precision, args.compile, args.checkpoint_seconds)
             teacher = self.parent.trained().to(setup.device) if self.parent and self.row.recipe.distill else None
+            seconds = None  # unknown, if an interrupted run had ended but for its row
+
+            def on_epoch(record: dict[str, Any]) -> None:
+                nonlocal seconds
+                seconds = record["train_seconds"]
+                logbook.epoch(record)
+
             train(
                 model, self.data, self.row.recipe, setup, seed=self.seed, budget=args.budget, teacher=teacher,
-                state_path=self.folder / "last.pt", title=f"{self.row.name} seed {self.seed}", on_epoch=logbook.epoch,
+                state_path=self.folder / "last.pt", title=f"{self.row.name} seed {self.seed}", on_epoch=on_epoch,
             )  # fmt: skip
-        seconds = round(time.monotonic() - began, 1)
         if distributed.rank() == 0:
             save_weights(model, self.folder / "checkpoint.safetensors")
         return self._record(logbook, model, seconds)
@@ -171,7 +177,7 @@ class Run:
         logbook.start_row(f"{self.row.name}-seed{self.seed}", self.config)
         return self._record(logbook, self.trained(), line["train_seconds"])
 
-    def _record(self, logbook: Logbook, model: nn.Module, train_seconds: float) -> dict[str, Any]:
+    def _record(self, logbook: Logbook, model: nn.Module, train_seconds: float | None) -> dict[str, Any]:
         if distributed.rank() == 0:
             logbook.row(self.measured(model) | {"train_seconds": train_seconds})
             (self.folder / "last.pt").unlink(missing_ok=True)
@@ -209,7 +215,7 @@ class Run:
         args, test = self.arguments, self.data.test
         trainable_logits = predict(model.to(args.device), test.images)
         path = self.folder / "model.safetensors"
-        metadata = {"class_names": list(self.data.class_names), "trained": self.config, "commit": commit()}
+        metadata = {"classes": list(self.data.class_names), "trained": self.config, "commit": commit()}
         packed = pack_(copy.deepcopy(model).cpu())
         metadata["accuracy_of_trainable_pct"] = accuracy_pct(trainable_logits, test.labels)
         save_model(packed, path, metadata, calibration_images(self.data.train.images, self.seed).cpu())

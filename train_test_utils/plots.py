@@ -140,7 +140,7 @@ def draw_latency(lines: Sequence[Line], folder: Path) -> Picture | None:
         if p90:
             axes.plot([own, p90], [y, y], color=colour, linewidth=1, zorder=2)
         axes.plot(own, y, marker=marker, color=colour, markersize=8, zorder=3)
-        text = f"{significant(own)} ms" + (f"   {beside / own:.2f}×" if beside else "")
+        text = f"{significant(own)} ms" + (f"   {significant(beside / own)}×" if beside else "")
         axes.annotate(text, (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=9, color=INK)
     axes.set_yticks(range(len(shown)), [line.name for line in shown])
     axes.tick_params(axis="y", length=0)
@@ -149,11 +149,9 @@ def draw_latency(lines: Sequence[Line], folder: Path) -> Picture | None:
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("milliseconds for one image")
     left_out = f" {len(timed) - len(shown)} pruned rows are left out." if len(shown) < len(timed) else ""
-    where = ", ".join(
-        p
-        for p in (shown[0].text("device"), f"{shown[0].text('threads')} threads" if shown[0].text("threads") else "")
-        if p
-    )
+    threads = shown[0].text("threads")
+    device = shown[0].text("latency_device") or shown[0].text("device")
+    where = ", ".join(part for part in (device, f"{threads} threads" if threads else "") if part)
     return _save(figure, lines, folder / "latency.png", "Latency, one image",
                  "Mark: median, thin line to the 90th percentile. Black bar: the float model, measured in turns with "
                  f"it. {where}.{left_out}")  # fmt: skip

@@ -112,8 +112,9 @@ def significant(value: float, digits: int = 3) -> str:
     """Plain decimal notation with so many significant digits, thousands separated: 0.123, 12.3, 1,230."""
     if value == 0:
         return "0"
-    decimals = digits - 1 - math.floor(math.log10(abs(value)))
-    return f"{round(value, decimals):,.{max(decimals, 0)}f}"
+    rounded = float(f"{value:.{digits - 1}e}")
+    decimals = digits - 1 - math.floor(math.log10(abs(rounded)))
+    return f"{rounded:,.{max(decimals, 0)}f}"
 
 
 def megabytes(size: float) -> str:
@@ -131,7 +132,7 @@ COLUMNS = (
                     "0", "zero_fraction", lambda v: f"{100 * v:.1f}%"),
     Column("latency", "one image, median", "latency_ms_p50_batch1", lambda v: f"{significant(v)} ms"),
     Column("faster", "float latency / this latency, measured in turns in one run",
-           "float_latency_ms_p50_batch1/latency_ms_p50_batch1", lambda v: f"{v:.2f}×"),
+           "float_latency_ms_p50_batch1/latency_ms_p50_batch1", lambda v: f"{significant(v)}×"),
     Column("images/s", "large batch", "throughput_images_per_s", significant),
     Column("same class", "test images on which the reloaded file and the trainable model agree", "reload_agreement_pct",
            lambda v: f"{v:.2f}%"),
@@ -155,8 +156,13 @@ def circumstances(lines: Sequence[Line]) -> dict[str, str]:
 
     texts = {
         field: distinct(field)
-        for field in ("budget", "seed", "device", "threads", "backend", "precision", "commit", "options")
+        for field in (
+            "budget", "seed", "device", "latency_device", "threads", "backend", "precision", "commit", "options"
+        )
     }
+    latency_devices = texts.pop("latency_device")
+    if not set(latency_devices) <= set(texts["device"]):
+        texts["latency on"] = latency_devices
     seeds = texts.pop("seed")
     return {k: ", ".join(v) for k, v in ({"budget": texts.pop("budget"), "seeds": seeds} | texts).items() if v}
 

@@ -74,7 +74,7 @@ def train(
         AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True) if recipe.ema else None
     )
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler} | ({"averaged": averaged} if averaged else {})
-    start, sums = _resume(parts, state_path, device)
+    start, sums, seconds_before = _resume(parts, state_path, device)
     bit_layers = [m for m in model.modules() if isinstance(m, (BitLinear, BitConv2d))]
     runner = distributed.wrapped(model)
     if setup.compile:
@@ -83,7 +83,8 @@ def train(
     autocast = (
         torch.autocast(device.type, setup.precision) if setup.precision != torch.float32 else nullcontext()
     )
-    order, order_epoch, saved_at, epoch_began = None, -1, time.monotonic(), time.monotonic()
+    order, order_epoch, saved_at = None, -1, time.monotonic()
+    began = saved_at - seconds_before
     progress = tqdm(
         total=steps * recipe.batch_size, initial=start * recipe.batch_size, unit=" images", unit_scale=True, desc=title,
         leave=False, disable=rank > 0, mininterval=1.0 if sys.stderr.isatty() else 60.0,
@@ -135,13 +136,13 @@ def train(
             progress.set_postfix(shown, refresh=False, lr=f"{lr:.2g}")
         progress.update(recipe.batch_size)
         if last_of_epoch:
-            now = time.monotonic()
-            on_epoch(record | {"step": step + 1, "seconds": round(now - epoch_began, 1)})
+            on_epoch(record | {"step": step + 1, "train_seconds": round(time.monotonic() - began, 1)})
             sums.fill_(0)
-            sums[3], epoch_began = -1, now
+            sums[3] = -1
         if due and rank == 0:
-            save_state({"step": step + 1, "sums": sums} | {k: v.state_dict() for k, v in parts.items()}, state_path)
             saved_at = time.monotonic()
+            reached = {"step": step + 1, "sums": sums, "seconds": saved_at - began}
+            save_state(reached | {k: v.state_dict() for k, v in parts.items()}, state_path)
 
     progress.close()
     if averaged is not None:
@@ -153,15 +154,15 @@ def train(
     return model.eval()
 
 
-def _resume(parts: dict[str, Any], path: Path | None, device: torch.device) -> tuple[int, Tensor]:
-    """Load the state of an interrupted run into `parts`; return the first step still to do and the epoch's sums."""
+def _resume(parts: dict[str, Any], path: Path | None, device: torch.device) -> tuple[int, Tensor, float]:
+    """Load the state of an interrupted run into `parts`; return the first step to do, the epoch's sums, seconds."""
     state = load_state(path, device) if path is not None else None
     if state is None:
-        return 0, torch.tensor([0.0, 0.0, 0.0, -1.0], device=device)
+        return 0, torch.tensor([0.0, 0.0, 0.0, -1.0], device=device), 0.0
     try:
         for name, part in parts.items():
             part.load_state_dict(state[name])
-        return state["step"], state["sums"]
+        return state["step"], state["sums"], state["seconds"]
     except Exception as error:  # each part has its own way of saying that a state is not one of its own
         raise ValueError(
             f"{path} is not the state of this training ({first_line(error)}): delete it to start the row anew"

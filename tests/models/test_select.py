@@ -21,13 +21,13 @@ def model():
         (["0", nn.Linear], (), ["0", "2.1", "3"]),
         (None, ["2.*", "3"], ["0"]),
         (nn.Linear, ["3"], ["2.1"]),
-        ("9", (), []),
     ],
 )
 def test_only_and_keep(model, only, keep, names):
     assert [name for name, _ in select_layers(model, only, keep)] == names
 
 
-def test_a_keep_pattern_that_matches_nothing_is_a_mistake(model):
-    with pytest.raises(ValueError, match="keep='4' matches no layer: choose from 0, 2.0, 2.1, 3"):
-        select_layers(model, keep=["4"])
+@pytest.mark.parametrize("which", ["only", "keep"])
+def test_a_pattern_that_matches_nothing_is_a_mistake(model, which):
+    with pytest.raises(ValueError, match=f"{which}='4' matches no layer: choose from 0, 2.0, 2.1, 3"):
+        select_layers(model, **{which: ["0", "4"]})

@@ -156,6 +156,45 @@ def test_what_is_not_a_network_is_packed_layer_by_layer(which):
         assert not isinstance(pack_(model), PackedNetwork)
 
 
+class ScaledSum(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.relu = nn.Conv2d(8, 8, 3, padding=1), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(torch.add(self.conv(x), x, alpha=0.5))
+
+
+@pytest.mark.parametrize(
+    "layer, pixels",
+    [
+        (nn.MaxPool2d(3, 2, ceil_mode=True), 8),
+        (nn.MaxPool2d(2, 1, dilation=2), 14),
+        (nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8, affine=False), nn.ReLU()), 16),
+        (nn.AdaptiveAvgPool2d(2), 2),
+        (ScaledSum(), 16),
+    ],
+    ids=str,
+)
+def test_options_that_nodes_do_not_have_are_not_lost(layer, pixels):
+    torch.manual_seed(0)
+    layers = [Normalize(), nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.ReLU(), layer, nn.Flatten()]
+    model = nn.Sequential(*layers, nn.Linear(8 * pixels**2, 5)).eval()
+    batch = images(8)
+    expected = calibrate_(quantize_(model), batch)(batch)
+    packed = pack_(model)
+    assert not isinstance(packed, PackedNetwork)
+    torch.testing.assert_close(packed(batch), expected, rtol=0, atol=1e-4)
+
+
+def test_a_chain_for_images_of_another_size_is_packed_layer_by_layer():
+    layers = [Normalize(), nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 18 * 18, 5)]
+    model = nn.Sequential(*layers).eval()
+    batch = torch.rand(4, 3, 20, 20)
+    expected = calibrate_(quantize_(model), batch)(batch)
+    torch.testing.assert_close(pack_(model)(batch), expected, rtol=0, atol=1e-4)
+
+
 def test_transformers_are_not_chains():
     with pytest.raises(NotANetwork):
         to_nodes(quantize_(make("vit_like")))

@@ -51,7 +51,8 @@ def test_only_keep_and_a_second_quantizer_for_the_rest():
     [
         ({"act_bits": 9}, "2 to 8 bits or None .float., not 9"),
         ({"act_bits": 1}, "2 to 8 bits"),
-        ({"only": "conv9"}, "only='conv9', keep=.*: nothing to quantize"),
+        ({"only": "conv9"}, "only='conv9' matches no layer"),
+        ({"only": nn.LSTM}, "only=.*LSTM.*, keep=.*: nothing to quantize"),
         ({"keep": ["fc"]}, "keep='fc' matches no layer"),
     ],
 )

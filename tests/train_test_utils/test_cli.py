@@ -32,7 +32,7 @@ def test_lists_and_options():
 
 @pytest.mark.parametrize(
     "word, value",
-    [("a=1", 1), ("a=0.5", 0.5), ("a=false", False), ("a=none", None), ("a=None", None), ("a=x=y", "x=y")],
+    [("a=1", 1), ("a=0.5", 0.5), ("a=false", False), ("a=True", True), ("a=None", None), ("a=x=y", "x=y")],
 )
 def test_values_of_options(word, value):
     assert parse_options([word]) == {"a": value}

@@ -63,8 +63,8 @@ def test_what_a_line_prunes(fields, expected):
 
 
 @pytest.mark.parametrize("value, text", [
-    (0, "0"), (0.12345, "0.123"), (1.0, "1.00"), (12.34, "12.3"), (123.4, "123"), (1234.0, "1,230"), (99.96, "100.0"),
-    (-2.5, "-2.50"),
+    (0, "0"), (0.12345, "0.123"), (0.99964, "1.00"), (1.0, "1.00"), (12.34, "12.3"), (99.96, "100"), (123.4, "123"),
+    (1234.0, "1,230"), (-2.5, "-2.50"),
 ])  # fmt: skip
 def test_significant_digits(value, text):
     assert significant(value) == text
@@ -78,6 +78,12 @@ def test_circumstances_name_every_device_and_skip_the_unknown():
     lines = lines_of([row(device="A", commit=""), row("float", seed=1, device="B", options={"stem": "maxpool"})])
     found = circumstances(lines)
     assert found == {"budget": "1", "seeds": "0, 1", "device": "A, B", "options": "stem=maxpool"}
+
+
+def test_a_latency_of_another_device_says_so():
+    one, two = row(device="GPU", latency_device="CPU"), row(device="CPU", latency_device="CPU")
+    assert circumstances(lines_of([one]))["latency on"] == "CPU"
+    assert "latency on" not in circumstances(lines_of([two]))
 
 
 def test_what_was_measured_on_held_out_images_is_not_called_test_accuracy():
