@@ -138,4 +138,4 @@ def test_zero_fraction_counts_over_all_chosen_layers():
     model[0].weight.data.zero_()
     assert zero_fraction(model) == 16 / 64 and zero_fraction(model, only="1") == 0
     with pytest.raises(ValueError, match="no linear or convolution layer"):
-        zero_fraction(model, only="nothing")
+        zero_fraction(model, only=nn.Conv2d)
