@@ -51,6 +51,8 @@ void transform_kernel(int side, const int8_t* g, int (&v)[3][3], int (&u)[5][5])
 
 Network::Network(const Kernels& isa, std::vector<NodeSpec> nodes, int image_channels)
     : isa_(isa), nodes_(std::move(nodes)), image_channels_(image_channels) {
+  constexpr size_t kMaxNodes = (kMaxPhases - 1) / 2;  // the image takes one phase, a node up to two
+  if (nodes_.size() > kMaxNodes) throw std::invalid_argument("a network of more than " + std::to_string(kMaxNodes) + " nodes does not fit in one parallel region");
   front_ = std::find_if(nodes_.begin(), nodes_.end(), [](const NodeSpec& s) { return s.op == Op::kLinear; }) - nodes_.begin();
   for (size_t i = front_; i < nodes_.size(); ++i)  // only the front's last value is used after it
     if (nodes_[i].input < front_ - 1 || (nodes_[i].residual != kNone && nodes_[i].residual < front_ - 1)) front_ = 0;

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,6 +11,7 @@ from torch import Tensor
 from quantization_utils import kernels
 from quantization_utils.kernels import reference
 from quantization_utils.nodes import Node
+from quantization_utils.storage_checks import MAX_NODES
 
 pytestmark = pytest.mark.skipif("cpu" not in kernels.available_backends(), reason="no C++ compiler")
 BACKENDS = [b for b in kernels.available_backends() if b.startswith("cpu-")]
@@ -323,10 +326,28 @@ def test_environment_and_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kernels.make_executor([conv(-1, 4, 3)], "reference").backend == "reference"
 
 
+def test_networks_longer_than_a_parallel_region_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The longest that fit, on two threads, and one node more; a model file's limit is below."""
+    before, images = torch.get_num_threads(), images_of(1, 2, 2)
+    pool = Node("max_pool", 0)
+    monkeypatch.setenv("TERNARY_ALGORITHM", "direct")  # measures nothing
+    nodes = [conv(-1, 4, 3), *(replace(pool, input=i) for i in range(1022))]
+    try:
+        torch.set_num_threads(2)
+        check(nodes, images, "cpu-portable")
+    finally:
+        torch.set_num_threads(before)
+    with pytest.raises(ValueError, match="more than 1023 nodes"):
+        kernels.make_executor([*nodes, replace(pool, input=1022)], "cpu")
+    assert len(nodes) >= MAX_NODES
+
+
 def test_wrong_shapes_are_named() -> None:
     executor = kernels.make_executor([conv(-1, 8, 3), conv(0, 8, 9)], "cpu")
     with pytest.raises(ValueError, match="expects 9 channels and reads 8"):
         executor(images_of(1, 8, 8))
+    with pytest.raises(ValueError, match="expects 9 channels and reads 8"):
+        executor.plan(1, 8, 8)
     with pytest.raises(ValueError, match="images must be"):
         kernels.make_executor([conv(-1, 8, 3)], "cpu")(images_of(1, 8, 8, channels=4))
     assert kernels.make_executor([conv(-1, 8, 3)], "cpu")(images_of(0, 8, 8)[:0].reshape(0, 3, 8, 8)).shape[0] == 0

@@ -187,6 +187,8 @@ def test_what_does_not_fit_together_is_refused() -> None:
     bad = cpu.EncoderLayer(dense(96, 32), dense(32, 32), dense(64, 32), dense(32, 48), norms)
     with pytest.raises(ValueError, match="do not fit together"):
         cpu.Encoder([bad], 2, 1e-6, 8)
+    with pytest.raises(ValueError, match="more than 1023 layers"):
+        cpu.Encoder([good] * 1024, 2, 1e-6, 8)
     with pytest.raises(ValueError, match=r"\(images, tokens, 32\)"):
         encoder(torch.randn(1, 3, 31), 1)
     with pytest.raises(ValueError, match="of 3 tokens the first 4 can't be kept"):
