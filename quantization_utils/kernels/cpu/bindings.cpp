@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <chrono>
 #include <numeric>
+#include <random>
 #include <unordered_map>
 
 #include "encoder.h"
@@ -30,11 +31,17 @@ const Kernels& isa(const std::string& name) {
 
 bool has_isa(const std::string& name) { return find_isa(name) != nullptr; }
 
+// Where numbers begin: torch.export writes them into a program, and in another process the same number must not be another network.
+int64_t first_number() {
+  std::random_device random;
+  return std::uniform_int_distribution<int64_t>(1, (int64_t)1 << 62)(random);
+}
+
 template <typename T>
 struct Registry {
   std::mutex mutex;
   std::unordered_map<int64_t, std::shared_ptr<T>> items;
-  int64_t next = 1;
+  int64_t next = first_number();
   int64_t add(std::shared_ptr<T> item) {
     std::lock_guard<std::mutex> lock(mutex);
     items[next] = std::move(item);
