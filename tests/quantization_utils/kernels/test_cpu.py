@@ -243,6 +243,22 @@ def test_dynamic_linear(backend: str, bits: int | str, rows: int, k: int, n: int
         assert torch.equal(layer(x.transpose(0, 1)), layer(x).transpose(0, 1))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bad", [float("nan"), -float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("k", [1, 17, 64])
+def test_rows_that_are_not_finite_become_nan(backend: str, bad: float, k: int) -> None:
+    """All of their outputs, wherever it stands, as the reference's; no other rows'."""
+    layer, x = (codes_of((37, k)), torch.rand(37), torch.randn(37), 8), torch.randn(k + 1, k)
+    x[range(k), range(k)] = bad
+    found = kernels.make_linear(*layer, backend)(x)
+    assert found[:k].isnan().all() and found[k].isfinite().all()
+    assert torch.equal(found.nan_to_num(7.0), reference.Linear(*layer)(x).nan_to_num(7.0))
+    patches, images = codes_of((37, 1, 1, k)), torch.stack([x, torch.randn(k + 1, k)])[:, None]
+    geometry = {"stride": (1, k), "padding": (0, 0), "dilation": (1, 1), "groups": 1}
+    found = kernels.make_conv(patches, *layer[1:], geometry, backend)(images)
+    assert found[0].isnan().all() and found[1].isfinite().all()
+
+
 def test_results_do_not_depend_on_threads() -> None:
     nodes = [conv(-1, 64, 3), conv(0, 128, 64, 3, 2), conv(1, 128, 128, out_max=None)]
     images, before, results = images_of(15, 15, 15), torch.get_num_threads(), []

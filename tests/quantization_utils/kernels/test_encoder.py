@@ -134,6 +134,18 @@ def test_large_scores_and_constant_tokens(backend: str) -> None:
     close(found, wanted)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@torch.no_grad()
+def test_what_is_not_finite_reaches_its_whole_image(backend: str, bad: float) -> None:
+    model, hidden = packed_vit(), torch.randn(2, 17, 128)
+    use(model, backend)
+    wanted = model.encoder(hidden, 17)
+    hidden[0, 3, 100] = bad
+    found = model.encoder(hidden, 17)
+    assert found[0].isnan().all() and torch.equal(found[1], wanted[1])
+
+
 @torch.no_grad()
 def test_a_model_takes_it_and_keeps_it_through_copies_moves_and_files(tmp_path: Path) -> None:
     model, images = packed_vit(), torch.rand(4, 3, 32, 32)
