@@ -55,7 +55,10 @@ def choose_isa(backend: str) -> str:
 
 
 class NetworkExecutor:
-    """Runs packed nodes: images float32 (B, C, H, W) in [0, 1] on the CPU → logits float32 (B, classes)."""
+    """Runs packed nodes: images float32 (B, C, H, W) in [0, 1] on the CPU → logits float32 (B, classes).
+
+    Pixels beyond count as 0 or 1; all logits of an image with a pixel that is NaN are NaN, as the reference's.
+    """
 
     def __init__(self, nodes: Sequence[Node], backend: str = "cpu") -> None:
         isa = choose_isa(backend)

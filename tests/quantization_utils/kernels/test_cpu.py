@@ -119,6 +119,24 @@ def test_pixels_between_codes_and_out_of_range(backend: str) -> None:
     check([conv(-1, 7, 3)], images, backend)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("last", ["linear", "avg_pool"])
+@pytest.mark.parametrize("batch", [2, 32])
+def test_pixels_that_are_no_numbers_make_logits_nan(backend: str, last: str, batch: int) -> None:
+    """Of their image and no other; infinite ones are the largest and the smallest code."""
+    nodes = [conv(-1, 17, 3), Node("max_pool", 0, kernel=(2, 2), stride=(2, 2))]
+    nodes.append(
+        Node("avg_pool", 1, gain=torch.tensor([0.1])) if last == "avg_pool"
+        else Node("linear", 1, codes=codes_of((5, 17 * 12)), gain=torch.rand(5), bias=torch.randn(5))
+    )  # fmt: skip
+    images = images_of(batch, 9, 6)
+    images[0, 1, 3, 2], images[-1, 0, 0, 0], images[-1, 2, 2, 1] = float("nan"), float("inf"), -float("inf")
+    expected = reference.NetworkExecutor(nodes)(images)
+    assert expected[0].isnan().all() and expected[1:].isfinite().all()
+    found = kernels.make_executor(nodes, backend)(images)
+    assert torch.equal(found.nan_to_num(7.0), expected.nan_to_num(7.0))
+
+
 @pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 1, 1), (3, 2, 1), (5, 3, 4), (1, 2, 3)])
 def test_multiply_adds_leave_padding_out(kernel: int, stride: int, padding: int) -> None:
     node = conv(-1, 5, 3, kernel, stride, padding)
