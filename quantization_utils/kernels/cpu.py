@@ -162,7 +162,17 @@ class Encoder:
 
 
 def _is_ternary(codes: Tensor) -> bool:
-    return codes.numel() == 0 or int(codes.abs().max()) <= 1
+    """Whether 2 bits hold them all.
+
+    Raises:
+        ValueError: one is -128, which no quantizer makes and the kernels' 32-bit sums do not reckon with.
+    """
+    if codes.numel() == 0:
+        return True
+    low, high = (int(value) for value in codes.aminmax())
+    if low < -127:
+        raise ValueError("a weight's code is -128: the kernels take codes from -127 to 127")
+    return low >= -1 and high <= 1
 
 
 def _channels_out(nodes: Sequence[Node]) -> list[int]:

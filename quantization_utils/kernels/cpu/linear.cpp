@@ -7,6 +7,7 @@ namespace ternary {
 
 Linear::Linear(const Kernels& isa, int n, int k, const int8_t* codes, const float* scale, const float* bias, bool is_ternary, int act_bits)
     : isa_(isa), n_(n), k_(k), stride_((k + 63) / 64 * 64), code_max_((1 << (act_bits - 1)) - 1), scale_(scale, scale + n), bias_(n, 0.0f) {
+  if (k < 1) throw std::invalid_argument("a linear layer without inputs");
   if (bias) bias_.assign(bias, bias + n);
   if (!is_ternary && k >= 66000) throw std::invalid_argument("a linear layer with too many 8-bit weights a channel for 32-bit accumulators");
   const Weights kind = !is_ternary ? Weights::kInt8 : k < 131000 ? Weights::kTwoBit : Weights::kSmall;

@@ -376,6 +376,18 @@ def test_networks_longer_than_a_parallel_region_are_refused(monkeypatch: pytest.
     assert len(nodes) >= MAX_NODES
 
 
+def test_codes_that_no_layer_has_are_refused() -> None:
+    """-128, whose magnitude int8 does not hold; no inputs at all."""
+    codes = torch.tensor([[-128, 0, 1]], dtype=torch.int8)
+    with pytest.raises(ValueError, match="code is -128"):
+        kernels.make_linear(codes, torch.ones(1), None, 8, "cpu")
+    node = Node("conv", -1, codes=codes.view(1, 3, 1, 1), gain=torch.ones(1), bias=torch.ones(1))
+    with pytest.raises(ValueError, match="code is -128"):
+        kernels.make_executor([node], "cpu")
+    with pytest.raises(ValueError, match="without inputs"):
+        kernels.make_linear(codes[:, :0], torch.ones(1), None, 8, "cpu")
+
+
 def test_wrong_shapes_are_named() -> None:
     executor = kernels.make_executor([conv(-1, 8, 3), conv(0, 8, 9)], "cpu")
     with pytest.raises(ValueError, match="expects 9 channels and reads 8"):
