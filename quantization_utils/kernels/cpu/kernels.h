@@ -1,4 +1,5 @@
-// What the network (network.cpp, linear.cpp) asks of an instruction set (isa_*.cpp), as plain structs and function pointers.
+// What networks (plan.cpp, run.cpp), linear layers and encoders ask of an instruction set (isa_*.cpp), as plain structs and
+// function pointers.
 //
 // Everything is one matrix product C[pixel][channel] += A[pixel][k] * W[k][channel] with unsigned 8-bit A and signed W.
 // A "pixel" is a row of A given by a pointer; its K bytes are `runs` contiguous runs, `run_stride` bytes apart (a

@@ -79,7 +79,7 @@ template <typename Quantize>
 void Linear::run_rows(int64_t rows, int64_t items, int threads, float* out, const Quantize& quantize) {
   if (rows == 0) return;
   std::lock_guard<std::mutex> lock(mutex_);
-  threads = std::max(1, std::min(threads, 256));
+  threads = std::max(1, std::min(threads, kMaxThreads));
   if ((int64_t)row_scale_.size() < rows) rows_.resize(rows * stride_ + 64), row_scale_.resize(rows);
   const int blocks = (n_ + panels_.block - 1) / panels_.block, most = isa_.max_pixels;
   const int64_t groups = (rows + most - 1) / most;
