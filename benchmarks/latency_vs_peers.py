@@ -4,10 +4,13 @@
     peers/bin/python benchmarks/latency_vs_peers.py [--cases alexnet resnet_18 vit fc] [--batches 1 32] [--rounds 30]
 
 In every round each engine runs a few times, in a new order; a round's figure is the median of its runs, so slow spells
-of a shared machine meet all engines alike. Ratios are medians of per-round ratios with a bootstrap interval of 95%.
-"flushed": 64 MiB are written between runs, so weights come from memory. The direct limit counts the multiply-adds of
-the plain algorithm, without padding taps, at the measured rate of the processor. Appends to
-results/latency/peers.jsonl.
+of a shared machine meet all engines alike. Ratios are medians of per-round ratios with a bootstrap interval of 95%, and
+times are medians of all runs, as of a machine in use; the tables of single layers (networks.py, kernels.py) take the
+second smallest of nine runs, near the best that the machine can do.
+"flushed": 64 MiB are written between runs, so weights come from memory. The direct limit counts the multiply-adds that
+our engine executes, by the plain algorithm and without padding taps, at the measured rate of the processor: all of the
+model's, but of a ViT's last layer the output of attention and the MLP for the class token only ("model_multiply_adds"
+counts them for all tokens, as other engines may). Appends to results/latency/peers.jsonl.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ from benchmarks import peers
 from benchmarks.limits import machine_limits
 from benchmarks.record import ROOT, append_record
 
+LEAST_ROUNDS = 12  # that an interval of 95% is of
 KINDS = {"float": peers.FLOAT, "int8": peers.INT8, "2bit": peers.TWO_BIT}
 # What the kernels are built to reach with warm caches: times the best engine of each kind, percent of the direct limit.
 AIMS: dict[tuple[str, int], dict[str, float]] = {
@@ -69,41 +73,53 @@ def packed_model(model: nn.Module, case: str, act_bits: int) -> nn.Module:
     return pack_(packed)
 
 
-def multiply_adds(model: nn.Module, x: Tensor) -> int:
-    """Of one forward pass, convolutions without the taps that fall on padding; attention products left out."""
-    total = 0
+def multiply_adds(model: nn.Module, x: Tensor) -> tuple[int, int]:
+    """Of one forward pass: executed by our engine, and of the model, whose last layer may compute unused tokens.
+
+    Convolutions without the taps that fall on padding; attention products left out.
+    """
+    from models.vit import ViT
+    from quantization_utils.packed_encoder import linear_layers
+
+    executed = total = 0
+    of_one_token = linear_layers(model.network.vit.layers[-1])[3:] if isinstance(model, ViT) else []
 
     def count(layer: nn.Module, args: Any, out: Tensor) -> None:
-        nonlocal total
+        nonlocal executed, total
         if isinstance(layer, nn.Linear):
             total += out.numel() * layer.in_features
+            executed += (out[:, 0] if any(layer is m for m in of_one_token) else out).numel() * layer.in_features
             return
         ones = torch.ones_like(args[0][:1, :1])
         kernel = torch.ones(1, 1, *layer.kernel_size)
         taps = torch.nn.functional.conv2d(ones, kernel, stride=layer.stride, padding=layer.padding).sum()
-        total += int(taps) * layer.in_channels * layer.out_channels * len(out)
+        products = int(taps) * layer.in_channels * layer.out_channels * len(out)
+        executed, total = executed + products, total + products
 
     hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
     model(x)
     for hook in hooks:
         hook.remove()
-    return total
+    return executed, total
 
 
 def prepare(
     case: str, batch: int, wanted: list[str], act_bits: int
-) -> tuple[dict[str, peers.Run], dict[str, str], int]:
-    """Engines that run here, why the others do not, multiply-adds."""
+) -> tuple[dict[str, peers.Run], dict[str, str], tuple[int, int]]:
+    """Engines that run here, why the others do not, `multiply_adds`."""
     model = float_model(case)
     x = torch.rand(batch, 9216) if case == "fc" else torch.rand(batch, 3, 32, 32)
     packed = packed_model(model, case, act_bits)
     engines: dict[str, peers.Run] = {"ours": lambda: packed(x)}
     missing: dict[str, str] = {}
     for builder in (b for kind in KINDS.values() for b in kind):
-        if (wanted and builder.__name__ not in wanted) or (builder in peers.TWO_BIT and case != "fc"):
+        if builder in peers.TWO_BIT and case != "fc":
             continue
         if builder is peers.ort_int8_dynamic and case not in ("vit", "fc"):
             continue  # dynamic quantization is for transformers; convolutions have the static engine
+        if wanted and builder.__name__ not in wanted:
+            missing[builder.__name__] = "not asked for"
+            continue
         try:
             layout = (
                 torch.channels_last
@@ -123,23 +139,24 @@ def prepare(
     return engines, missing, multiply_adds(model, x)
 
 
-def measure(engines: dict[str, peers.Run], rounds: int, flushed: bool, seconds: float) -> dict[str, np.ndarray]:
-    """Milliseconds of each engine: (rounds, runs)."""
+def measure(
+    engines: dict[str, peers.Run], rounds: int, warm_ups: int, repetitions: int, flushed: bool, seconds: float
+) -> dict[str, np.ndarray]:
+    """Milliseconds of each engine: (rounds, repetitions)."""
     waste = np.zeros(64 << 20, dtype=np.uint8)
     runs = {name: [] for name in engines}
     order = list(engines)
-    repetitions = dict.fromkeys(engines, 5)
     begin = time.perf_counter()
     for round_index in range(rounds + 1):
-        if round_index > 3 and time.perf_counter() - begin > seconds:
+        if round_index > LEAST_ROUNDS and time.perf_counter() - begin > seconds:
             break
         random.Random(round_index).shuffle(order)
         for name in order:
             run, times = engines[name], []
             time.sleep(0.03)  # the threads of the engine before this one stop spinning, and leave it the cores
-            for _ in range(2 if not flushed else 0):
+            for _ in range(warm_ups):
                 run()
-            for _ in range(repetitions[name]):
+            for _ in range(repetitions):
                 if flushed:
                     waste += 1
                 start = time.perf_counter()
@@ -186,6 +203,7 @@ def report(case: str, batch: int, flushed: bool, times: dict[str, np.ndarray], l
         "case": case,
         "batch": batch,
         "flushed": flushed,
+        "rounds": len(ours),
         "engines": engines,
         "best": best,
         "vs": {kind: engines[name]["ratio"] for kind, name in best.items()},
@@ -217,7 +235,8 @@ def main() -> None:
     )
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 32])
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--seconds", type=float, default=60, help="a table ends with the round that passes this")
+    parser.add_argument("--seconds", type=float, default=60,
+                        help=f"a table ends with the round that passes this, but has {LEAST_ROUNDS}")  # fmt: skip
     parser.add_argument("--engines", nargs="+", default=[], help="names of peers; all by default")
     parser.add_argument("--act-bits", type=int, default=6, help="activations of AlexNet and ResNet-18")
     parser.add_argument("--no-flushed", action="store_true")
@@ -227,16 +246,18 @@ def main() -> None:
     torch.set_grad_enabled(False)
     for case in args.cases:
         for batch in args.batches:
-            engines, missing, work = prepare(case, batch, args.engines, args.act_bits)
+            engines, missing, (work, model_work) = prepare(case, batch, args.engines, args.act_bits)
             for name, why in missing.items():
                 print(f"NOT MEASURED in {case}, batch {batch}: {name} ({why})", flush=True)
             for flushed in [False] if args.no_flushed or batch > 1 else [False, True]:
-                times = measure(engines, max(3, args.rounds // (1 if batch == 1 else 3)), flushed, args.seconds)
+                warm_ups, repetitions = (0 if flushed else 2, 5) if batch == 1 else (1, 2)  # large batches: more rounds
+                times = measure(engines, args.rounds, warm_ups, repetitions, flushed, args.seconds)
                 figures = report(case, batch, flushed, times, work / limits["peak_multiply_adds_per_s"] * 1e3)
                 forget(case, batch, flushed)
                 aims = {} if flushed else AIMS.get((case, batch), {})
                 append_record("latency/peers", {**figures, "aims": aims, **limits, "missing": missing,
-                                                "multiply_adds": work, "act_bits": args.act_bits})  # fmt: skip
+                                                "multiply_adds": work, "model_multiply_adds": model_work,
+                                                "act_bits": args.act_bits}, peers.PACKAGES)  # fmt: skip
 
 
 if __name__ == "__main__":

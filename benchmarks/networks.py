@@ -6,7 +6,8 @@
 
 The direct limit of a node is its multiply-adds at the measured rate of the processor, or its 2-bit weights at the
 measured reading rate, whichever is longer; Winograd needs 2.25 (stride 2: 1.44) times fewer multiply-adds and may pass
-it. Writes results/latency/<the table's name>.jsonl anew.
+it. The time of a node is the second smallest of nine runs of the network, near the best that the machine can do;
+latency_vs_peers.py takes medians. Writes results/latency/<the table's name>.jsonl anew.
 
 A block is one input of as many output channels as a vector register has lanes: the least that a kernel can skip. Of
 each kind of layer, the one of a network with the most of them is shown. Weights are those of the networks in runs/

@@ -200,3 +200,4 @@ def litespark(model: nn.Module, x: Tensor) -> Run:
 FLOAT = (torch_fp32, torch_bf16, torch_fp32_compiled, torch_bf16_compiled, ort_fp32, openvino_fp32, openvino_default)
 INT8 = (ort_int8, ort_int8_dynamic, openvino_int8)
 TWO_BIT = (ort_2bit, litespark)
+PACKAGES = ("onnxruntime", "openvino", "nncf", "litespark-inference")

@@ -7,34 +7,45 @@ import platform
 import subprocess
 import sys
 import time
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def append_record(name: str, figures: dict[str, Any]) -> Path:
-    """Append `figures` and their circumstances to results/<name>.jsonl; return that path."""
+def append_record(name: str, figures: dict[str, Any], packages: tuple[str, ...] = ()) -> Path:
+    """Append `figures` and their circumstances to results/<name>.jsonl; return that path.
+
+    `packages`: whose versions matter too, if they are installed.
+    """
     path = ROOT / "results" / f"{name}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    line = {**figures, **circumstances()}
+    line = {**figures, **circumstances(packages)}
     with open(path, "a") as file:
         file.write(json.dumps(line) + "\n")
     return path
 
 
-def circumstances() -> dict[str, Any]:
+def circumstances(packages: tuple[str, ...] = ()) -> dict[str, Any]:
     """Commit, command, versions, device, time."""
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
     ).stdout.strip()
-    packages = {name: version(name) for name in ("torch", "numpy", "zstandard", "transformers")}
+    versions = {name: _version(name) for name in ("torch", "numpy", "zstandard", "transformers", *packages)}
     return {
         "commit": commit or None, "command": " ".join(["python3", *_relative(sys.argv)]),
-        "versions": {"python": platform.python_version(), **packages}, "device": _processor(),
+        "versions": {"python": platform.python_version(), **{name: v for name, v in versions.items() if v}},
+        "device": _processor(),
         "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }  # fmt: skip
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _relative(arguments: list[str]) -> list[str]:

@@ -19,7 +19,7 @@ from .packing import CODES_PER_BYTE, ENCODINGS, Bits
 DTYPE_OF = {"F64": "float64", "I64": "int64", "F32": "float32", "I32": "int32", "F16": "float16", "BF16": "bfloat16",
             "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"}  # fmt: skip
 MAX_SIDE = 1 << 12
-MAX_NODES = 1 << 12
+MAX_NODES = 1000  # the kernels run a network in one parallel region, which has room for 1023 nodes (threads.h)
 MAX_OPTION = 1 << 16  # the largest number in a constructor: classes, widths, image sizes
 # Letters, digits and underscores: a file never names a path, an address or a repository for a constructor to fetch.
 PLAIN_WORD = re.compile(r"[A-Za-z0-9_]{0,64}")
@@ -154,7 +154,8 @@ def check_network(network: Any, records: Mapping[str, Record], classes: int | No
     require(
         is_shape(image) and len(image) == 3 and all(1 <= n <= MAX_SIDE for n in image), "its network has no image shape"
     )
-    require(isinstance(described, list) and 1 <= len(described) <= MAX_NODES, "its network has no nodes")
+    fits = isinstance(described, list) and 1 <= len(described) <= MAX_NODES
+    require(fits, f"its network has no nodes or more than {MAX_NODES}")
     used: set[str] = set()
     nodes: list[Node] = []
     shapes: dict[int, tuple[int, ...]] = {IMAGE: tuple(image)}

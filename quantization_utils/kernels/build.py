@@ -1,9 +1,10 @@
-"""Builds and loads the C++ kernels: once per source, compiler flags and torch version, kept in a cache folder."""
+"""Builds and loads the C++ kernels: once per source, flags, torch version and kind of machine, in a cache folder."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import platform
 import shutil
 import sys
 import tempfile
@@ -40,9 +41,10 @@ def _load() -> str:
     flags = [*FLAGS, *_openmp(), *os.environ.get("TERNARY_CXXFLAGS", "").split()]
     library = _cache_folder() / _fingerprint(flags) / "ternary_kernels.so"
     try:
-        if not library.exists():
-            _compile(library, flags)
-        torch.ops.load_library(str(library))
+        if library.exists():
+            torch.ops.load_library(str(library))
+        else:
+            _compile_and_load(library, flags)
     except Exception as error:  # every cause means the same: these kernels cannot be used here
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
     from . import ops
@@ -65,13 +67,20 @@ def _cache_folder() -> Path:
 
 
 def _fingerprint(flags: list[str]) -> str:
-    digest = hashlib.sha256(f"{torch.__version__} {sys.version_info[:2]} {flags}".encode())
+    digest = hashlib.sha256(f"{torch.__version__} {sys.version_info[:2]} {platform.machine()} {flags}".encode())
     for path in sorted(SOURCES.iterdir()):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def _compile(library: Path, flags: list[str]) -> None:
+def _link_flags(flags: list[str]) -> list[str]:
+    """Of all flags the linker's: -fopenmp only where PyTorch brings no library, for it would link a second one."""
+    bundled = any(flag.startswith("/") for flag in flags)
+    return [f for f in flags if f.startswith(("-fsanitize", "-pthread", "/")) or (f == "-fopenmp" and not bundled)]
+
+
+def _compile_and_load(library: Path, flags: list[str]) -> None:
+    """Operators can be registered once: what was compiled here stays loaded, whoever put the same at `library`."""
     from torch.utils import cpp_extension
 
     if not (shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")):
@@ -85,8 +94,7 @@ def _compile(library: Path, flags: list[str]) -> None:
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         cpp_extension.load(
             name="ternary_kernels", sources=[str(p) for p in sorted(SOURCES.glob("*.cpp"))],
-            extra_cflags=[f for f in flags if f.startswith("-")],
-            extra_ldflags=[f for f in flags if f.startswith(("-fsanitize", "-pthread", "/"))] or ["-fopenmp"],
+            extra_cflags=[f for f in flags if f.startswith("-")], extra_ldflags=_link_flags(flags),
             build_directory=folder, is_python_module=False, is_standalone=False, verbose=False,
         )  # fmt: skip
         os.replace(Path(folder) / "ternary_kernels.so", library)

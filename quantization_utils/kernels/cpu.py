@@ -4,6 +4,9 @@ Threads follow torch.get_num_threads(). Environment: TERNARY_ISA (avx512vnni, av
 set; TERNARY_ALGORITHM forces how nodes are computed that have a choice (winograd: 3×3 convolutions; skipping: linear
 layers, without their zero blocks; direct: none), which else is measured for each node and batch size at the first call.
 Neither changes a result: all are exact.
+
+C++ keeps what was made of a model under a number, which torch.export writes into the program: an exported program lives
+as long as the packed model that it was made of, and in its process; anywhere else it raises a ValueError.
 """
 
 from __future__ import annotations
@@ -52,7 +55,10 @@ def choose_isa(backend: str) -> str:
 
 
 class NetworkExecutor:
-    """Runs packed nodes: images float32 (B, C, H, W) in [0, 1] on the CPU → logits float32 (B, classes)."""
+    """Runs packed nodes: images float32 (B, C, H, W) in [0, 1] on the CPU → logits float32 (B, classes).
+
+    Pixels beyond count as 0 or 1; all logits of an image with a pixel that is NaN are NaN, as the reference's.
+    """
 
     def __init__(self, nodes: Sequence[Node], backend: str = "cpu") -> None:
         isa = choose_isa(backend)
@@ -156,7 +162,17 @@ class Encoder:
 
 
 def _is_ternary(codes: Tensor) -> bool:
-    return codes.numel() == 0 or int(codes.abs().max()) <= 1
+    """Whether 2 bits hold them all.
+
+    Raises:
+        ValueError: one is -128, which no quantizer makes and the kernels' 32-bit sums do not reckon with.
+    """
+    if codes.numel() == 0:
+        return True
+    low, high = (int(value) for value in codes.aminmax())
+    if low < -127:
+        raise ValueError("a weight's code is -128: the kernels take codes from -127 to 127")
+    return low >= -1 and high <= 1
 
 
 def _channels_out(nodes: Sequence[Node]) -> list[int]:

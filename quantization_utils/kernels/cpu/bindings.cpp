@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <chrono>
 #include <numeric>
+#include <random>
 #include <unordered_map>
 
 #include "encoder.h"
@@ -30,11 +31,17 @@ const Kernels& isa(const std::string& name) {
 
 bool has_isa(const std::string& name) { return find_isa(name) != nullptr; }
 
+// Where numbers begin: torch.export writes them into a program, and in another process the same number must not be another network.
+int64_t first_number() {
+  std::random_device random;
+  return std::uniform_int_distribution<int64_t>(1, (int64_t)1 << 62)(random);
+}
+
 template <typename T>
 struct Registry {
   std::mutex mutex;
   std::unordered_map<int64_t, std::shared_ptr<T>> items;
-  int64_t next = 1;
+  int64_t next = first_number();
   int64_t add(std::shared_ptr<T> item) {
     std::lock_guard<std::mutex> lock(mutex);
     items[next] = std::move(item);
@@ -69,6 +76,16 @@ std::vector<T> to_vector(const at::Tensor& t, at::ScalarType type) {
   return std::vector<T>(c.data_ptr<T>(), c.data_ptr<T>() + c.numel());
 }
 
+// What `call` returns; what it refuses is a ValueError.
+template <typename Call>
+auto refusing(const Call& call) {
+  try {
+    return call();
+  } catch (const std::invalid_argument& error) {
+    TORCH_CHECK_VALUE(false, error.what());
+  }
+}
+
 // `meta`, 14 numbers a node: op input residual ternary relu out_max n c kernel[2] stride[2] padding[2]
 int64_t network_create(const std::string& isa_name, const std::string& algorithm, at::TensorList codes, at::TensorList gains, at::TensorList biases,
                        at::TensorList pads, at::IntArrayRef meta, at::ArrayRef<double> residual_gains, int64_t channels) {
@@ -87,7 +104,7 @@ int64_t network_create(const std::string& isa_name, const std::string& algorithm
     TORCH_CHECK_VALUE(s.input >= -1 && s.input < (int64_t)i && s.residual >= ternary::kNone && s.residual < (int64_t)i, "node ", i, " reads a later node");
   }
   auto item = std::make_shared<NetworkItem>();
-  item->network = std::make_unique<ternary::Network>(isa(isa_name), std::move(nodes), (int)channels);
+  item->network = refusing([&] { return std::make_unique<ternary::Network>(isa(isa_name), std::move(nodes), (int)channels); });
   item->channels = (int)channels, item->algorithm = algorithm;
   return networks().add(item);
 }
@@ -100,26 +117,20 @@ at::Tensor network_run(const at::Tensor& images, int64_t handle, at::IntArrayRef
   std::vector<int64_t> shape = {b};
   shape.insert(shape.end(), tail.begin(), tail.end());
   if (b == 0) return at::empty(shape, x.options());
-  try {
+  return refusing([&] {
     TORCH_CHECK_VALUE(item->network->out_shape(b, h, w) == shape, "images of another size than the network was prepared for");
     at::Tensor out = at::empty(shape, x.options());
     item->network->run(x.data_ptr<float>(), b, h, w, at::get_num_threads(), item->algorithm, out.data_ptr<float>());
     return out;
-  } catch (const std::invalid_argument& error) {
-    TORCH_CHECK_VALUE(false, error.what());
-  }
+  });
 }
 
 std::vector<int64_t> network_shape(int64_t handle, int64_t batch, int64_t height, int64_t width) {
-  try {
-    return networks().get(handle)->network->out_shape(batch, height, width);
-  } catch (const std::invalid_argument& error) {
-    TORCH_CHECK_VALUE(false, error.what());
-  }
+  return refusing([&] { return networks().get(handle)->network->out_shape(batch, height, width); });
 }
 
 std::string network_describe(int64_t handle, int64_t batch, int64_t height, int64_t width) {
-  return networks().get(handle)->network->describe(batch, height, width);
+  return refusing([&] { return networks().get(handle)->network->describe(batch, height, width); });
 }
 
 int64_t linear_create(const std::string& isa_name, const at::Tensor& codes, const at::Tensor& scale, const std::optional<at::Tensor>& bias, bool is_ternary,
@@ -127,12 +138,10 @@ int64_t linear_create(const std::string& isa_name, const at::Tensor& codes, cons
   const auto weights = to_vector<int8_t>(codes, at::kChar);
   const auto scales = to_vector<float>(scale, at::kFloat);
   const auto biases = bias ? to_vector<float>(*bias, at::kFloat) : std::vector<float>();
-  try {
+  return refusing([&] {
     return linears().add(std::make_shared<ternary::Linear>(isa(isa_name), codes.size(0), codes.size(1), weights.data(), scales.data(),
                                                            bias ? biases.data() : nullptr, is_ternary, (int)act_bits));
-  } catch (const std::invalid_argument& error) {
-    TORCH_CHECK_VALUE(false, error.what());
-  }
+  });
 }
 
 at::Tensor linear_run(const at::Tensor& input, int64_t handle, int64_t n) {
@@ -167,11 +176,7 @@ int64_t encoder_create(const std::string& isa_name, int64_t heads, double epsilo
     std::shared_ptr<ternary::Linear>* products[] = {&layers[i].qkv, &layers[i].out, &layers[i].fc1, &layers[i].fc2};
     for (int k = 0; k < 4; ++k) *vectors[k] = to_vector<float>(norms[4 * i + k], at::kFloat), *products[k] = linears().get(linear_handles[4 * i + k]);
   }
-  try {
-    return encoders().add(std::make_shared<ternary::Encoder>(isa(isa_name), (int)heads, (float)epsilon, std::move(layers)));
-  } catch (const std::invalid_argument& error) {
-    TORCH_CHECK_VALUE(false, error.what());
-  }
+  return refusing([&] { return encoders().add(std::make_shared<ternary::Encoder>(isa(isa_name), (int)heads, (float)epsilon, std::move(layers))); });
 }
 
 at::Tensor encoder_run(const at::Tensor& hidden, int64_t handle, int64_t kept) {

@@ -16,26 +16,24 @@ static void image_row(const float* const* planes, int channels, int width, uint8
 }
 
 static float quantize_row(const float* x, int64_t k, int code_max, uint8_t* out) {
-  floats top = {};
+  ints top = {};  // of magnitudes, taken as integers: in the same order, and what is not a number is beyond infinity
+  const auto see = [&](floats v) {
+    const ints magnitude = (ints)v & 0x7FFFFFFF;
+    top = top > magnitude ? top : magnitude;
+  };
   int64_t i = 0;
-  for (; i + LANES <= k; i += LANES) {
-    const floats v = *(const floats*)(x + i);
-    const floats magnitude = (floats)((ints)v & 0x7FFFFFFF);
-    top = larger(top, magnitude);
-  }
-  float absmax = 1e-5f;  // the smallest, so that an all-zero row has a scale
-  const float largest = largest_of(top);
-  absmax = largest > absmax ? largest : absmax;
-  for (; i < k; ++i) {
-    const float magnitude = x[i] < 0 ? -x[i] : x[i];
-    absmax = magnitude > absmax ? magnitude : absmax;
-  }
+  for (; i + LANES <= k; i += LANES) see(*(const floats*)(x + i));
+  if (i < k) see(load_part<floats>(x + i, (int)(k - i) * 4));
+  const float infinity = __builtin_inff();
+  const ints most = (ints)(floats{} + infinity);
+  const float largest = largest_of((floats)(top < most ? top : most));
+  const float absmax = largest > 1e-5f ? largest : 1e-5f;  // the smallest, so that an all-zero row has a scale
   const float inverse = (float)code_max / absmax;
   // |x * inverse| <= code_max * (1 + 2^-22), which rounds to at most code_max: nothing to clamp. kRound's last bits are 0.
   const auto codes = [=](floats v) { return ints_to_bytes((ints)(v * inverse + (kRound + 128.0f))); };
   for (i = 0; i + LANES <= k; i += LANES) *(bytes*)(out + i) = codes(*(const floats*)(x + i));
   if (i < k) store_part<bytes>(out + i, codes(load_part<floats>(x + i, (int)(k - i) * 4)), (int)(k - i));
-  return absmax / (float)code_max;
+  return absmax < infinity ? absmax / (float)code_max : __builtin_nanf("");
 }
 
 static void max_row(const uint8_t* in, int n, uint8_t* inout) {

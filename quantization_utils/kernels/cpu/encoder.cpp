@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <stdexcept>
+#include <string>
 
 namespace ternary {
 namespace {
@@ -21,6 +22,8 @@ struct Encoder::Scratch {
 Encoder::Encoder(const Kernels& isa, int heads, float epsilon, std::vector<EncoderLayer> layers)
     : isa_(isa), heads_(heads), width_(layers.empty() ? 0 : layers[0].qkv->k()), epsilon_(epsilon), layers_(std::move(layers)) {
   if (layers_.empty() || heads < 1 || width_ % (heads * kMostLanes)) throw std::invalid_argument("an encoder's heads are a multiple of 16 wide");
+  constexpr size_t kMaxLayers = (kMaxPhases - 1) / 2;  // two phases a layer, and one at the end
+  if (layers_.size() > kMaxLayers) throw std::invalid_argument("an encoder of more than " + std::to_string(kMaxLayers) + " layers does not fit in one parallel region");
   for (const EncoderLayer& l : layers_) {
     const bool fits = l.qkv->k() == width_ && l.qkv->n() == 3 * width_ && l.out->k() == width_ && l.out->n() == width_ && l.fc1->k() == width_ &&
                       l.fc2->k() == l.fc1->n() && l.fc2->n() == width_;

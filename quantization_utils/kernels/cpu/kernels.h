@@ -1,4 +1,5 @@
-// What the network (network.cpp, linear.cpp) asks of an instruction set (isa_*.cpp), as plain structs and function pointers.
+// What networks (plan.cpp, run.cpp), linear layers and encoders ask of an instruction set (isa_*.cpp), as plain structs and
+// function pointers.
 //
 // Everything is one matrix product C[pixel][channel] += A[pixel][k] * W[k][channel] with unsigned 8-bit A and signed W.
 // A "pixel" is a row of A given by a pointer; its K bytes are `runs` contiguous runs, `run_stride` bytes apart (a
@@ -120,7 +121,7 @@ struct Kernels {
   void (*winograd)(int side, const WinogradTile&, const Epilogue&, const Output&, int channels);
   // float32 image planes -> uint8 NHWC row of `width` pixels, `stride` bytes each, round(x * 255) clamped to 0 … 255
   void (*image_row)(const float* const* planes, int channels, int width, uint8_t* out, int stride);
-  // signed codes + 128 of one row; returns the scale
+  // signed codes + 128 of one row; returns the scale: NaN, and with it all that follows from the row, unless all of it is finite
   float (*quantize_row)(const float* x, int64_t k, int code_max, uint8_t* out);
   void (*max_row)(const uint8_t* in, int n, uint8_t* inout);    // inout = max(inout, in)
   void (*add_row)(const uint8_t* in, int n, int32_t* inout);    // inout += in

@@ -7,6 +7,7 @@ namespace ternary {
 
 Linear::Linear(const Kernels& isa, int n, int k, const int8_t* codes, const float* scale, const float* bias, bool is_ternary, int act_bits)
     : isa_(isa), n_(n), k_(k), stride_((k + 63) / 64 * 64), code_max_((1 << (act_bits - 1)) - 1), scale_(scale, scale + n), bias_(n, 0.0f) {
+  if (k < 1) throw std::invalid_argument("a linear layer without inputs");
   if (bias) bias_.assign(bias, bias + n);
   if (!is_ternary && k >= 66000) throw std::invalid_argument("a linear layer with too many 8-bit weights a channel for 32-bit accumulators");
   const Weights kind = !is_ternary ? Weights::kInt8 : k < 131000 ? Weights::kTwoBit : Weights::kSmall;
@@ -78,7 +79,7 @@ template <typename Quantize>
 void Linear::run_rows(int64_t rows, int64_t items, int threads, float* out, const Quantize& quantize) {
   if (rows == 0) return;
   std::lock_guard<std::mutex> lock(mutex_);
-  threads = std::max(1, std::min(threads, 256));
+  threads = std::max(1, std::min(threads, kMaxThreads));
   if ((int64_t)row_scale_.size() < rows) rows_.resize(rows * stride_ + 64), row_scale_.resize(rows);
   const int blocks = (n_ + panels_.block - 1) / panels_.block, most = isa_.max_pixels;
   const int64_t groups = (rows + most - 1) / most;

@@ -124,7 +124,7 @@ struct Plan {
 class Network {
  public:
   Network(const Kernels& isa, std::vector<NodeSpec> nodes, int image_channels);
-  // images: float32 planes (batch, channels, height, width); out: float32, as many as out_size says.
+  // images: float32 planes (batch, channels, height, width); out: float32, as many as out_shape says.
   void run(const float* images, int batch, int height, int width, int threads, const std::string& algorithm, float* out);
   std::vector<int64_t> out_shape(int batch, int height, int width) const;
   // One line a node: "node op algorithm direct_us winograd_us skipping_us multiply_adds", for a batch that has run.

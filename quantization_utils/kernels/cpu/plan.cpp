@@ -51,6 +51,8 @@ void transform_kernel(int side, const int8_t* g, int (&v)[3][3], int (&u)[5][5])
 
 Network::Network(const Kernels& isa, std::vector<NodeSpec> nodes, int image_channels)
     : isa_(isa), nodes_(std::move(nodes)), image_channels_(image_channels) {
+  constexpr size_t kMaxNodes = (kMaxPhases - 1) / 2;  // the image takes one phase, a node up to two
+  if (nodes_.size() > kMaxNodes) throw std::invalid_argument("a network of more than " + std::to_string(kMaxNodes) + " nodes does not fit in one parallel region");
   front_ = std::find_if(nodes_.begin(), nodes_.end(), [](const NodeSpec& s) { return s.op == Op::kLinear; }) - nodes_.begin();
   for (size_t i = front_; i < nodes_.size(); ++i)  // only the front's last value is used after it
     if (nodes_[i].input < front_ - 1 || (nodes_[i].residual != kNone && nodes_[i].residual < front_ - 1)) front_ = 0;
@@ -82,7 +84,7 @@ Plan& Network::plan(int batch, int height, int width) {
     Plan& own = *plan->parts.back();
     own.batch = plan->part, own.height = height, own.width = width, own.steps = plan->steps;
     make_values(own);
-    allocate(own, 0, front_);
+    allocate(own, 0, front_ + 1);  // its last value goes where the threads share it, but not while algorithms are measured
   }
   slot = std::move(plan);
   return *slot;
@@ -266,7 +268,7 @@ void Network::make_step(Plan& plan, int node) {
   step->epilogue.residual_gain = s.residual_gain, step->epilogue.relu = s.relu, step->epilogue.out_max = s.out_max;
   step->gain = s.gain, step->bias = s.bias;
   const int block = isa_.lanes * isa_.max_vectors;
-  step->gain.resize(round_up(out.c, block), s.op == Op::kAvgPool ? s.gain[0] : 0.0f);
+  step->gain.resize(round_up(out.c, block), 0.0f);
   if (s.op == Op::kAvgPool) std::fill(step->gain.begin(), step->gain.end(), s.gain[0]);
   step->bias.resize(round_up(out.c, block), 0.0f);
   if (s.op == Op::kMaxPool || s.op == Op::kAvgPool) return;
@@ -327,26 +329,23 @@ void Network::measure(Plan& plan, const std::vector<Algorithm> (&algorithms)[2])
 // Every node direct, or what else it can be: Winograd, or skipping zero blocks where there are enough to try. The faster wins,
 // node by node.
 void Network::choose(Plan& plan, const std::string& algorithm) {
-  for (auto& own : plan.parts) own->values[front_].data = plan.values[front_].data;
   if (algorithm == "direct") return;
   std::vector<Algorithm> algorithms[2];  // the plain ones, and the others
-  size_t shared = 0, shared_a_part = 0;
+  size_t shared = 0;
   for (size_t i = 0; i < nodes_.size(); ++i) {
     Step& step = *plan.steps[i];
     algorithms[0].push_back(step.algorithm), algorithms[1].push_back(step.algorithm);
-    const bool in_part = plan.part && (int)i < front_;
     const Value &in = plan.values[nodes_[i].input + 1], &out = plan.values[i + 1];
     if (algorithm != "winograd") step.sparse = sparse_panels(i, in, algorithm == "skipping" ? 0.0 : kLeastSkipped);
     if (step.sparse) algorithms[1][i] = Algorithm::kSkipping;
     if (!step.winograd_side || algorithm == "skipping") continue;
-    const int64_t tiles = (int64_t)(in_part ? plan.part : in.n) * ((out.h + 1) / 2) * ((out.w + 1) / 2) + isa_.max_pixels;
-    size_t& most = in_part ? shared_a_part : shared;
-    most = std::max(most, (size_t)(tiles * (step.winograd_side * step.winograd_side * in.cs + 16)));
+    // Groups of one size, the last of which may not be full. In a part one thread is alone and shares nothing.
+    const int64_t tiles = (int64_t)in.n * ((out.h + 1) / 2) * ((out.w + 1) / 2) + isa_.tiles[step.winograd_side - 4] - 1;
+    if (!plan.part || (int)i >= front_) shared = std::max(shared, (size_t)(tiles * (step.winograd_side * step.winograd_side * in.cs + 16)));
     step.winograd = winograd_panels(i, in, step.winograd_side);
     algorithms[1][i] = Algorithm::kWinograd;
   }
   plan.shared = Bytes(shared);
-  for (auto& own : plan.parts) own->shared = Bytes(shared_a_part);
   if (algorithm == "auto") measure(plan, algorithms);
   for (size_t i = 0; i < nodes_.size(); ++i) {
     Step& step = *plan.steps[i];

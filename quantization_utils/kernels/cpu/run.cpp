@@ -1,5 +1,6 @@
 // Running a planned network: one parallel region, one or two shared phases a node.
 #include <cstring>
+#include <limits>
 
 #include "network.h"
 
@@ -12,6 +13,13 @@ constexpr int kItemsPerThread = 6;
 int64_t team_chunk(int64_t groups, int blocks, int threads, int64_t most) {
   const int64_t wanted = (int64_t)threads * kItemsPerThread;
   return std::max<int64_t>(1, std::min(most, groups * blocks / wanted));
+}
+
+// Whether any is not a number. In integers, which the compiler counts a vector at a time.
+bool any_nan(const float* x, int64_t count) {
+  int any = 0;
+  for (int64_t i = 0; i < count; ++i) any |= x[i] != x[i];
+  return any != 0;
 }
 
 // Of a network's node, which has no scale of its own for each row; null: no residual.
@@ -42,6 +50,10 @@ void Network::run(const float* images, int batch, int height, int width, int thr
           const float value = last.is_float ? ((const float*)last.data)[from] : (float)last.data[from];
           out[((int64_t)(b * last.c + c) * last.h + y) * last.w + x] = value;
         }
+  // A byte cannot say that a pixel is not a number: all of its image's outputs do.
+  const int64_t image_floats = (int64_t)image_channels_ * height * width, out_floats = (int64_t)last.c * last.h * last.w;
+  for (int b = 0; b < last.n; ++b)
+    if (any_nan(images + b * image_floats, image_floats)) std::fill_n(out + b * out_floats, out_floats, std::numeric_limits<float>::quiet_NaN());
 }
 
 uint8_t* Network::scratch(int thread, size_t bytes) {

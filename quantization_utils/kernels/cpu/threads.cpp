@@ -1,6 +1,6 @@
 #include "threads.h"
 
-#include <unistd.h>
+#include <pthread.h>
 
 #include <algorithm>
 #include <mutex>
@@ -22,6 +22,16 @@ inline void relax() {
 #endif
 }
 
+// Never destroyed: a call may be running while the process ends.
+std::mutex* region = new std::mutex;
+Team* team = nullptr;
+bool forked = false;
+
+// A child has none of its parent's OpenMP threads, whoever woke them, and what its parent's regions left is of no use to it. It
+// has one thread now, so nothing here needs a lock.
+void start_as_child() { region = new std::mutex, team = nullptr, forked = true; }
+[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, start_as_child);
+
 void run_on_new_threads(Team& team, const std::function<void(Member&)>& body) {
   std::vector<std::thread> others;
   for (int index = 1; index < team.size; ++index)
@@ -31,7 +41,7 @@ void run_on_new_threads(Team& team, const std::function<void(Member&)>& body) {
   for (std::thread& other : others) other.join();
 }
 
-void run(Team& team, const std::function<void(Member&)>& body, bool forked) {
+void run(Team& team, const std::function<void(Member&)>& body) {
   if (team.size == 1) {
     Member self(team, 0);
     return body(self);
@@ -58,20 +68,15 @@ void Member::wait(Team::Phase& phase, int64_t items) {
 }
 
 void parallel(int threads, const std::function<void(Member&)>& body) {
-  // Never destroyed: a call may be running while the process ends. A forked child has none of its parent's OpenMP threads.
-  static const pid_t owner = getpid();
-  static std::mutex* region = new std::mutex;
-  static Team* team = new Team;
-  static pid_t current = owner;
-  if (current != getpid()) region = new std::mutex, team = new Team, current = getpid();
   std::lock_guard<std::mutex> one_at_a_time(*region);
+  if (!team) team = new Team;
   team->size = std::max(1, std::min(threads, kMaxThreads));
   for (Team::Phase& phase : team->phases) {
     if (phase.next[0].value.load(std::memory_order_relaxed) == 0) break;  // phases are used in order, all queues of each
     for (Team::Counter& next : phase.next) next.value.store(0, std::memory_order_relaxed);
     phase.done.value.store(0, std::memory_order_relaxed);
   }
-  run(*team, body, current != owner);
+  run(*team, body);
 }
 
 }  // namespace ternary

@@ -11,7 +11,7 @@
 namespace ternary {
 
 constexpr int kMaxThreads = 256;
-constexpr int kMaxPhases = 2048;  // in one region
+constexpr int kMaxPhases = 2048;  // in one region; who shares more often than a few times checks it when constructed
 constexpr int kQueues = 4;        // of items in a phase: threads begin with different ones, and help with the others' then
 
 struct Team {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,6 +11,7 @@ from torch import Tensor
 from quantization_utils import kernels
 from quantization_utils.kernels import reference
 from quantization_utils.nodes import Node
+from quantization_utils.storage_checks import MAX_NODES
 
 pytestmark = pytest.mark.skipif("cpu" not in kernels.available_backends(), reason="no C++ compiler")
 BACKENDS = [b for b in kernels.available_backends() if b.startswith("cpu-")]
@@ -114,6 +117,24 @@ def test_pixels_between_codes_and_out_of_range(backend: str) -> None:
     images = torch.linspace(-0.5, 1.5, 3 * 9 * 37).reshape(1, 3, 9, 37)
     images[0, 0, 0, :4] = torch.tensor([0.5, 1.5, 2.5, 254.5]) / 255  # halves go to the even code
     check([conv(-1, 7, 3)], images, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("last", ["linear", "avg_pool"])
+@pytest.mark.parametrize("batch", [2, 32])
+def test_pixels_that_are_no_numbers_make_logits_nan(backend: str, last: str, batch: int) -> None:
+    """Of their image and no other; infinite ones are the largest and the smallest code."""
+    nodes = [conv(-1, 17, 3), Node("max_pool", 0, kernel=(2, 2), stride=(2, 2))]
+    nodes.append(
+        Node("avg_pool", 1, gain=torch.tensor([0.1])) if last == "avg_pool"
+        else Node("linear", 1, codes=codes_of((5, 17 * 12)), gain=torch.rand(5), bias=torch.randn(5))
+    )  # fmt: skip
+    images = images_of(batch, 9, 6)
+    images[0, 1, 3, 2], images[-1, 0, 0, 0], images[-1, 2, 2, 1] = float("nan"), float("inf"), -float("inf")
+    expected = reference.NetworkExecutor(nodes)(images)
+    assert expected[0].isnan().all() and expected[1:].isfinite().all()
+    found = kernels.make_executor(nodes, backend)(images)
+    assert torch.equal(found.nan_to_num(7.0), expected.nan_to_num(7.0))
 
 
 @pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 1, 1), (3, 2, 1), (5, 3, 4), (1, 2, 3)])
@@ -240,6 +261,22 @@ def test_dynamic_linear(backend: str, bits: int | str, rows: int, k: int, n: int
         assert torch.equal(layer(x.transpose(0, 1)), layer(x).transpose(0, 1))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bad", [float("nan"), -float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("k", [1, 17, 64])
+def test_rows_that_are_not_finite_become_nan(backend: str, bad: float, k: int) -> None:
+    """All of their outputs, wherever it stands, as the reference's; no other rows'."""
+    layer, x = (codes_of((37, k)), torch.rand(37), torch.randn(37), 8), torch.randn(k + 1, k)
+    x[range(k), range(k)] = bad
+    found = kernels.make_linear(*layer, backend)(x)
+    assert found[:k].isnan().all() and found[k].isfinite().all()
+    assert torch.equal(found.nan_to_num(7.0), reference.Linear(*layer)(x).nan_to_num(7.0))
+    patches, images = codes_of((37, 1, 1, k)), torch.stack([x, torch.randn(k + 1, k)])[:, None]
+    geometry = {"stride": (1, k), "padding": (0, 0), "dilation": (1, 1), "groups": 1}
+    found = kernels.make_conv(patches, *layer[1:], geometry, backend)(images)
+    assert found[0].isnan().all() and found[1].isfinite().all()
+
+
 def test_results_do_not_depend_on_threads() -> None:
     nodes = [conv(-1, 64, 3), conv(0, 128, 64, 3, 2), conv(1, 128, 128, out_max=None)]
     images, before, results = images_of(15, 15, 15), torch.get_num_threads(), []
@@ -323,10 +360,40 @@ def test_environment_and_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kernels.make_executor([conv(-1, 4, 3)], "reference").backend == "reference"
 
 
+def test_networks_longer_than_a_parallel_region_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The longest that fit, on two threads, and one node more; a model file's limit is below."""
+    before, images = torch.get_num_threads(), images_of(1, 2, 2)
+    pool = Node("max_pool", 0)
+    monkeypatch.setenv("TERNARY_ALGORITHM", "direct")  # measures nothing
+    nodes = [conv(-1, 4, 3), *(replace(pool, input=i) for i in range(1022))]
+    try:
+        torch.set_num_threads(2)
+        check(nodes, images, "cpu-portable")
+    finally:
+        torch.set_num_threads(before)
+    with pytest.raises(ValueError, match="more than 1023 nodes"):
+        kernels.make_executor([*nodes, replace(pool, input=1022)], "cpu")
+    assert len(nodes) >= MAX_NODES
+
+
+def test_codes_that_no_layer_has_are_refused() -> None:
+    """-128, whose magnitude int8 does not hold; no inputs at all."""
+    codes = torch.tensor([[-128, 0, 1]], dtype=torch.int8)
+    with pytest.raises(ValueError, match="code is -128"):
+        kernels.make_linear(codes, torch.ones(1), None, 8, "cpu")
+    node = Node("conv", -1, codes=codes.view(1, 3, 1, 1), gain=torch.ones(1), bias=torch.ones(1))
+    with pytest.raises(ValueError, match="code is -128"):
+        kernels.make_executor([node], "cpu")
+    with pytest.raises(ValueError, match="without inputs"):
+        kernels.make_linear(codes[:, :0], torch.ones(1), None, 8, "cpu")
+
+
 def test_wrong_shapes_are_named() -> None:
     executor = kernels.make_executor([conv(-1, 8, 3), conv(0, 8, 9)], "cpu")
     with pytest.raises(ValueError, match="expects 9 channels and reads 8"):
         executor(images_of(1, 8, 8))
+    with pytest.raises(ValueError, match="expects 9 channels and reads 8"):
+        executor.plan(1, 8, 8)
     with pytest.raises(ValueError, match="images must be"):
         kernels.make_executor([conv(-1, 8, 3)], "cpu")(images_of(1, 8, 8, channels=4))
     assert kernels.make_executor([conv(-1, 8, 3)], "cpu")(images_of(0, 8, 8)[:0].reshape(0, 3, 8, 8)).shape[0] == 0

@@ -134,6 +134,18 @@ def test_large_scores_and_constant_tokens(backend: str) -> None:
     close(found, wanted)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@torch.no_grad()
+def test_what_is_not_finite_reaches_its_whole_image(backend: str, bad: float) -> None:
+    model, hidden = packed_vit(), torch.randn(2, 17, 128)
+    use(model, backend)
+    wanted = model.encoder(hidden, 17)
+    hidden[0, 3, 100] = bad
+    found = model.encoder(hidden, 17)
+    assert found[0].isnan().all() and torch.equal(found[1], wanted[1])
+
+
 @torch.no_grad()
 def test_a_model_takes_it_and_keeps_it_through_copies_moves_and_files(tmp_path: Path) -> None:
     model, images = packed_vit(), torch.rand(4, 3, 32, 32)
@@ -187,6 +199,8 @@ def test_what_does_not_fit_together_is_refused() -> None:
     bad = cpu.EncoderLayer(dense(96, 32), dense(32, 32), dense(64, 32), dense(32, 48), norms)
     with pytest.raises(ValueError, match="do not fit together"):
         cpu.Encoder([bad], 2, 1e-6, 8)
+    with pytest.raises(ValueError, match="more than 1023 layers"):
+        cpu.Encoder([good] * 1024, 2, 1e-6, 8)
     with pytest.raises(ValueError, match=r"\(images, tokens, 32\)"):
         encoder(torch.randn(1, 3, 31), 1)
     with pytest.raises(ValueError, match="of 3 tokens the first 4 can't be kept"):

@@ -81,6 +81,39 @@ def test_packed_models_compile_and_export(name: str, options: dict[str, object])
         assert any("ternary" in str(node.target) for node in program.graph.nodes)
 
 
+def test_numbers_of_another_process_are_unknown() -> None:
+    """An exported program, which holds such a number, is refused elsewhere and does not run what was made there."""
+    script = """
+import torch
+from quantization_utils import kernels
+print(kernels.make_linear(torch.ones(4, 8, dtype=torch.int8), torch.ones(4), None, 8, "cpu")._handle)
+"""
+    out = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert int(out) > 1_000_000  # the first of that process, and no other's
+    with pytest.raises(ValueError, match="no packed network or layer has the number"):
+        torch.ops.ternary.linear_run(torch.ones(8), int(out), 4)
+
+
+def test_after_fork() -> None:
+    """A child of a process whose OpenMP threads PyTorch had woken, before and after a kernel ran there."""
+    script = """
+import os, signal, torch
+from quantization_utils import kernels
+torch.set_num_threads(2)
+layer = kernels.make_linear(torch.ones(4, 8, dtype=torch.int8), torch.ones(4), None, 8, "cpu")
+torch.rand(2000, 2000).exp()
+for _ in range(2):
+    child = os.fork()
+    signal.alarm(60)  # ends what hangs
+    x = torch.ones(64, 8)
+    assert layer(x).eq(8).all()
+    if child == 0:
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+"""
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, timeout=120)
+
+
 def test_every_operator_passes_opcheck() -> None:
     """Those that take tensors; the others only make, describe and free what these use."""
     model, images = packed("resnet_18", 6, stem="maxpool"), torch.rand(1, 3, 32, 32)
