@@ -35,7 +35,7 @@ static inline void store_part(void* to, T value, int size) {
 #define EACH_QUARTER(...) EACH(q, 4, 0, __VA_ARGS__) EACH(q, 4, 1, __VA_ARGS__) EACH(q, 4, 2, __VA_ARGS__) EACH(q, 4, 3, __VA_ARGS__)
 #define EACH_J(N, ...) if constexpr (N < J) { constexpr int j = N; __VA_ARGS__ }
 
-constexpr int kPrefetchBytes = 4096;
+constexpr int kPrefetchBytes = 4096, kTilePrefetchBytes = 2048;  // a tile uses each weight longer
 
 // One pixel and 2-bit weights (a linear layer at batch 1): the weights' bits are used where they stand, see kernels.h.
 template <int J>
@@ -91,7 +91,7 @@ static void tile_kernel(const Tile& t, int32_t* out) {
       vec b[J];
       if constexpr (W == Weights::kTwoBit) {
         vec codes[J];
-        EACH_VECTOR(codes[j] = load_weights(w + j * LANES * 4);)
+        EACH_VECTOR(codes[j] = load_weights(w + j * LANES * 4); __builtin_prefetch(w + j * LANES * 4 + kTilePrefetchBytes);)
 #define TERNARY_PLANE(S)                                          \
   EACH_VECTOR(b[j] = plane<S>(codes[j]);)                         \
   EACH_PIXEL(const vec x = broadcast(a[p] + g * 16 + 4 * S);      \
