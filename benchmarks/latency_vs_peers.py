@@ -250,7 +250,8 @@ def main() -> None:
             for name, why in missing.items():
                 print(f"NOT MEASURED in {case}, batch {batch}: {name} ({why})", flush=True)
             for flushed in [False] if args.no_flushed or batch > 1 else [False, True]:
-                warm_ups, repetitions = (0 if flushed else 2, 5) if batch == 1 else (1, 2)  # large batches: more rounds
+                # Warm is what lies in the outer cache again after all the others; a large batch has time for it itself.
+                warm_ups, repetitions = (0, 5) if flushed else (10, 10) if batch == 1 else (1, 2)
                 times = measure(engines, args.rounds, warm_ups, repetitions, flushed, args.seconds)
                 figures = report(case, batch, flushed, times, work / limits["peak_multiply_adds_per_s"] * 1e3)
                 forget(case, batch, flushed)
