@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from .logbook import read_rows
-from .table import NOTHING, circumstances, columns_of, is_reduced, lines_of, significant
+from .table import NOTHING, circumstances, columns_of, commands_of, is_reduced, lines_of, significant
 
 MARKED = re.compile(r"(<!-- table:(\S+)([^>]*?) -->\n).*?(<!-- /table -->)", re.DOTALL)
 OPENING = re.compile(r"<!-- table:")
@@ -107,7 +107,7 @@ def _table(head: Sequence[str], body: Sequence[Sequence[str]], left: int) -> str
 
 
 def _notes(notes: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
-    commands = dict.fromkeys(str(row["command"]) for row in rows if row.get("command"))
+    commands = commands_of(rows)
     text = "\n" + " · ".join(notes) + "\n" if notes else ""
     return text + "".join(f"\n```\n{command}\n```\n" for command in ["\n".join(commands)] if command)
 

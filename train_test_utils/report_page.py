@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 
 from .plots import FAMILIES, OTHER, Picture, family
-from .table import Line, circumstances, columns_of, float_line, is_reduced, megabytes, significant
+from .table import Line, circumstances, columns_of, commands_of, float_line, is_reduced, megabytes, significant
 
 STYLE = """
 :root { color-scheme: light; --ink: #1d1d1f; --soft: #6b6b70; --rule: #e4e4e8; --tint: #f6f6f8; }
@@ -173,7 +173,7 @@ def _figure(picture: Picture) -> str:
 
 
 def _made_by(lines: Sequence[Line]) -> str:
-    commands = dict.fromkeys(row["command"] for line in lines for row in line.rows if row.get("command"))
+    commands = commands_of([row for line in lines for row in line.rows])
     dates = sorted(str(row["finished_at"])[:10] for line in lines for row in line.rows if row.get("finished_at"))
     when = (
         f' <span class="soft">({dates[0]}{"" if dates[0] == dates[-1] else " to " + dates[-1]})</span>' if dates else ""

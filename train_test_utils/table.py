@@ -167,6 +167,17 @@ def circumstances(lines: Sequence[Line]) -> dict[str, str]:
     return {k: ", ".join(v) for k, v in ({"budget": texts.pop("budget"), "seeds": seeds} | texts).items() if v}
 
 
+def commands_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The commands that made the rows; those that differ in `--only`, and in where they logged to, as one."""
+    chosen: dict[tuple[str, ...], dict[str, None]] = {}
+    for command in dict.fromkeys(str(row["command"]) for row in rows if row.get("command")):
+        program, *options = re.split(r" (?=--)", command)
+        kept = sorted(o for o in options if not o.startswith(("--only ", "--wandb ", "--measure-again")))
+        patterns = next((o.split()[1:] for o in options if o.startswith("--only ")), [])
+        chosen.setdefault((program, *kept), {}).update(dict.fromkeys(patterns))
+    return [" ".join([*words, *(["--only", *patterns] if patterns else [])]) for words, patterns in chosen.items()]
+
+
 def is_reduced(line: Line) -> bool:
     """Whether the line was trained for less than its full recipe."""
     return line.budget < 1

@@ -7,6 +7,7 @@ from train_test_utils.table import (
     Line,
     circumstances,
     columns_of,
+    commands_of,
     float_line,
     lines_of,
     megabytes,
@@ -78,6 +79,20 @@ def test_circumstances_name_every_device_and_skip_the_unknown():
     lines = lines_of([row(device="A", commit=""), row("float", seed=1, device="B", options={"stem": "maxpool"})])
     found = circumstances(lines)
     assert found == {"budget": "1", "seeds": "0, 1", "device": "A, B", "options": "stem=maxpool"}
+
+
+def test_commands_that_differ_in_the_rows_they_choose_are_one():
+    commands = [
+        "python3 a.py --wandb disabled --budget 0.04 --only float 'ptq*'",
+        "python3 a.py --budget 0.04 --only float qat_all --wandb offline",
+        "python3 a.py --budget 0.1 --measure-again",
+        "python3 b.py",
+    ]
+    assert commands_of([{"command": c} for c in (*commands, commands[0])] + [{}]) == [
+        "python3 a.py --budget 0.04 --only float 'ptq*' qat_all",
+        "python3 a.py --budget 0.1",
+        "python3 b.py",
+    ]
 
 
 def test_a_latency_of_another_device_says_so():
