@@ -151,7 +151,7 @@ def draw_latency(lines: Sequence[Line], folder: Path) -> Picture | None:
     left_out = f" {len(timed) - len(shown)} pruned rows are left out." if len(shown) < len(timed) else ""
     threads = shown[0].text("threads")
     device = shown[0].text("latency_device") or shown[0].text("device")
-    where = ", ".join(part for part in (device, f"{threads} threads" if threads else "") if part)
+    where = ", ".join(part for part in (device, f"{threads} thread{'s' * (threads != '1')}" if threads else "") if part)
     return _save(figure, lines, folder / "latency.png", "Latency, one image",
                  "Mark: median, thin line to the 90th percentile. Black bar: the float model, measured in turns with "
                  f"it. {where}.{left_out}")  # fmt: skip

@@ -31,8 +31,8 @@ th[aria-sort=ascending]::after { content: " ↑"; } th[aria-sort=descending]::af
 td { text-align: right; border-bottom: 1px solid var(--rule); padding: 5px 10px; white-space: nowrap; }
 td.what { color: var(--soft); text-align: left; white-space: normal; min-width: 280px; font-size: 13px; }
 tr:hover td { background: var(--tint); } .mark { display: inline-block; width: 10px; height: 10px; margin-right: 8px; border-radius: 2px; }
-img { max-width: min(100%, 1000px); height: auto; margin-top: 8px; } figure { margin: 0; }
-pre { background: var(--tint); border-radius: 8px; padding: 12px 14px; overflow-x: auto; font-size: 13px; }
+img { max-width: 100%; height: auto; margin-top: 8px; } figure { margin: 0; }
+pre { background: var(--tint); border-radius: 8px; padding: 12px 14px; white-space: pre-wrap; font-size: 13px; }
 @media print { th { cursor: auto; } figure, tr { break-inside: avoid; } }
 """
 
@@ -167,9 +167,11 @@ def _what(line: Line) -> str:
 
 
 def _figure(picture: Picture) -> str:
-    data = base64.b64encode(picture.path.read_bytes()).decode()
-    title, caption = escape(picture.title), escape(picture.caption)
-    return f'<figure><h2>{title}</h2><p class="soft">{caption}</p><img alt="{title}" src="data:image/png;base64,{data}"></figure>'
+    png = picture.path.read_bytes()
+    width = int.from_bytes(png[16:20], "big") * 3 // 4  # the same scale for all, so that letters have one size
+    data, title, caption = base64.b64encode(png).decode(), escape(picture.title), escape(picture.caption)
+    image = f'<img alt="{title}" width="{width}" src="data:image/png;base64,{data}">'
+    return f'<figure><h2>{title}</h2><p class="soft">{caption}</p>{image}</figure>'
 
 
 def _made_by(lines: Sequence[Line]) -> str:
