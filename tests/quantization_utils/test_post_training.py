@@ -191,7 +191,7 @@ def test_wrong_input_is_refused_in_a_sentence() -> None:
     with pytest.raises(ValueError, match="0 is a grouped convolution"):
         ternarize_(grouped, images)
     with pytest.raises(ValueError, match="nothing to quantize"):
-        ternarize_(networks.make("alexnet_like"), images, only="no such layer")
+        ternarize_(networks.make("alexnet_like"), images, only=nn.LSTM)
     broken = networks.make("alexnet_like")
     broken.get_submodule("2").running_mean.fill_(torch.nan)
     with pytest.raises(ValueError, match="non-finite"):
