@@ -1,0 +1,59 @@
+"""Folders of class folders of images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from train_test_utils.data import load_dataset
+
+
+def write_images(folder: Path, count: int, shade: int) -> None:
+    folder.mkdir(parents=True)
+    for i in range(count):
+        Image.new("RGB", (40, 50), (shade, i, 0)).save(folder / f"{i:02}.png")
+
+
+def test_a_folder_of_class_folders(tmp_path, monkeypatch):
+    for name, shade in (("cat", 10), ("dog", 200)):
+        write_images(tmp_path / name, 10, shade)
+    data = load_dataset(str(tmp_path))
+    assert data.class_names == ("cat", "dog")
+    assert (len(data.train), len(data.test)) == (16, 4)
+    assert data.train.images.shape[1:] == (3, 32, 32)
+    assert data.test.images[:, 0, 0, 0].tolist() == [10, 10, 200, 200]
+    assert data.test.images[:, 1, 0, 0].tolist() == [4, 9, 4, 9]
+    monkeypatch.chdir(tmp_path / "cat")
+    assert load_dataset("..").name == tmp_path.name
+
+
+@pytest.mark.parametrize("test", ["test", "val"])
+def test_a_folder_with_its_own_test_split(test, tmp_path):
+    for which, count in (("train", 3), (test, 2)):
+        for name in ("a", "b"):
+            write_images(tmp_path / which / name, count, 0)
+    data = load_dataset(str(tmp_path))
+    assert (len(data.train), len(data.test)) == (6, 4)
+    write_images(tmp_path / test / "c", 1, 0)
+    with pytest.raises(ValueError, match=r"differ \(c\)"):
+        load_dataset(str(tmp_path))
+
+
+def test_folders_that_are_no_data_set(tmp_path, monkeypatch):
+    write_images(tmp_path / "one" / "cat", 5, 0)
+    with pytest.raises(ValueError, match="at least two"):
+        load_dataset(str(tmp_path / "one"))
+    write_images(tmp_path / "one" / "dog", 4, 0)
+    with pytest.raises(ValueError, match="'dog' .* fewer than 5"):
+        load_dataset(str(tmp_path / "one"))
+    (tmp_path / "one" / "dog" / "x.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="x.png cannot be read as an image"):
+        load_dataset(str(tmp_path / "one"))
+    (tmp_path / "one" / "dog" / "x.png").unlink()
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ValueError, match="png cannot be read as an image .*decompression bomb"):
+        load_dataset(str(tmp_path / "one"))
+    with pytest.raises(ValueError, match="unknown data set 'cifar11': choose cifar10, cifar100, digits"):
+        load_dataset("cifar11")
