@@ -140,9 +140,9 @@ def train(
             sums.fill_(0)
             sums[3] = -1
         if due and rank == 0:
-            saved_at = time.monotonic()
-            reached = {"step": step + 1, "sums": sums, "seconds": saved_at - began}
+            reached = {"step": step + 1, "sums": sums, "seconds": time.monotonic() - began}
             save_state(reached | {k: v.state_dict() for k, v in parts.items()}, state_path)
+            saved_at = time.monotonic()
 
     progress.close()
     if averaged is not None:
