@@ -57,7 +57,8 @@ def choose_isa(backend: str) -> str:
 class NetworkExecutor:
     """Runs packed nodes: images float32 (B, C, H, W) in [0, 1] on the CPU → logits float32 (B, classes).
 
-    Pixels outside of [0, 1] count as the nearer end; all logits of an image with a pixel that is NaN are NaN, as the reference's.
+    Pixels outside of [0, 1] count as the nearer end; one that is NaN makes all logits of its image NaN, as the
+    reference's.
     """
 
     def __init__(self, nodes: Sequence[Node], backend: str = "cpu") -> None:
