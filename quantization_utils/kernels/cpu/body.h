@@ -78,9 +78,9 @@ static void row_kernel(const Tile& t, int32_t* out) {
 }
 
 // P pixels x J vectors of channels in registers; K in the inner loop. The widest has 24 accumulators of AVX-512's 32.
-template <Weights W, int P, int J>
-static void tile_kernel(const Tile& t, int32_t* out) {
-  if constexpr (W == Weights::kTwoBit && P == 1) return row_kernel<J>(t, out);
+// take(pixel, vector, accumulator) gets them at the end.
+template <Weights W, int P, int J, typename Take>
+static inline void tile_kernel(const Tile& t, const Take& take) {
   vec acc[P][J];
   EACH_PIXEL(EACH_VECTOR(acc[p][j] = load_ints(t.init + j * LANES);))
   const uint8_t* w = t.weights;
@@ -107,17 +107,23 @@ static void tile_kernel(const Tile& t, int32_t* out) {
     }
     EACH_PIXEL(a[p] += t.run_stride;)
   }
-  EACH_PIXEL(EACH_VECTOR(store_ints(out + (p * J + j) * LANES, acc[p][j]);))
+  EACH_PIXEL(EACH_VECTOR(take(p, j, acc[p][j]);))
+}
+
+template <Weights W, int P, int J>
+static void accumulators(const Tile& t, int32_t* out) {
+  if constexpr (W == Weights::kTwoBit && P == 1) row_kernel<J>(t, out);
+  else tile_kernel<W, P, J>(t, [=](int p, int j, vec acc) { store_ints(out + (p * J + j) * LANES, acc); });
 }
 
 template <Weights W, int P>
 static void multiply_pixels(const Tile& t, int32_t* acc) {
   switch ((t.channels + LANES - 1) / LANES) {
-    case 1: return tile_kernel<W, P, 1>(t, acc);
-    case 2: return tile_kernel<W, P, 2>(t, acc);
+    case 1: return accumulators<W, P, 1>(t, acc);
+    case 2: return accumulators<W, P, 2>(t, acc);
 #if VECTORS > 2
-    case 3: return tile_kernel<W, P, 3>(t, acc);
-    case 4: return tile_kernel<W, P, 4>(t, acc);
+    case 3: return accumulators<W, P, 3>(t, acc);
+    case 4: return accumulators<W, P, 4>(t, acc);
 #endif
   }
 }
@@ -167,10 +173,11 @@ static int gather_plain(const uint64_t* used, int words, const uint8_t* in, uint
 #endif
 
 #include "body_epilogue.h"
+#include "body_linear.h"
 #include "body_winograd.h"
 #include "body_rows.h"
 #include "body_encoder.h"
 
-static const Kernels table = {ISA_NAME, LANES, VECTORS, PIXELS, {TILES4, TILES5}, multiply, gather, finish, winograd_input, winograd, image_row,
+static const Kernels table = {ISA_NAME, LANES, VECTORS, PIXELS, {TILES4, TILES5}, multiply, multiply_rows, gather, finish, winograd_input, winograd, image_row,
                               quantize_row, max_row, add_row, layer_norm, transpose_keys, attention, peak_multiply_adds,
                               read_memory};

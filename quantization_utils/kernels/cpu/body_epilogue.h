@@ -12,11 +12,10 @@ struct Finish {
 };
 
 // One vector of channels of one pixel, of which n are real, with that vector's residual.
-template <Residual R, bool BYTES, bool GELU = false>
+template <Residual R, bool BYTES>
 static inline void finish_vector(const Finish& f, void* out, const void* residual, int n, ints acc, floats gain, floats bias) {
   floats y = __builtin_convertvector(acc, floats) * gain;
   y = y + bias;
-  if constexpr (GELU) y = gelu(y);
   if constexpr (R == Residual::kFloats) {
     y = y + (n == LANES ? *(const floats*)residual : load_part<floats>(residual, n * 4)) * f.residual_gain;
   } else if constexpr (R == Residual::kBytes) {
@@ -34,7 +33,7 @@ static inline void finish_vector(const Finish& f, void* out, const void* residua
   }
 }
 
-template <Residual R, bool BYTES, bool ROW_SCALE, bool GELU = false>
+template <Residual R, bool BYTES>
 static void finish_kind(const Epilogue& e, const Output& o, const int32_t* acc, int pixels, int channels) {
   const int vectors = (channels + LANES - 1) / LANES;
   const Finish f(e);
@@ -45,8 +44,7 @@ static void finish_kind(const Epilogue& e, const Output& o, const int32_t* acc, 
       void* const out = (char*)o.out[p] + j * LANES * (BYTES ? 1 : 4);
       const void* const residual = R == Residual::kNone ? nullptr : (const char*)o.residual[p] + j * LANES * (R == Residual::kBytes ? 1 : 4);
       const ints sum = *(const ints*)(acc + (p * vectors + j) * LANES);
-      if constexpr (ROW_SCALE) finish_vector<R, BYTES, GELU>(f, out, residual, n, sum, gain * o.row_scale[p], bias);
-      else finish_vector<R, BYTES>(f, out, residual, n, sum, gain, bias);
+      finish_vector<R, BYTES>(f, out, residual, n, sum, gain, bias);
     }
   }
 }
@@ -64,10 +62,5 @@ static inline void by_kind(const Epilogue& e, const Output& o, const Run& run) {
 }
 
 static void finish(const Epilogue& e, const Output& o, const int32_t* acc, int pixels, int channels) {
-  if (o.has_row_scale) {
-    if (e.gelu) return finish_kind<Residual::kNone, false, true, true>(e, o, acc, pixels, channels);
-    if (o.has_residual) return finish_kind<Residual::kFloats, false, true>(e, o, acc, pixels, channels);
-    return finish_kind<Residual::kNone, false, true>(e, o, acc, pixels, channels);
-  }
-  by_kind(e, o, [&](auto residual, auto to_bytes) { finish_kind<residual.value, to_bytes.value, false>(e, o, acc, pixels, channels); });
+  by_kind(e, o, [&](auto residual, auto to_bytes) { finish_kind<residual.value, to_bytes.value>(e, o, acc, pixels, channels); });
 }

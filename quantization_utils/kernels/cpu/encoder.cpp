@@ -96,16 +96,16 @@ void Encoder::run_layers(Member& member, const Images& of, Scratch& s) const {
 
 void Encoder::project(const EncoderLayer& l, const float* x, int rows, float* qkv, Scratch& s) const {
   normalize(x, rows, l.norm1_weight, l.norm1_bias, *l.qkv, s);
-  l.qkv->multiply(s.codes.data(), s.row_scale.data(), rows, Linear::Then::kStore, qkv);
+  l.qkv->multiply(s.codes.data(), s.row_scale.data(), rows, Then::kStore, qkv);
 }
 
 void Encoder::finish(const EncoderLayer& l, const float* attended, float* x, int rows, Scratch& s) const {
   quantize(attended, rows, *l.out, s);
-  l.out->multiply(s.codes.data(), s.row_scale.data(), rows, Linear::Then::kAdd, x);
+  l.out->multiply(s.codes.data(), s.row_scale.data(), rows, Then::kAdd, x);
   normalize(x, rows, l.norm2_weight, l.norm2_bias, *l.fc1, s);
-  l.fc1->multiply(s.codes.data(), s.row_scale.data(), rows, Linear::Then::kGelu, s.wide.data());
+  l.fc1->multiply(s.codes.data(), s.row_scale.data(), rows, Then::kGelu, s.wide.data());
   quantize(s.wide.data(), rows, *l.fc2, s);
-  l.fc2->multiply(s.codes.data(), s.row_scale.data(), rows, Linear::Then::kAdd, x);
+  l.fc2->multiply(s.codes.data(), s.row_scale.data(), rows, Then::kAdd, x);
 }
 
 void Encoder::normalize(const float* x, int rows, const std::vector<float>& weight, const std::vector<float>& bias, const Linear& next, Scratch& s) const {

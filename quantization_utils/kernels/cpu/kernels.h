@@ -70,8 +70,8 @@ struct WinogradTile {
   const int32_t* init;           // [lanes]: start of the accumulators where there is an offset
 };
 
-// y = float(acc) * (gain_n * unit) [* row scale]; y += bias_n; y = GELU(y); y += residual * residual_gain; ReLU; round; clamp.
-// Each but GELU is one float32 operation (compiled without contraction), in this order. The unit of the accumulators is a power of two,
+// y = float(acc) * (gain_n * unit); y += bias_n; y += residual * residual_gain; ReLU; round; clamp.
+// Each is one float32 operation (compiled without contraction), in this order. The unit of the accumulators is a power of two,
 // so it changes no rounding: float(acc) * (gain * unit) = float(acc * unit) * gain, bit for bit (of gains above 2^-120).
 struct Epilogue {
   const float* gain;
@@ -80,16 +80,25 @@ struct Epilogue {
   bool relu;
   int out_max;  // 0: float32 output
   float unit;
-  bool gelu = false;  // only with a row scale
 };
 
 // Where the pixels of a tile go. Pointers already point at the tile's first channel.
 struct Output {
   void* out[kMaxPixels * 4];
   const void* residual[kMaxPixels * 4];  // uint8, or float32 if residual_is_float; ignored unless has_residual
-  float row_scale[kMaxPixels * 4];       // only if has_row_scale: gain_n * row_scale is rounded first; residual and output are float32
-  bool has_residual, residual_is_float, has_row_scale;
+  bool has_residual, residual_is_float;
   int first_channel;                     // Winograd: added to the pointers; a null pointer is a pixel beyond an odd edge
+};
+
+// Where the pixels of a tile go that are rows of a linear layer with a scale each: float32.
+//   y = float(acc) * (gain_n * row_scale); y += bias_n; y = GELU(y) or y += out; out = y     (gain_n: in the accumulators' unit)
+enum class Then { kStore, kGelu, kAdd };
+struct LinearOutput {
+  const float *gain, *bias;  // of the tile's channels, padded to whole vectors
+  const float* row_scale;
+  float* out;                // the tile's first channel of its first row
+  int64_t stride;
+  Then then;
 };
 
 constexpr int kMaxQueries = 24;  // of one call of attention: a multiple of every instruction set's tile
@@ -111,6 +120,7 @@ struct Kernels {
   int tiles[2];      // Winograd tiles at a time, of side 4 and 5
   // acc[count][vectors * lanes], vectors = ceil(channels / lanes)
   void (*multiply)(Weights, const Tile&, int32_t* acc);
+  void (*multiply_rows)(Weights, const Tile&, const LinearOutput&);  // the product and what LinearOutput says, in registers where it can be
   // The bytes of `in` whose bit in used[words] is set, one after the other; writes up to 64 beyond them. Returns how many.
   int (*gather)(const uint64_t* used, int words, const uint8_t* in, uint8_t* out);
   // `pixels` rows of acc (vectors * lanes apart) to output.

@@ -6,13 +6,14 @@
 namespace ternary {
 
 Linear::Linear(const Kernels& isa, int n, int k, const int8_t* codes, const float* scale, const float* bias, bool is_ternary, int act_bits)
-    : isa_(isa), n_(n), k_(k), stride_((k + 63) / 64 * 64), code_max_((1 << (act_bits - 1)) - 1), scale_(scale, scale + n), bias_(n, 0.0f) {
+    : isa_(isa), n_(n), k_(k), stride_((k + 63) / 64 * 64), code_max_((1 << (act_bits - 1)) - 1), gain_(scale, scale + n), bias_(n, 0.0f) {
   if (k < 1) throw std::invalid_argument("a linear layer without inputs");
   if (bias) bias_.assign(bias, bias + n);
   if (!is_ternary && k >= 66000) throw std::invalid_argument("a linear layer with too many 8-bit weights a channel for 32-bit accumulators");
   const Weights kind = !is_ternary ? Weights::kInt8 : k < 131000 ? Weights::kTwoBit : Weights::kSmall;
   panels_ = pack_panels(isa, kind, n, 1, k, [&](int row, int, int i) { return codes[(int64_t)row * k + i]; });
-  scale_.resize(panels_.init.size(), 0.0f), bias_.resize(panels_.init.size(), 0.0f);
+  for (float& gain : gain_) gain *= unit_of(kind);  // a power of two: exact
+  gain_.resize(panels_.init.size(), 0.0f), bias_.resize(panels_.init.size(), 0.0f);
   // Activations are stored as q + 128, so the accumulators start at -128 * sum(w), in the accumulators' unit.
   for (int row = 0; row < n; ++row) {
     int64_t sum = 0;
@@ -29,23 +30,17 @@ Tile Linear::tile(int block) const {
   return tile;
 }
 
-void Linear::finish(const Tile& tile, int block, const int32_t* acc, const float* row_scale, Then then, float* out) const {
+LinearOutput Linear::output(int block, const float* row_scale, Then then, float* out) const {
   const int first = block * panels_.block;
-  const Epilogue epilogue = {scale_.data() + first, bias_.data() + first, 1.0f, false, 0, unit_of(panels_.kind), then == Then::kGelu};
-  Output to;
-  to.has_row_scale = to.residual_is_float = true, to.has_residual = then == Then::kAdd;
-  for (int p = 0; p < tile.count; ++p) to.residual[p] = to.out[p] = out + (int64_t)p * n_ + first, to.row_scale[p] = row_scale[p];
-  isa_.finish(epilogue, to, acc, tile.count, tile.channels);
+  return {gain_.data() + first, bias_.data() + first, row_scale, out + first, n_, then};
 }
 
 void Linear::multiply(const uint8_t* codes, const float* row_scale, int rows, Then then, float* out) const {
-  alignas(64) int32_t acc[kMaxPixels * kMaxChannels];
   for (int block = 0; block * panels_.block < n_; ++block) {
     Tile t = tile(block);
     t.count = rows;
     for (int p = 0; p < rows; ++p) t.pixels[p] = codes + (int64_t)p * stride_;
-    isa_.multiply(panels_.kind, t, acc);
-    finish(t, block, acc, row_scale, then, out);
+    isa_.multiply_rows(panels_.kind, t, output(block, row_scale, then, out));
   }
 }
 
@@ -87,15 +82,13 @@ void Linear::run_rows(int64_t rows, int64_t items, int threads, float* out, cons
   parallel(threads, [&](Member& member) {
     member.share(items, quantize);
     member.share((groups + chunk - 1) / chunk * blocks, [&](int64_t item) {
-      alignas(64) int32_t acc[kMaxPixels * kMaxChannels];
       const int block = item % blocks;
       Tile t = tile(block);
       const int64_t start = item / blocks * chunk * most, end = std::min(rows, start + chunk * most);
       for (int64_t m = start; m < end; m += t.count) {
         t.count = (int)std::min<int64_t>(most, end - m);
         for (int p = 0; p < t.count; ++p) t.pixels[p] = rows_.data() + (m + p) * stride_;
-        isa_.multiply(panels_.kind, t, acc);
-        finish(t, block, acc, row_scale_.data() + m, Then::kStore, out + m * n_);
+        isa_.multiply_rows(panels_.kind, t, output(block, row_scale_.data() + m, Then::kStore, out + m * n_));
       }
     });
   });

@@ -19,7 +19,6 @@ class Linear {
   // A convolution whose kernel is also its stride: `count` images with one scale each, out: count x patches x n.
   void run_patches(const float* images, int64_t count, const Patches& patches, int threads, float* out);
   // Rows whose codes (of `quantize`) stand stride() bytes apart, at most isa.max_pixels; all channels, rows of out n() apart.
-  enum class Then { kStore, kGelu, kAdd };  // kAdd: to what is in out
   void multiply(const uint8_t* codes, const float* row_scale, int rows, Then then, float* out) const;
   float quantize(const float* x, uint8_t* codes) const { return isa_.quantize_row(x, k_, code_max_, codes); }
   int n() const { return n_; }
@@ -30,11 +29,11 @@ class Linear {
   template <typename Quantize>
   void run_rows(int64_t rows, int64_t items, int threads, float* out, const Quantize& quantize);
   Tile tile(int block) const;
-  void finish(const Tile& tile, int block, const int32_t* acc, const float* row_scale, Then then, float* out) const;
+  LinearOutput output(int block, const float* row_scale, Then then, float* out) const;
   const Kernels& isa_;
   int n_, k_, stride_, code_max_;
   Panels panels_;
-  std::vector<float> scale_, bias_, row_scale_;
+  std::vector<float> gain_, bias_, row_scale_;
   std::vector<uint8_t> rows_;
   std::mutex mutex_;
 };

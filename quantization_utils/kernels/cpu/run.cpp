@@ -22,9 +22,9 @@ bool any_nan(const float* x, int64_t count) {
   return any != 0;
 }
 
-// Of a network's node, which has no scale of its own for each row; null: no residual.
+// Null: no residual.
 void set_residual(Output& to, const Value* residual) {
-  to.has_row_scale = false, to.has_residual = residual != nullptr, to.residual_is_float = residual && residual->is_float;
+  to.has_residual = residual != nullptr, to.residual_is_float = residual && residual->is_float;
 }
 
 }  // namespace

@@ -1,0 +1,44 @@
+// Part of body.h: linear layers whose activations were quantized per row.
+
+// One vector of channels, of which n are real, of row p.
+template <Then THEN>
+static inline void finish_row(const LinearOutput& r, int p, int channel, int n, vec acc) {
+  float* const out = r.out + p * r.stride + channel;
+  floats y = __builtin_convertvector((ints)acc, floats) * (*(const floats*)(r.gain + channel) * r.row_scale[p]);
+  y = y + *(const floats*)(r.bias + channel);
+  if constexpr (THEN == Then::kGelu) y = gelu(y);
+  if constexpr (THEN == Then::kAdd) y = y + (n == LANES ? *(const floats*)out : load_part<floats>(out, n * 4));
+  store_part<floats>(out, y, n * 4);
+}
+
+template <Then THEN>
+static void rows_then(Weights weights, const Tile& t, const LinearOutput& r) {
+  if (weights == Weights::kTwoBit && t.channels == VECTORS * LANES) {  // finished in registers, without a branch
+    const auto finish_all = [&](int p, int j, vec acc) { finish_row<THEN>(r, p, j * LANES, LANES, acc); };
+    switch (t.count) {
+      case 2: return tile_kernel<Weights::kTwoBit, 2, VECTORS>(t, finish_all);
+      case 3: return tile_kernel<Weights::kTwoBit, 3, VECTORS>(t, finish_all);
+      case 4: return tile_kernel<Weights::kTwoBit, 4, VECTORS>(t, finish_all);
+#if PIXELS > 4
+      case 5: return tile_kernel<Weights::kTwoBit, 5, VECTORS>(t, finish_all);
+      case 6: return tile_kernel<Weights::kTwoBit, 6, VECTORS>(t, finish_all);
+#endif
+    }
+  }
+  alignas(64) int32_t acc[PIXELS * VECTORS * LANES];
+  multiply(weights, t, acc);
+  const int vectors = (t.channels + LANES - 1) / LANES;
+  for (int p = 0; p < t.count; ++p)
+    for (int j = 0; j < vectors; ++j) {
+      const int n = t.channels - j * LANES < LANES ? t.channels - j * LANES : LANES;
+      finish_row<THEN>(r, p, j * LANES, n, load_ints(acc + (p * vectors + j) * LANES));
+    }
+}
+
+static void multiply_rows(Weights weights, const Tile& t, const LinearOutput& r) {
+  switch (r.then) {
+    case Then::kStore: return rows_then<Then::kStore>(weights, t, r);
+    case Then::kGelu: return rows_then<Then::kGelu>(weights, t, r);
+    case Then::kAdd: return rows_then<Then::kAdd>(weights, t, r);
+  }
+}
