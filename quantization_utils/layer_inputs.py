@@ -6,15 +6,19 @@ Post-training methods look at two networks side by side, the float one and the o
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+
+from models.graph import is_chain, module_of, trace
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+ADDITIONS = (operator.add, operator.iadd, torch.add)
 
 
 class _Reached(Exception):
@@ -54,6 +58,33 @@ def execution_order(model: nn.Module, image_1CHW: Tensor) -> dict[str, str | Non
         for handle in handles:
             handle.remove()
     return order
+
+
+def residual_sums(model: nn.Module) -> dict[str, str]:
+    """Name of layer → name of the module that reads the sum which the layer, with its batch norm, ends in.
+
+    Of several layers that one sum adds up (a residual branch and its shortcut's convolution), the one with the most
+    weights. Empty where the data flow can't be traced (`models.graph`).
+    """
+    found: dict[str, str] = {}
+    if not is_chain(model):
+        return found
+    with contextlib.suppress(fx.proxy.TraceError):
+        for node in trace(model).nodes:
+            source = node.args[0] if node.op == "call_module" and node.args else None
+            if not isinstance(source, fx.Node) or source.target not in ADDITIONS or len(source.users) != 1:
+                continue
+            layers: dict[str, Any] = {n: model.get_submodule(n) for t in source.args if (n := _layer_behind(model, t))}
+            if layers:
+                found[max(layers, key=lambda name: layers[name].weight.numel())] = str(node.target)
+    return found
+
+
+def _layer_behind(model: nn.Module, node: Any) -> str | None:
+    """The name of the layer whose output, with or without batch norm, `node` is."""
+    if isinstance(module_of(model, node), BATCH_NORMS):
+        node = node.args[0]
+    return str(node.target) if isinstance(module_of(model, node), (nn.Linear, nn.Conv2d)) else None
 
 
 def blocks(model: nn.Module, layers: list[str]) -> list[tuple[str, list[str]]]:

@@ -34,6 +34,10 @@ class Moments:
         """Var[w·x] for each output channel, (N,)."""
         return (((weight_NK @ self.inputs_KK) * weight_NK).sum(1) - self.output_mean(weight_NK).square()).clamp_min(0)
 
+    def covariance(self, weight_NK: Tensor) -> Tensor:
+        """Cov[w·x, t] for each output channel, (N,)."""
+        return (self.cross_NK * weight_NK).sum(1) - self.output_mean(weight_NK) * self.target_mean_N
+
     def target_variance(self) -> Tensor:
         """Var[t] for each output channel, (N,)."""
         return (self.target_power_N - self.target_mean_N.square()).clamp_min(0)

@@ -1,8 +1,9 @@
 """From a trained float network to a ternary one without training: a thousand unlabelled images, layer by layer.
 
 Layers are taken in the order in which they run. Each sees the inputs that the network, ternary up to there, gives it,
-and aims at the outputs of the float network, so that it makes up for what earlier layers did. Then the mean and the
-variance of its output are brought back to those of the float network, in the batch norm that follows or in the bias.
+and aims at the outputs of the float network, so that it makes up for what earlier layers did; the last one before a
+residual sum aims at the sum, and makes up for the shortcut too. Then the mean of its output, and its slope where a
+batch norm follows, are set to what is nearest to the float network, in that batch norm or in the bias.
 
 References: E. Frantar et al., "GPTQ", arXiv 2210.17323; J. Zhang, Y. Zhou, R. Saab, arXiv 2201.11113 (GPFQ);
 M. Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", arXiv 1906.04721;
@@ -24,7 +25,7 @@ from torch.nn.utils import parametrize
 from models.select import Selection, select_layers
 
 from .bit_layers import BitConv2d, BitLinear
-from .layer_inputs import Stream, blocks, execution_order
+from .layer_inputs import Stream, blocks, execution_order, residual_sums
 from .moments import Moments, MomentSum
 from .quantizers import as_is, dequantize, mse_optimal
 from .reconstruction import Reconstruction, reconstruct_block
@@ -32,7 +33,9 @@ from .second_order import matching_weight, ternarize
 from .transform import calibrate_, quantize_
 
 MIN_IMAGES = 16
+SMALL_SLOPE = 1e-3  # of a batch norm: its channel can't make up for anything
 NO_VARIANCE = 1e-10  # of an output that never changes
+GAINS = 0.5, 2.0  # a batch norm's slope is changed by no more
 
 
 @dataclass(frozen=True)
@@ -40,13 +43,13 @@ class Settings:
     """How layers are made ternary; the defaults were chosen on training images outside of the calibration."""
 
     feedback: bool = True  # error feedback against the float network's outputs; else the nearest codes (`mse_optimal`)
-    correct: bool = True  # means and variances of outputs restored, in batch norms and biases
+    correct: bool = True  # means and slopes of outputs, in batch norms and biases
     damping: float = 0.01  # of the rounding, in mean input energies
     target_damping: float = 0.1  # of the weight that makes up for earlier layers: less follows the images more closely
     sweeps: int = 2  # of coordinate descent over the codes
 
     def __str__(self) -> str:
-        steps = ["error feedback" if self.feedback else "nearest codes"] + ["corrected statistics"] * self.correct
+        steps = ["error feedback" if self.feedback else "nearest codes"] + ["corrected means and slopes"] * self.correct
         return ", ".join(steps)
 
 
@@ -77,15 +80,17 @@ def ternarize_(
     was_training = model.training
     reference = Stream(copy.deepcopy(model), images, batch_size)
     stream = Stream(model, images, batch_size)
-    followers = execution_order(model, images[:2])
+    followers, sums = execution_order(model, images[:2]), residual_sums(model)
     chosen = check_layers(model, followers, only, keep)
     short_of_columns: list[str] = []
     for block_name, names in blocks(model, list(followers)):
         for s in (reference, stream):
             s.enter(block_name)
-        names = [name for name in names if name in chosen]
+        names = sorted((name for name in names if name in chosen), key=sums.__contains__)  # what ends a sum comes last
         for name in names:
-            moments = observe(reference, stream, name, len(images))
+            reader = sums.get(name, "")
+            sum_at = Sum(reader, followers[name]) if reader.startswith(f"{block_name}.") else None
+            moments = observe(reference, stream, name, len(images), sum_at)
             ternarize_layer_(reference.model, model, name, followers[name], moments, settings)
             if moments.columns < len(moments.mean_K):
                 short_of_columns.append(name)
@@ -123,26 +128,49 @@ def check_layers(model: nn.Module, ran: dict[str, str | None], only: Selection, 
     return [name for name, _ in chosen]
 
 
+@dataclass(frozen=True)
+class Sum:
+    """Where a layer's output is added to a shortcut: the module that reads the sum, the batch norm between, if any."""
+
+    reader: str
+    norm: str | None
+
+
 @torch.no_grad()
-def observe(reference: Stream, stream: Stream, name: str, images: int) -> Moments:
-    """Moments of the inputs of layer `name` in `stream` against its outputs, without bias, in `reference`."""
+def observe(reference: Stream, stream: Stream, name: str, images: int, sum_at: Sum | None = None) -> Moments:
+    """Moments of the inputs of layer `name` in `stream` against its outputs, without bias, in `reference`.
+
+    With `sum_at`, against the outputs that would give the sum that `reference` has: they make up for the shortcut, too.
+    """
     layer: Any = stream.model.get_submodule(name)
     float_layer: Any = reference.model.get_submodule(name)
     total = MomentSum(layer, images)
     for float_call, call in zip(reference.calls, stream.calls, strict=True):
-        inputs = stream.input_of(layer, call)
-        targets = reference.output_of(float_layer, float_call)
+        if sum_at is None:
+            targets = reference.output_of(float_layer, float_call)
+        else:
+            wanted = reference.input_of(reference.model.get_submodule(sum_at.reader), float_call)
+            missing = wanted - stream.input_of(stream.model.get_submodule(sum_at.reader), call)
+            if sum_at.norm is not None:
+                missing = missing / _along_channels(layer, _slope(reference.model.get_submodule(sum_at.norm)))
+            targets = stream.output_of(layer, call) + missing
         if float_layer.bias is not None:
             targets = targets - _along_channels(float_layer, float_layer.bias)
-        total.add(inputs, targets)
+        total.add(stream.input_of(layer, call), targets)
     return total.result()
+
+
+def _slope(norm: Any) -> Tensor:
+    """Of a batch norm's output in its input, (N,); infinite, so that nothing is made up for, where it is next to 0."""
+    slope_N = (1.0 if norm.weight is None else norm.weight) / (norm.running_var + norm.eps).sqrt()
+    return slope_N.where(slope_N.abs() > SMALL_SLOPE, torch.inf)
 
 
 @torch.no_grad()
 def ternarize_layer_(
     float_model: nn.Module, model: nn.Module, name: str, follower: str | None, moments: Moments, settings: Settings
 ) -> None:
-    """Put a ternary weight in the layer `name` of `model`; correct the mean and variance of its output if wanted."""
+    """Put a ternary weight in the layer `name` of `model`; correct the mean and slope of its output if wanted."""
     layer: Any = model.get_submodule(name)
     float_layer: Any = float_model.get_submodule(name)
     float_NK = float_layer.weight.flatten(1).float()
@@ -160,7 +188,7 @@ def ternarize_layer_(
 
 @torch.no_grad()
 def correct_(float_model: nn.Module, model: nn.Module, name: str, follower: str | None, moments: Moments) -> None:
-    """Correct the mean and variance of the output of layer `name`, in the batch norm that follows or in its bias."""
+    """Correct the output of layer `name`: mean and slope in the batch norm that follows, or the mean in its bias."""
     layer: Any = model.get_submodule(name)
     weight_NK = layer.weight.flatten(1)
     if follower is not None:
@@ -171,14 +199,16 @@ def correct_(float_model: nn.Module, model: nn.Module, name: str, follower: str 
 
 
 def correct_batch_norm_(norm: Any, float_norm: Any, moments: Moments, weight_NK: Tensor) -> None:
-    """Set a batch norm's statistics so that its output has the mean and variance that the float network's has.
+    """Set a batch norm's statistics so that its output is nearest to what the float network's has, in mean square.
 
-    Not the statistics of its input as such: those of training, on augmented images, differ from what calibration images
-    give, and it is the float network in evaluation that is to be met.
+    Its mean becomes that of the float network, and its slope that of the regression of the targets on the ternary
+    outputs: a slope that restored the variance would let the rounding error pass as if it were signal. Not the
+    statistics of its input as such: those of training, on augmented images, differ from what calibration images give,
+    and it is the float network in evaluation that is to be met.
     """
-    target_N, variance_N = moments.target_variance(), moments.output_variance(weight_NK)
-    gain_N = (target_N / variance_N.clamp_min(NO_VARIANCE)).sqrt()
-    gain_N = gain_N.where((target_N > NO_VARIANCE) & (variance_N > NO_VARIANCE), 1.0)
+    variance_N = moments.output_variance(weight_NK)
+    gain_N = (moments.covariance(weight_NK) / variance_N.clamp_min(NO_VARIANCE)).clamp(*GAINS)
+    gain_N = gain_N.where((moments.target_variance() > NO_VARIANCE) & (variance_N > NO_VARIANCE), 1.0)
     float_mean_N, float_variance_N = float_norm.running_mean, float_norm.running_var
     norm.running_var.copy_(((float_variance_N + norm.eps) / gain_N.square() - norm.eps).clamp_min(0))
     norm.running_mean.copy_(moments.output_mean(weight_NK) - (moments.target_mean_N - float_mean_N) / gain_N)

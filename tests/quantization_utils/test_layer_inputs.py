@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from quantization_utils.layer_inputs import Stream, blocks, execution_order
+from quantization_utils.layer_inputs import Stream, blocks, execution_order, residual_sums
 from quantization_utils.moments import MomentSum
 from tests import networks
 
@@ -88,3 +88,9 @@ def test_positions_are_thinned_out_and_stay_together(monkeypatch: pytest.MonkeyP
     moments = total.result()
     assert moments.columns == 60  # 6 of 64 positions of each image
     torch.testing.assert_close(moments.cross_NK, layer.weight.detach().flatten(1) @ moments.inputs_KK)
+
+
+def test_the_layer_with_the_most_weights_closes_a_sum() -> None:
+    """In the second block over the shortcut's convolution; a transformer's data flow is not traced."""
+    assert residual_sums(networks.make("resnet_like")) == {"5.conv2": "5.relu2", "6.conv2": "6.relu2"}
+    assert residual_sums(networks.make("alexnet_like")) == residual_sums(networks.make("vit_like")) == {}
