@@ -67,16 +67,17 @@ def residual_sums(model: nn.Module) -> dict[str, str]:
     weights. Empty where the data flow can't be traced (`models.graph`).
     """
     found: dict[str, str] = {}
-    if not is_chain(model):
+    try:
+        nodes = trace(model).nodes if is_chain(model) else ()
+    except Exception:  # a model's own Python may fail in any way under tracing, and can do without
         return found
-    with contextlib.suppress(fx.proxy.TraceError):
-        for node in trace(model).nodes:
-            source = node.args[0] if node.op == "call_module" and node.args else None
-            if not isinstance(source, fx.Node) or source.target not in ADDITIONS or len(source.users) != 1:
-                continue
-            layers: dict[str, Any] = {n: model.get_submodule(n) for t in source.args if (n := _layer_behind(model, t))}
-            if layers:
-                found[max(layers, key=lambda name: layers[name].weight.numel())] = str(node.target)
+    for node in nodes:
+        source = node.args[0] if node.op == "call_module" and node.args else None
+        if not isinstance(source, fx.Node) or source.target not in ADDITIONS or len(source.users) != 1:
+            continue
+        layers: dict[str, Any] = {n: model.get_submodule(n) for t in source.args if (n := _layer_behind(model, t))}
+        if layers:
+            found[max(layers, key=lambda name: layers[name].weight.numel())] = str(node.target)
     return found
 
 

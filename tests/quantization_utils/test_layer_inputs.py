@@ -94,3 +94,15 @@ def test_the_layer_with_the_most_weights_closes_a_sum() -> None:
     """In the second block over the shortcut's convolution; a transformer's data flow is not traced."""
     assert residual_sums(networks.make("resnet_like")) == {"5.conv2": "5.relu2", "6.conv2": "6.relu2"}
     assert residual_sums(networks.make("alexnet_like")) == residual_sums(networks.make("vit_like")) == {}
+
+
+def test_a_model_that_cannot_be_traced_has_no_sums_to_aim_at() -> None:
+    class Looks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.relu = nn.Conv2d(3, 3, 1), nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.relu(self.conv(x) + x) if x.sum() > 0 else x
+
+    assert residual_sums(Looks()) == {}
