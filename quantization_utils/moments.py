@@ -23,7 +23,6 @@ class Moments:
     mean_K: Tensor  # E[x]
     cross_NK: Tensor  # E[t xᵀ]
     target_mean_N: Tensor  # E[t]
-    target_power_N: Tensor  # E[t²]
     columns: int  # P
 
     def output_mean(self, weight_NK: Tensor) -> Tensor:
@@ -37,10 +36,6 @@ class Moments:
     def covariance(self, weight_NK: Tensor) -> Tensor:
         """Cov[w·x, t] for each output channel, (N,)."""
         return (self.cross_NK * weight_NK).sum(1) - self.output_mean(weight_NK) * self.target_mean_N
-
-    def target_variance(self) -> Tensor:
-        """Var[t] for each output channel, (N,)."""
-        return (self.target_power_N - self.target_mean_N.square()).clamp_min(0)
 
 
 class MomentSum:
@@ -56,14 +51,14 @@ class MomentSum:
     def add(self, inputs: Tensor, targets: Tensor) -> None:
         """`inputs` of the layer (B, …), and `targets` in the shape of its output."""
         x_KP, t_NP = self._columns(inputs.float(), targets.float())
-        terms = [x_KP @ x_KP.T, x_KP.sum(1), t_NP @ x_KP.T, t_NP.sum(1), t_NP.square().sum(1)]
+        terms = [x_KP @ x_KP.T, x_KP.sum(1), t_NP @ x_KP.T, t_NP.sum(1)]
         self.sums = [a + b for a, b in zip(self.sums, terms, strict=True)] if self.sums else terms
         self.columns += x_KP.shape[1]
 
     def result(self) -> Moments:
         """The means over all that was added."""
-        inputs_KK, mean_K, cross_NK, target_mean_N, target_power_N = (s / self.columns for s in self.sums)
-        return Moments(inputs_KK, mean_K, cross_NK, target_mean_N, target_power_N, self.columns)
+        inputs_KK, mean_K, cross_NK, target_mean_N = (s / self.columns for s in self.sums)
+        return Moments(inputs_KK, mean_K, cross_NK, target_mean_N, self.columns)
 
     def _columns(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         layer = self.layer

@@ -208,7 +208,7 @@ def correct_batch_norm_(norm: Any, float_norm: Any, moments: Moments, weight_NK:
     """
     variance_N = moments.output_variance(weight_NK)
     gain_N = (moments.covariance(weight_NK) / variance_N.clamp_min(NO_VARIANCE)).clamp(*GAINS)
-    gain_N = gain_N.where((moments.target_variance() > NO_VARIANCE) & (variance_N > NO_VARIANCE), 1.0)
+    gain_N = gain_N.where(variance_N > NO_VARIANCE, 1.0)
     float_mean_N, float_variance_N = float_norm.running_mean, float_norm.running_var
     norm.running_var.copy_(((float_variance_N + norm.eps) / gain_N.square() - norm.eps).clamp_min(0))
     norm.running_mean.copy_(moments.output_mean(weight_NK) - (moments.target_mean_N - float_mean_N) / gain_N)

@@ -77,7 +77,8 @@ def test_moments_against_those_of_the_outputs_themselves(layer: nn.Module, shape
     dimensions = (0, 2, 3) if outputs.dim() == 4 else tuple(range(outputs.dim() - 1))
     torch.testing.assert_close(moments.output_mean(weight_NK), outputs.mean(dimensions))
     torch.testing.assert_close(moments.output_variance(weight_NK), outputs.var(dimensions, correction=0))
-    torch.testing.assert_close(moments.target_variance(), targets.var(dimensions, correction=0))
+    centred = [t - t.mean(dimensions, keepdim=True) for t in (outputs, targets)]
+    torch.testing.assert_close(moments.covariance(weight_NK), (centred[0] * centred[1]).mean(dimensions))
 
 
 def test_positions_are_thinned_out_and_stay_together(monkeypatch: pytest.MonkeyPatch) -> None:
