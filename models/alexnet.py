@@ -31,8 +31,8 @@ def alexnet(num_classes: int, batch_norm: bool = True, dropout: float | None = N
     if not isinstance(batch_norm, bool):
         raise ValueError(f"batch_norm is true or false, not {batch_norm!r}")
     rate = dropout if dropout is not None else (0.2 if batch_norm else 0.5)
-    if not 0 <= rate < 1:
-        raise ValueError(f"dropout is a fraction in [0, 1), not {rate}")
+    if not isinstance(rate, (int, float)) or not 0 <= rate < 1:
+        raise ValueError(f"dropout is a fraction in [0, 1), not {rate!r}")
     layers: list[nn.Module] = [Normalize()]
     in_channels = 3
     for out_channels, pool in CONVOLUTIONS:

@@ -16,18 +16,19 @@ class ChainTracer(fx.Tracer):
         return not children or bool(getattr(m, "fx_leaf", False))
 
 
-def is_chain(model: nn.Module) -> bool:
-    """Whether `model` is a chain network: its non-linearities are ReLU modules, so that its data flow can be traced.
+def trace(model: nn.Module) -> fx.Graph | None:
+    """The data flow of a chain network; every `call_module` target is a name in `model.named_modules()`.
 
-    Transformers (layer norm, data-dependent Python in the attention) are not.
+    None for a model that is no chain: one whose non-linearities are not ReLU modules (a transformer), or whose own
+    Python can't be traced.
     """
     kinds = {type(m) for m in model.modules()}
-    return nn.ReLU in kinds and nn.LayerNorm not in kinds
-
-
-def trace(model: nn.Module) -> fx.Graph:
-    """Return the data flow of a chain network; every `call_module` target is a name in `model.named_modules()`."""
-    return ChainTracer().trace(model)
+    if nn.ReLU not in kinds or nn.LayerNorm in kinds:
+        return None
+    try:
+        return ChainTracer().trace(model)
+    except Exception:  # it runs on proxies, on which it may fail in any way
+        return None
 
 
 def module_of(model: nn.Module, node: Any) -> nn.Module | None:
@@ -45,4 +46,10 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
             if hasattr(new, tensor_name):
                 for parametrization in parametrizations:
                     parametrize.register_parametrization(new, tensor_name, parametrization)
-    model.set_submodule(name, new)
+    put_module(model, old, new)
+
+
+def put_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put `new` in the place of the submodule `old`, under all names by which the model holds it."""
+    for name in [n for n, module in model.named_modules(remove_duplicate=False) if module is old]:
+        model.set_submodule(name, new)

@@ -10,7 +10,9 @@ from torch import nn
 Selection = type | str | Sequence[type | str] | None
 
 
-def select_layers(model: nn.Module, only: Selection = None, keep: Sequence[str] = ()) -> list[tuple[str, nn.Module]]:
+def select_layers(
+    model: nn.Module, only: Selection = None, keep: str | Sequence[str] = ()
+) -> list[tuple[str, nn.Module]]:
     """Return (name, module) of the linear and convolution layers chosen, in the order of `model.named_modules()`.
 
     `only`: a module type, a name pattern (`"stages.*.conv1"`, as a shell matches names), several of them, or None for
@@ -20,6 +22,7 @@ def select_layers(model: nn.Module, only: Selection = None, keep: Sequence[str] 
         ValueError: a name pattern that matches no layer (a typing mistake would silently change the result).
     """
     wanted = (only,) if only is None or isinstance(only, (type, str)) else tuple(only)
+    keep = (keep,) if isinstance(keep, str) else keep
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
     for kind, patterns in (("only", [w for w in wanted if isinstance(w, str)]), ("keep", keep)):
         for pattern in patterns:

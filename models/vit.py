@@ -26,7 +26,7 @@ class ViT(nn.Module):
 
     def forward(self, images_NCHW: Tensor) -> Tensor:
         side: Any = self.network.config.image_size  # type: ignore[union-attr]
-        if images_NCHW.shape[-1] != side:
+        if images_NCHW.shape[-2:] != (side, side):
             images_NCHW = F.interpolate(images_NCHW, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
         pixels = self.normalize(images_NCHW)
         if self.encoder is None:
@@ -39,6 +39,11 @@ class ViT(nn.Module):
         if self.encoder is not None:
             self.encoder.reset()
         return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        if self.encoder is not None:
+            self.encoder.reset()
+        super()._load_from_state_dict(*args, **kwargs)
 
 
 ESSENTIAL = (
@@ -63,18 +68,25 @@ def vit(
     `checkpoint`: name on the Hub or local folder, loaded with its weights and a new head of `num_classes`; images are
     resized to its size. Otherwise a compact ViT of `width` (64 a head), `depth` layers, for 32×32 images in
     `patch_size` patches, from scratch. `config`, `mean`, `std`: a complete `ViTConfig` as a dictionary and the
-    normalisation, as a saved file records them; they rebuild the structure of any of the two without weights.
+    normalisation (by default the checkpoint's), as a saved file records them; they rebuild the structure of any of the
+    two without weights.
 
     Raises:
         FileNotFoundError: the checkpoint is neither a folder nor to be had from the Hub.
         ValueError: a checkpoint of another kind of model or with weights missing, an unknown key of `config`, or sizes
             that make no compact ViT.
     """
+    if checkpoint is not None and config is not None:
+        raise ValueError("a ViT is of a checkpoint or of a config: give one of the two")
+    for name, size in (("width", width), ("depth", depth), ("patch_size", patch_size)):
+        if not isinstance(size, int):
+            raise ValueError(f"{name} is a whole number, not {size!r}")
     # Imported here: it takes seconds, and the other models do not need it.
     from transformers import ViTConfig, ViTForImageClassification
 
     if checkpoint is not None:
-        network, mean, std = _from_checkpoint(checkpoint, num_classes)
+        network, own_mean, own_std = _from_checkpoint(checkpoint, num_classes)
+        mean, std = mean or own_mean, std or own_std
     elif config is not None:
         unknown = sorted(set(config) - set(ESSENTIAL))
         if unknown:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor, fx, nn
 
-from models.graph import is_chain, module_of, trace
+from models.graph import module_of, trace
 from models.select import select_layers
 
 from .masks import apply_mask_
@@ -36,14 +36,9 @@ def batch_norms_behind(model: nn.Module) -> dict[str, list[nn.Module]]:
     Found by tracing the data flow (torch.fx). A model that cannot be traced (a transformer) has none: filter pruning
     then zeroes weight and bias alone, which is all there is where no batch norm follows.
     """
-    if not is_chain(model):
-        return {}
-    try:
-        graph = trace(model)
-    except Exception:  # tracing runs the model's own Python on proxies, which may fail in any way
-        return {}
+    graph = trace(model)
     found: dict[str, list[nn.Module]] = {}
-    for node in graph.nodes:
+    for node in graph.nodes if graph else ():
         if isinstance(module_of(model, node), (nn.Linear, nn.Conv2d)):
             behind = (m for m in _readers(model, node) if isinstance(m, BATCH_NORMS) and m.affine)
             found.setdefault(str(node.target), []).extend(behind)
@@ -62,6 +57,10 @@ def _readers(model: nn.Module, node: fx.Node) -> list[nn.Module]:
 
 
 def without_classifier(model: nn.Module, layers: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
-    """The layers whose filters may go: all but the model's last one, whose outputs are the classes."""
-    every = select_layers(model)
-    return [(name, layer) for name, layer in layers if layer is not every[-1][1]]
+    """The layers whose filters may go: all but the last, whose outputs are the classes.
+
+    That is the last one that runs, or where the data flow can't be traced the last one registered.
+    """
+    graph, every = trace(model), [layer for _, layer in select_layers(model)]
+    ran = [layer for node in (graph.nodes if graph else ()) if (layer := module_of(model, node)) in every]
+    return [(name, layer) for name, layer in layers if layer is not (ran or every)[-1]]

@@ -181,8 +181,8 @@ class BitLinear(_BitLayer, nn.Linear):  # type: ignore[misc]
         new._adopt(layer, quantizer, None if act_bits is None else DynamicQuantizer(act_bits, "token"))
         return new
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(self.quantized_input(x), self.effective_weight(), self.bias)
+    def forward(self, input: Tensor) -> Tensor:  # named as nn.Linear's, for callers by name
+        return F.linear(self.quantized_input(input), self.effective_weight(), self.bias)
 
 
 class BitConv2d(_BitLayer, nn.Conv2d):  # type: ignore[misc]
@@ -197,8 +197,8 @@ class BitConv2d(_BitLayer, nn.Conv2d):  # type: ignore[misc]
         new._adopt(layer, quantizer, None if act_bits is None else DynamicQuantizer(act_bits, "image"))
         return new
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(self.quantized_input(x), self.effective_weight(), self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(self.quantized_input(input), self.effective_weight(), self.bias)
 
 
 class _PackedLayer(nn.Module):
@@ -225,8 +225,12 @@ class _PackedLayer(nn.Module):
         return dequantize(self.codes, self.scale)
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
-        self._runner = None  # built from the tensors, so it goes when they move
+        self._runner = None  # built from the tensors, so it goes when they move or change
         return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._runner = None
+        super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_runner": None}
@@ -240,14 +244,14 @@ class PackedLinear(_PackedLayer):
         bias = None if layer.bias is None else layer.bias.detach().clone()
         return cls(*layer.quantized_weight(), bias, layer.weight_bits, act_bits)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         if self._runner is None:
             if self.act_bits is None:
                 dense_NK = self.weight
                 self._runner = lambda x: F.linear(x, dense_NK, self.bias)
             else:
                 self._runner = kernels.make_linear(self.codes, self.scale, self.bias, self.act_bits, self.backend)
-        return self._runner(x)
+        return self._runner(input)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.codes.shape)}, weight_bits={self.weight_bits}, act_bits={self.act_bits}"
@@ -269,7 +273,7 @@ class PackedConv2d(_PackedLayer):
         geometry = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups")}
         return cls(*layer.quantized_weight(), bias, layer.weight_bits, act_bits, geometry=geometry)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         if self._runner is None:
             if self.act_bits is None:
                 dense = self.weight
@@ -278,7 +282,7 @@ class PackedConv2d(_PackedLayer):
                 self._runner = kernels.make_conv(
                     self.codes, self.scale, self.bias, self.act_bits, self.geometry, self.backend
                 )
-        return self._runner(x)
+        return self._runner(input)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.codes.shape)}, weight_bits={self.weight_bits}, act_bits={self.act_bits}, {self.geometry}"

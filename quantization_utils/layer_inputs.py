@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from models.graph import is_chain, module_of, trace
+from models.graph import module_of, trace
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 ADDITIONS = (operator.add, operator.iadd, torch.add)
@@ -60,25 +60,43 @@ def execution_order(model: nn.Module, image_1CHW: Tensor) -> dict[str, str | Non
     return order
 
 
-def residual_sums(model: nn.Module) -> dict[str, str]:
-    """Name of layer → name of the module that reads the sum which the layer, with its batch norm, ends in.
+@dataclass(frozen=True)
+class ResidualSum:
+    """What a layer's output is added to. Names of modules."""
 
-    Of several layers that one sum adds up (a residual branch and its shortcut's convolution), the one with the most
-    weights. Empty where the data flow can't be traced (`models.graph`).
+    reader: str  # which reads the sum
+    norm: str | None  # the batch norm between the layer and the sum, if any
+    layers: tuple[str, ...]  # all whose outputs are added up: a residual branch's, a shortcut's
+
+
+def residual_sums(model: nn.Module) -> dict[str, ResidualSum]:
+    """Name of layer → the sum that it ends in. Of several layers in a sum, the one with the most weights.
+
+    Empty where the data flow can't be traced (`models.graph`).
     """
-    found: dict[str, str] = {}
-    try:
-        nodes = trace(model).nodes if is_chain(model) else ()
-    except Exception:  # a model's own Python may fail in any way under tracing, and can do without
-        return found
-    for node in nodes:
+    found: dict[str, ResidualSum] = {}
+    graph = trace(model)
+    for node in graph.nodes if graph else ():
         source = node.args[0] if node.op == "call_module" and node.args else None
-        if not isinstance(source, fx.Node) or source.target not in ADDITIONS or len(source.users) != 1:
+        if not isinstance(source, fx.Node) or source.target not in ADDITIONS or source.kwargs or len(source.users) != 1:
             continue
-        layers: dict[str, Any] = {n: model.get_submodule(n) for t in source.args if (n := _layer_behind(model, t))}
-        if layers:
-            found[max(layers, key=lambda name: layers[name].weight.numel())] = str(node.target)
+        terms = {name: term for term in source.args if (name := _layer_behind(model, term))}
+        if terms:
+            largest = max(terms, key=lambda name: model.get_submodule(name).weight.numel())  # type: ignore[union-attr, operator]
+            term: Any = terms[largest]
+            norm = str(term.target) if isinstance(module_of(model, term), BATCH_NORMS) else None
+            found[largest] = ResidualSum(str(node.target), norm, tuple(terms))
     return found
+
+
+def sums_last(names: list[str], sums: dict[str, ResidualSum]) -> list[str]:
+    """The layers in the order in which they run, but for those of `sums`: behind the others that their sum adds."""
+    order = list(names)
+    for name in [name for name in names if name in sums]:
+        place = max(order.index(other) for other in sums[name].layers if other in order)
+        order.remove(name)
+        order.insert(place, name)
+    return order
 
 
 def _layer_behind(model: nn.Module, node: Any) -> str | None:
@@ -109,6 +127,39 @@ def blocks(model: nn.Module, layers: list[str]) -> list[tuple[str, list[str]]]:
     for layer in layers:
         found.setdefault(block_of(layer), []).append(layer)
     return list(found.items())
+
+
+@torch.no_grad()
+def replayable_blocks(model: nn.Module, layers: list[str], images: Tensor) -> list[tuple[str, list[str]]]:
+    """`blocks`, or the whole model (named "") as the only one if a `Stream` can't replay these.
+
+    It can where a block reads only what the last one before it has put out, and runs once.
+    """
+    found = blocks(model, layers)
+    true_inputs: dict[str, Any] = {}
+
+    def keep(name: str) -> Any:
+        def hook(module: nn.Module, args: Any) -> None:
+            true_inputs.setdefault(name, args[0] if args else None)
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(keep(name)) for name, _ in found]
+    try:
+        model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    stream = Stream(model, images, len(images))
+    for name, _ in found:
+        stream.enter(name)
+        replayed, wanted = stream.calls[0].args[:1], true_inputs[name]
+        if not replayed or not isinstance(wanted, Tensor) or not torch.allclose(replayed[0], wanted, equal_nan=True):
+            return [("", layers)]
+        stream.leave()
+        if not isinstance(stream.outputs[0], Tensor):
+            return [("", layers)]
+    return found
 
 
 @dataclass
@@ -143,6 +194,7 @@ class Stream:
             raise _Reached
 
         handle = self.block.register_forward_pre_hook(hook, with_kwargs=True)
+        own = [(block, vars(block).get("forward")) for block, _ in self._passed]  # a wrapper's, on the object itself
         try:
             for k, batch in enumerate(self.batches):
                 self._stand_in(previous[k] if previous else None, len(batch))
@@ -150,14 +202,17 @@ class Stream:
                     self.model(batch)
         finally:
             handle.remove()
-            for block, _ in self._passed:
-                del block.forward
+            for block, forward in own:
+                vars(block).pop("forward", None)
+                if forward is not None:
+                    block.forward = forward
 
     @torch.no_grad()
     def leave(self) -> None:
         assert self.block is not None
         self.outputs = [self.block(*call.args, **call.kwargs) for call in self.calls]
-        self._passed.append((self.block, self.outputs[0].shape[1:]))
+        if isinstance(self.outputs[0], Tensor):
+            self._passed.append((self.block, self.outputs[0].shape[1:]))
 
     def _stand_in(self, output: Tensor | None, count: int) -> None:
         """Let the last block passed return what it has returned, and those before it zeros of the right shape."""

@@ -14,20 +14,24 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
-from models.graph import is_chain, module_of, trace
+from models.graph import module_of, trace
 from models.normalize import Normalize
 
 from . import kernels
 from .bit_layers import BitConv2d, BitLinear, Quantized
-from .nodes import IMAGE, Node
+from .nodes import IMAGE, IMAGE_SHAPE, Node
 
 
 class PackedNetwork(nn.Module):
     """The integer form of a chain network: images float32 in [0, 1] (B, 3, H, W) → logits float32 (B, classes)."""
 
-    def __init__(self, nodes: list[Node], constructor: dict[str, Any] | None = None, backend: str = "auto") -> None:
+    def __init__(
+        self, nodes: list[Node], constructor: dict[str, Any] | None = None, backend: str = "auto",
+        image_shape: tuple[int, ...] = IMAGE_SHAPE,
+    ) -> None:  # fmt: skip
+        """`image_shape`: (C, H, W) of the images that the nodes are made for; an average pool knows its side."""
         super().__init__()
-        self.nodes, self.constructor, self.backend = nodes, constructor, backend
+        self.nodes, self.constructor, self.backend, self.image_shape = nodes, constructor, backend, image_shape
         self._executor: Any = None
         self.eval()
 
@@ -39,6 +43,9 @@ class PackedNetwork(nn.Module):
         return self._executor
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
+        if images_BCHW.shape[1:] != self.image_shape:
+            made_for, given = ("×".join(map(str, shape)) for shape in (self.image_shape, images_BCHW.shape[1:]))
+            raise ValueError(f"this network is packed for batches of images of {made_for}, not {given}")
         return self.executor(images_BCHW)
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedNetwork:
@@ -71,21 +78,21 @@ class NotANetwork(Exception):
     """The model cannot be a list of nodes (a float layer, dynamic activations); it is packed layer by layer."""
 
 
-def to_nodes(model: nn.Module, image_size: int = 32) -> list[Node]:
-    """Return the nodes of a calibrated chain network in evaluation mode.
+def to_nodes(model: nn.Module, image_shape: tuple[int, ...] = IMAGE_SHAPE) -> list[Node]:
+    """Return the nodes of a calibrated chain network in evaluation mode, for images of `image_shape` (C, H, W).
 
     Raises:
         NotANetwork: some layer is not quantized, or its input has no static scale.
     """
-    if not is_chain(model):
-        raise NotANetwork("not a chain of convolutions, batch norms and ReLUs")
     graph = trace(model)
+    if graph is None:
+        raise NotANetwork("not a chain of convolutions, batch norms and ReLUs")
     # A model that is packed layer by layer may have buffers only.
     device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     try:
-        ShapeProp(fx.GraphModule(model, graph)).propagate(torch.zeros(1, 3, image_size, image_size, device=device))
+        ShapeProp(fx.GraphModule(model, graph)).propagate(torch.zeros(1, *image_shape, device=device))
     except Exception as error:  # whatever its layers raise for images that are not theirs
-        raise NotANetwork(f"it does not take images of 3×{image_size}×{image_size}") from error
+        raise NotANetwork("it does not take images of {}×{}×{}".format(*image_shape)) from error
     return _Builder(model).build(graph)
 
 
@@ -100,16 +107,23 @@ class _Builder:
             if fx_node.op == "placeholder":
                 self.values[fx_node] = _Value(IMAGE, 1 / 255)
             elif fx_node.op == "output":
-                self.close(self.values[fx_node.args[0]])
+                self.close(self.value(fx_node.args[0]))
             else:
                 self.values[fx_node] = self.step(fx_node)
         return [replace(n, gain=_float32(n.gain), bias=_float32(n.bias)) for n in self.nodes]
 
+    def value(self, operand: Any) -> _Value:
+        if not isinstance(operand, fx.Node):
+            raise NotANetwork(f"{operand} is no value that a layer puts out")
+        return self.values[operand]
+
     def step(self, fx_node: fx.Node) -> _Value:
-        if fx_node.target in (operator.add, operator.iadd, torch.add) and not fx_node.kwargs:
-            return self.add(*(self.values[a] for a in fx_node.args))  # type: ignore[index]
+        if fx_node.kwargs or not fx_node.args:
+            raise NotANetwork(f"{fx_node.target} is not called with values alone")
+        if fx_node.target in (operator.add, operator.iadd, torch.add):
+            return self.add(*map(self.value, fx_node.args))
         module, source = module_of(self.model, fx_node), fx_node.args[0]
-        value = self.values[source]  # type: ignore[index]
+        value = self.value(source)
         if isinstance(module, Normalize):
             self.normalize = module
             return value
@@ -141,6 +155,8 @@ class _Builder:
                 raise NotANetwork("a grouped or dilated convolution")
             if isinstance(module.padding, str):
                 raise NotANetwork("a convolution whose padding is a word")
+            if any(p >= k for p, k in zip(_pair(module.padding), _pair(module.kernel_size), strict=True)):
+                raise NotANetwork("a convolution with places that see nothing but padding")
             node = replace(node, op="conv", kernel=_pair(module.kernel_size), stride=_pair(module.stride),
                            padding=_pair(module.padding))  # fmt: skip
             if value.index == IMAGE:
@@ -153,16 +169,19 @@ class _Builder:
         """Gain and bias of the first convolution for raw pixels p = 0 … 255, where its input was (p - mean_c) / std."""
         if self.normalize is None:
             return scale_N.double() / 255, bias_N, None
-        if len(set(self.normalize.std)) > 1 or any(m != int(m) for m in self.normalize.mean):
+        mean = self.normalize.mean
+        if len(set(self.normalize.std)) > 1 or any(m != int(m) or not 0 <= m <= 255 for m in mean):
             raise NotANetwork("a normalisation that is not in whole pixels with one standard deviation")
         gain_N = scale_N.double() / self.normalize.std[0]
-        mean_C = torch.tensor(self.normalize.mean, dtype=torch.float64, device=codes.device)
+        mean_C = torch.tensor(mean, dtype=torch.float64, device=codes.device).expand(codes.shape[1])
         offset_N = (codes.double().sum((2, 3)) * mean_C).sum(1)
         return gain_N, bias_N - gain_N * offset_N, mean_C.to(torch.uint8)
 
     def batch_norm(self, module: nn.BatchNorm1d | nn.BatchNorm2d, value: _Value) -> _Value:
         if value.open is None or not module.affine or module.running_mean is None or module.running_var is None:
             raise NotANetwork("a batch norm that does not follow a layer, or has no weight or no statistics")
+        if value.open.residual is not None:  # whose gain is one number, where a batch norm has one a channel
+            raise NotANetwork("a batch norm behind an addition")
         assert value.open.gain is not None and value.open.bias is not None
         # Weight and bias may be parametrized (a pruned filter's are masked): attribute access sees the masked values.
         factor_N = module.weight.detach().double() / (module.running_var.double() + module.eps).sqrt()
@@ -203,6 +222,8 @@ class _Builder:
         return self.emit(value.open, 1.0)
 
     def emit(self, node: Node, step: float) -> _Value:
+        if (node.op != "conv" and node.input == IMAGE) or node.residual == IMAGE:
+            raise NotANetwork("something else than a convolution, which takes in the normalisation, reads the image")
         self.nodes.append(node)
         return _Value(len(self.nodes) - 1, step)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 IMAGE = -1  # the index that stands for the input image in `Node.input`
+IMAGE_SHAPE = (3, 32, 32)  # (C, H, W) of the images that networks are packed for
 
 
 @dataclass

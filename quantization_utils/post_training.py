@@ -25,7 +25,7 @@ from torch.nn.utils import parametrize
 from models.select import Selection, select_layers
 
 from .bit_layers import BitConv2d, BitLinear
-from .layer_inputs import Stream, blocks, execution_order, residual_sums
+from .layer_inputs import ResidualSum, Stream, execution_order, replayable_blocks, residual_sums, sums_last
 from .moments import Moments, MomentSum
 from .quantizers import as_is, dequantize, mse_optimal
 from .reconstruction import Reconstruction, reconstruct_block
@@ -44,9 +44,13 @@ class Settings:
 
     feedback: bool = True  # error feedback against the float network's outputs; else the nearest codes (`mse_optimal`)
     correct: bool = True  # means and slopes of outputs, in batch norms and biases
-    damping: float = 0.01  # of the rounding, in mean input energies
+    damping: float = 0.01  # of the rounding, in mean input energies; above 0
     target_damping: float = 0.1  # of the weight that makes up for earlier layers: less follows the images more closely
     sweeps: int = 2  # of coordinate descent over the codes
+
+    def __post_init__(self) -> None:
+        if min(self.damping, self.target_damping) <= 0:  # an input that is always 0 would have no energy to divide by
+            raise ValueError(f"damping is above 0, not {min(self.damping, self.target_damping)}")
 
     def __str__(self) -> str:
         steps = ["error feedback" if self.feedback else "nearest codes"] + ["corrected means and slopes"] * self.correct
@@ -83,13 +87,14 @@ def ternarize_(
     followers, sums = execution_order(model, images[:2]), residual_sums(model)
     chosen = check_layers(model, followers, only, keep)
     short_of_columns: list[str] = []
-    for block_name, names in blocks(model, list(followers)):
+    for block_name, names in replayable_blocks(model, list(followers), images[:2]):
         for s in (reference, stream):
             s.enter(block_name)
-        names = sorted((name for name in names if name in chosen), key=sums.__contains__)  # what ends a sum comes last
+        names = sums_last([name for name in names if name in chosen], sums)
         for name in names:
-            reader = sums.get(name, "")
-            sum_at = Sum(reader, followers[name]) if reader.startswith(f"{block_name}.") else None
+            sum_at = sums.get(name)
+            if sum_at is not None and not sum_at.reader.startswith(f"{block_name}." if block_name else ""):
+                sum_at = None  # a block's inputs are all that is replayed
             moments = observe(reference, stream, name, len(images), sum_at)
             ternarize_layer_(reference.model, model, name, followers[name], moments, settings)
             if moments.columns < len(moments.mean_K):
@@ -115,7 +120,7 @@ def check_layers(model: nn.Module, ran: dict[str, str | None], only: Selection, 
     """The names of the float layers to be made ternary.
 
     Raises:
-        ValueError: none, one that does not run, or a grouped convolution.
+        ValueError: none, one that does not run, or a convolution that is grouped or not padded with a number of zeros.
     """
     chosen = [(n, m) for n, m in select_layers(model, only, keep) if not isinstance(m, (BitConv2d, BitLinear))]
     if not chosen:
@@ -125,19 +130,13 @@ def check_layers(model: nn.Module, ran: dict[str, str | None], only: Selection, 
             raise ValueError(f"{name} did not run on an image, so its inputs are unknown: leave it out (keep)")
         if getattr(module, "groups", 1) != 1:
             raise ValueError(f"{name} is a grouped convolution, which cannot be calibrated: leave it out (keep)")
+        if isinstance(module, nn.Conv2d) and (isinstance(module.padding, str) or module.padding_mode != "zeros"):
+            raise ValueError(f"{name} is padded with other than a number of zeros: leave it out (keep)")
     return [name for name, _ in chosen]
 
 
-@dataclass(frozen=True)
-class Sum:
-    """Where a layer's output is added to a shortcut: the module that reads the sum, the batch norm between, if any."""
-
-    reader: str
-    norm: str | None
-
-
 @torch.no_grad()
-def observe(reference: Stream, stream: Stream, name: str, images: int, sum_at: Sum | None = None) -> Moments:
+def observe(reference: Stream, stream: Stream, name: str, images: int, sum_at: ResidualSum | None = None) -> Moments:
     """Moments of the inputs of layer `name` in `stream` against its outputs, without bias, in `reference`.
 
     With `sum_at`, against the outputs that would give the sum that `reference` has: they make up for the shortcut, too.

@@ -143,4 +143,4 @@ def _fitted_scale(weight: Tensor, codes: Tensor) -> Tensor:
     codes_NK = codes.flatten(1).float()
     count_N = codes_NK.abs().sum(1)
     fitted_N = (weight.flatten(1).float() * codes_NK).sum(1) / count_N.clamp_min(1)
-    return fitted_N.where(fitted_N > TINY, 1.0)
+    return fitted_N.clamp_min(TINY).where(count_N > 0, 1.0)

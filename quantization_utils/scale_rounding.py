@@ -51,7 +51,7 @@ def _rounded(model: nn.Module, names: tuple[str, ...]) -> tuple[nn.Module, bool]
         for node in nodes:
             for name in set(names) - {"scale"}:
                 setattr(node, name, _round(getattr(node, name), name))
-        return PackedNetwork(nodes, model.constructor, model.backend), True
+        return PackedNetwork(nodes, model.constructor, model.backend, model.image_shape), True
     layers = [m for m in model.modules() if isinstance(m, (PackedLinear, PackedConv2d))]
     if not layers:
         return model, False

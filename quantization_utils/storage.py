@@ -35,7 +35,6 @@ from .storage_checks import (
 )
 
 SAFETENSORS_DTYPE = {getattr(torch, name): code for code, name in DTYPE_OF.items()}
-IMAGE_SHAPE = (3, 32, 32)  # what a PackedNetwork's nodes are made for
 OWN_METADATA = (
     "format_version",
     "kind",
@@ -134,7 +133,7 @@ def _describe_network(model: PackedNetwork) -> tuple[dict[str, tuple[Tensor, Bit
         if "residual_gain" in members:
             members["residual_gain"] = float(node.residual_gain)
         nodes.append({"op": node.op, "input": node.input, **members})
-    network = {"image": list(IMAGE_SHAPE), "nodes": nodes}
+    network = {"image": list(model.image_shape), "nodes": nodes}
     return tensors, {"constructor": model.constructor, "normalization": None, "network": network}
 
 
@@ -234,7 +233,8 @@ def check_description(own: Mapping[str, str], records: dict[str, Record]) -> tup
         require(
             values["normalization"] is None, "a network has its normalisation folded in, and this one names another"
         )
-        return PackedNetwork(check_network(values["network"], records, classes), constructor), values
+        nodes = check_network(values["network"], records, classes)
+        return PackedNetwork(nodes, constructor, image_shape=tuple(values["network"]["image"])), values
     require(constructor is not None, "it has no constructor")
     model = rebuild(constructor, values["modules"], records)
     require(values["normalization"] == normalization_of(model), "its normalisation is not what its model does")
@@ -285,7 +285,7 @@ def _set_backend(model: nn.Module, backend: str) -> None:
         if backend not in available:
             raise ValueError(f"backend {backend!r} cannot run here: choose one of auto, {', '.join(available)}")
     for module in model.modules():
-        if isinstance(module, (PackedNetwork, PackedLinear)):
+        if isinstance(module, (PackedNetwork, PackedLinear, PackedConv2d)):
             module.backend = backend
     if any(isinstance(m, (PackedLinear, PackedConv2d)) for m in model.modules()):
         model.requires_grad_(False)  # as pack_ leaves it

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
-from models.graph import is_chain, module_of, replace_module, trace
+from models.graph import module_of, put_module, replace_module, trace
 from models.normalize import Normalize
 from models.select import Selection, select_layers
 
@@ -18,7 +19,6 @@ from .network import NotANetwork, PackedNetwork, to_nodes
 from .packed_encoder import fuse_encoder_
 from .quantizers import Quantizer, absmean
 
-FLOAT_TO_BIT: dict[type[nn.Module], Any] = {nn.Linear: BitLinear, nn.Conv2d: BitConv2d}
 # What may stand before a layer whose input has a static scale; pixels, behind the normalisation, are 8-bit already.
 NODE_ENDS = (nn.ReLU, nn.AdaptiveAvgPool2d, Quantized, Normalize)
 SAMPLES = 50_000  # activations of a tensor that decide its step
@@ -40,17 +40,21 @@ def quantize_(
     another quantizer takes the rest.
 
     Raises:
-        ValueError: `act_bits` outside 2 … 8, or nothing to quantize.
+        ValueError: `act_bits` outside 2 … 8, nothing to quantize, or a layer of a class derived from PyTorch's, which
+            may do something else.
     """
     if act_bits is not None and not 2 <= act_bits <= 8:
         raise ValueError(f"activations can have 2 to 8 bits or None (float), not {act_bits}")
     layers = select_layers(model, only, keep)
     if not layers:
         raise ValueError(f"no linear or convolution layer matches only={only!r}, keep={keep!r}: nothing to quantize")
+    layers = [(name, layer) for name, layer in layers if not isinstance(layer, (BitLinear, BitConv2d))]
     for name, layer in layers:
-        if not isinstance(layer, (BitLinear, BitConv2d)):
-            bit_class = BitLinear if isinstance(layer, nn.Linear) else BitConv2d
-            replace_module(model, name, bit_class.from_float(layer, quantizer, act_bits))  # type: ignore[arg-type]
+        if (kind := type_before_parametrizations(layer)) not in (nn.Linear, nn.Conv2d):
+            raise ValueError(f"{name} is a {kind.__name__}, whose own computation would be lost: leave it out (keep)")
+    for name, layer in layers:
+        bit_class = BitLinear if isinstance(layer, nn.Linear) else BitConv2d
+        replace_module(model, name, bit_class.from_float(layer, quantizer, act_bits))  # type: ignore[arg-type]
     return model
 
 
@@ -60,21 +64,22 @@ def calibrate_(model: nn.Module, images: Tensor, batch_size: int = 128) -> nn.Mo
 
     The quantizer of a layer's input moves to where the node before it ends (after its ReLU or average pool), so that
     all readers of that tensor share it; the step is the one of least squared error on these images (60 clipping points
-    are tried). Inputs that come straight from the normalised image need none: pixels are 8-bit already. Models without
-    ReLU (transformers) keep their dynamic scales per token. Steps that exist stay and are only set anew.
+    are tried). Inputs that come straight from the normalised image need none: pixels are 8-bit already. Models whose
+    data flow can't be traced (transformers) keep their dynamic scales per token. Steps that exist stay and are only set
+    anew.
 
     Raises:
-        ValueError: no images.
+        ValueError: no images, activations that are not finite, or readers of one tensor with different bits.
     """
     if len(images) == 0:
         raise ValueError("calibration needs at least one image")
-    if not is_chain(model):
-        return model
     producers = _insert_static_quantizers(model)
     if not producers:
         return model
     samples = _observe(model, producers, images, batch_size)
     for name, quantized in producers.items():
+        if not samples[name].isfinite().all():
+            raise ValueError(f"the output of {name} is not finite on the calibration images: has training diverged?")
         quantized.quantizer.step.fill_(_best_step(samples[name], quantized.quantizer.code_max))
     return model
 
@@ -85,10 +90,16 @@ def pack_(model: nn.Module) -> nn.Module:
     A calibrated chain network whose layers are all quantized becomes a `PackedNetwork` (the object itself changes
     class), without the channels that pruning has silenced; any other model keeps its modules and has its quantized
     layers replaced by packed ones. Packing twice changes nothing.
+
+    Raises:
+        ValueError: a weight that is not finite, or a layer that can't be packed.
     """
     model.eval()
     if isinstance(model, PackedNetwork):
         return model
+    for name, layer in model.named_modules():
+        if isinstance(layer, (BitLinear, BitConv2d)) and not layer.weight.isfinite().all():
+            raise ValueError(f"{name} has a weight that is not finite: has training diverged?")
     try:
         nodes = remove_dead_channels(to_nodes(model))
     except NotANetwork:
@@ -106,26 +117,29 @@ def _pack_layers(model: nn.Module) -> None:
         layer: Any = model.get_submodule(name)  # held here alone, so that its float weight goes with it
         act_bits = getattr(layer.input_quantizer, "bits", None)
         packed_class = next(packed for kind, packed in BIT_TO_PACKED.items() if isinstance(layer, kind))
-        model.set_submodule(name, packed_class.from_bit_layer(layer, act_bits))
+        put_module(model, layer, packed_class.from_bit_layer(layer, act_bits))
 
 
 def _insert_static_quantizers(model: nn.Module) -> dict[str, Quantized]:
     """Put a `Quantized` at the end of every node that a quantized layer reads; return them by name."""
     found: dict[str, Quantized] = {}
-    for fx_node in trace(model).nodes:
+    graph = trace(model)
+    for fx_node in graph.nodes if graph else ():
         layer = module_of(model, fx_node)
         if not isinstance(layer, (BitLinear, BitConv2d)) or layer.input_quantizer is None:
             if isinstance(layer, Quantized):
                 found[str(fx_node.target)] = layer
             continue
         bits = int(layer.input_quantizer.bits)  # type: ignore[arg-type]
-        producer = _producer(model, fx_node.args[0])
+        producer = _producer(model, fx_node.all_input_nodes[0])
         ends = [producer]
         if isinstance(module_of(model, producer), nn.AdaptiveAvgPool2d):
-            ends.append(_producer(model, producer.args[0]))  # a pool of integers, so what it reads is quantized too
+            ends.append(_producer(model, producer.all_input_nodes[0]))  # of integers, so what it reads is quantized too
         if not all(isinstance(module_of(model, e), NODE_ENDS) for e in ends):
             continue  # an input that no node ends (a model of another kind): it keeps its dynamic scale
         for name, module in ((str(e.target), module_of(model, e)) for e in ends):
+            if isinstance(module, Quantized) and module.quantizer.bits != bits:
+                raise ValueError(f"{fx_node.target} reads with {bits} bits what another layer reads with others")
             if isinstance(module, (nn.ReLU, nn.AdaptiveAvgPool2d)):
                 found[name] = Quantized(module, StaticQuantizer(bits, 1.0).to(layer.weight.device))
                 replace_module(model, name, found[name].train(module.training))
@@ -136,7 +150,7 @@ def _insert_static_quantizers(model: nn.Module) -> dict[str, Quantized]:
 def _producer(model: nn.Module, fx_node: Any) -> fx.Node:
     """The node whose values `fx_node` passes on: back through pools, flattening, dropout."""
     while isinstance(module_of(model, fx_node), (nn.MaxPool2d, nn.Flatten, nn.Dropout, nn.Identity)):
-        fx_node = fx_node.args[0]
+        fx_node = fx_node.all_input_nodes[0]
     return fx_node
 
 
@@ -149,7 +163,7 @@ def _observe(model: nn.Module, producers: dict[str, Quantized], images: Tensor, 
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
             values = output.flatten().float()
             stride = max(1, values.numel() // per_batch) | 1  # odd, so that it does not fall in step with a dimension
-            samples[name].append(values[::stride])
+            samples[name].append(values[::stride].clone())  # a view would keep them all, and see later changes in place
 
         return hook
 

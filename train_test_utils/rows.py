@@ -88,8 +88,11 @@ def choose(rows: Sequence[Row], patterns: Sequence[str] | None) -> list[Row]:
     """The rows whose names match any of the patterns (as a shell matches names), with the parents they need, in order.
 
     Raises:
-        ValueError: a pattern that matches no row.
+        ValueError: a pattern that matches no row, or a row that starts from none that stands before it.
     """
+    for index, row in enumerate(rows):
+        if row.parent is not None and all(row.parent != before.name for before in rows[:index]):
+            raise ValueError(f"{row.name} starts from {row.parent!r}, which is no row before it")
     if not patterns:
         return list(rows)
     for pattern in patterns:
@@ -103,7 +106,11 @@ def choose(rows: Sequence[Row], patterns: Sequence[str] | None) -> list[Row]:
 
 
 def describe(value: Any) -> Any:
-    """A JSON value for a row, recipe or transformation: functions and classes by name, dataclasses by field."""
+    """A JSON value for a row, recipe or transformation: functions and classes by name, dataclasses by field.
+
+    Raises:
+        ValueError: a function without a name of its own, so that another could not be told from it.
+    """
     if is_dataclass(value) and not isinstance(value, type):
         return {"kind": type(value).__name__} | {f.name: describe(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, (list, tuple)):
@@ -111,6 +118,8 @@ def describe(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: describe(v) for k, v in value.items()}
     if callable(value):
+        if getattr(value, "__name__", "<lambda>") == "<lambda>":
+            raise ValueError(f"{value} has no name to tell it by in a row's configuration: define a function")
         return value.__name__
     return value
 

@@ -61,8 +61,11 @@ def train(
     `state_path` ends in the same weights, bit for bit, on a CPU with the same number of threads.
 
     Raises:
+        ValueError: a recipe that distils, and no teacher.
         NonFiniteLoss: the loss was infinite or not a number; the last good state stays at `state_path`.
     """
+    if recipe.distill and teacher is None:
+        raise ValueError("the recipe distils from a teacher, and there is none: start the row from a trained one")
     device, rank, world = setup.device, distributed.rank(), distributed.world_size()
     train_split = dataset.train
     steps_per_epoch = recipe.steps_per_epoch(len(train_split))
@@ -145,11 +148,15 @@ def train(
             saved_at = time.monotonic()
 
     progress.close()
+    for layer in bit_layers:
+        layer.quantized_part = 1.0  # whatever part of its way a ramp has come
     if averaged is not None:
         model.load_state_dict(averaged.module.state_dict())
     if recipe.statistics_images:  # running averages lag behind weights that move: far, after few steps
         torch.manual_seed(seed)  # dropout; a run may have been interrupted after its last step
         chosen = epoch_order(len(train_split), seed, 0, device)[: recipe.statistics_images]
+        if len(chosen) % recipe.batch_size == 1 < len(chosen):
+            chosen = chosen[:-1]  # one image alone has no variance
         update_bn((to_float(train_split.images[batch]) for batch in chosen.split(recipe.batch_size)), model)
     return model.eval()
 
@@ -179,7 +186,7 @@ def _soft_targets(teacher: nn.Module | None, images: Tensor) -> Tensor | None:
 def _loss(logits: Tensor, labels: Tensor, teacher_logits: Tensor | None, recipe: Recipe) -> Tensor:
     """Cross-entropy, mixed with the divergence from the teacher's softened classes (arXiv 1503.02531)."""
     loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
-    if teacher_logits is None or not recipe.distill:
+    if teacher_logits is None:
         return loss
     t = recipe.temperature
     divergence = F.kl_div(

@@ -28,10 +28,10 @@ EXACT_FLOAT32 = 2**24
 def quantize_dynamic(x: Tensor, bits: int, per: str) -> tuple[Tensor, Tensor]:
     """Signed codes (float container) and the scale that belongs to each token or image, by the largest magnitude.
 
-    `per`: "token" (absmax over the last dimension) or "image" (over all but the first). codes · scale ≈ x.
+    `per`: "token" (absmax over the last dimension) or "image" (over the last three). codes · scale ≈ x.
     """
     code_max = 2 ** (bits - 1) - 1
-    dims = (-1,) if per == "token" else tuple(range(1, x.dim()))
+    dims = (-1,) if per == "token" else (-3, -2, -1)
     absmax = x.abs().amax(dims, keepdim=True).clamp_min(SMALLEST_ABSMAX)
     return (x * (code_max / absmax)).round().clamp(-code_max - 1, code_max), absmax / code_max
 

@@ -263,3 +263,16 @@ def test_a_diverged_model_is_refused():
 def test_prune_returns_the_model_itself():
     model = network()
     assert prune_(model, l1, 0.5) is model
+
+
+def test_the_classifier_is_the_layer_that_runs_last():
+    class Upside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.relu, self.conv = nn.Linear(36, 5), nn.ReLU(), nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            return self.fc(self.relu(self.conv(x)).flatten(1))
+
+    model = prune_(Upside(), l2_filters, 0.5)
+    assert zeros(model) == [0, 2 * 27]

@@ -272,3 +272,13 @@ def test_weights_are_quantized_once_where_they_are_fixed() -> None:
     with torch.no_grad():
         model[2].weight.neg_()
     assert not torch.equal(model(x), before)  # and quantized anew afterwards
+
+
+@pytest.mark.parametrize("act_bits", [None, 8])
+def test_a_packed_layer_that_has_run_takes_other_weights(act_bits):
+    x = torch.randn(4, 37)
+    bit_layers = [BitLinear.from_float(nn.Linear(37, 5), absmean, None) for _ in range(2)]
+    one, two = (PackedLinear.from_bit_layer(layer, act_bits) for layer in bit_layers)
+    assert not torch.equal(one(x), two(x))
+    one.load_state_dict(two.state_dict())
+    assert torch.equal(one(x), two(x))

@@ -5,7 +5,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from quantization_utils.layer_inputs import Stream, blocks, execution_order, residual_sums
+from quantization_utils.layer_inputs import (
+    ResidualSum,
+    Stream,
+    blocks,
+    execution_order,
+    replayable_blocks,
+    residual_sums,
+    sums_last,
+)
 from quantization_utils.moments import MomentSum
 from tests import networks
 
@@ -93,7 +101,10 @@ def test_positions_are_thinned_out_and_stay_together(monkeypatch: pytest.MonkeyP
 
 def test_the_layer_with_the_most_weights_closes_a_sum() -> None:
     """In the second block over the shortcut's convolution; a transformer's data flow is not traced."""
-    assert residual_sums(networks.make("resnet_like")) == {"5.conv2": "5.relu2", "6.conv2": "6.relu2"}
+    assert residual_sums(networks.make("resnet_like")) == {
+        "5.conv2": ResidualSum("5.relu2", "5.bn2", ("5.conv2",)),
+        "6.conv2": ResidualSum("6.relu2", "6.bn2", ("6.conv2", "6.shortcut.0")),
+    }
     assert residual_sums(networks.make("alexnet_like")) == residual_sums(networks.make("vit_like")) == {}
 
 
@@ -107,3 +118,66 @@ def test_a_model_that_cannot_be_traced_has_no_sums_to_aim_at() -> None:
             return self.relu(self.conv(x) + x) if x.sum() > 0 else x
 
     assert residual_sums(Looks()) == {}
+
+
+class Dense(nn.Module):
+    """Every layer reads the outputs of all before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4 * (i + 1), 4) for i in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.cat([x, layer(x)], 1)
+        return x
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(self.first(x)))
+
+
+@pytest.mark.parametrize("kind", [Dense, Twice])
+def test_blocks_that_cannot_be_replayed_are_one(kind: type[nn.Module]) -> None:
+    model, x = kind(), torch.randn(2, 4)
+    names = list(execution_order(model, x))
+    assert replayable_blocks(model, names, x) == [("", names)] != blocks(model, names)
+    assert torch.isfinite(model(x)).all() and "forward" not in vars(model.get_submodule(names[0]))
+
+
+@pytest.mark.parametrize("kind", networks.KINDS)
+def test_blocks_of_the_study_can_be_replayed(kind: str) -> None:
+    model, images = networks.make(kind), networks.images(2)
+    names = list(execution_order(model, images))
+    assert replayable_blocks(model, names, images) == blocks(model, names)
+
+
+def test_a_forward_of_a_module_itself_comes_back() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), torch.randn(2, 4)
+    forward = model[0].forward
+    model[0].forward = lambda x: forward(x) + 100
+    expected = model(x)
+    replayable_blocks(model, ["0", "1"], x)
+    assert torch.equal(model(x), expected)
+
+
+def test_what_closes_a_sum_follows_what_else_it_adds() -> None:
+    sums = {"b": ResidualSum("r", None, ("a", "b")), "c": ResidualSum("s", None, ("c", "shortcut"))}
+    assert sums_last(["a", "b", "c", "d", "shortcut", "e"], sums) == ["a", "b", "d", "shortcut", "c", "e"]
+
+
+def test_a_sum_with_a_factor_is_none() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.relu = nn.Conv2d(3, 3, 1), nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.relu(torch.add(x, self.conv(x), alpha=0.1))
+
+    assert residual_sums(Scaled()) == {}

@@ -165,6 +165,22 @@ class ScaledSum(nn.Module):
         return self.relu(torch.add(self.conv(x), x, alpha=0.5))
 
 
+class Residual(nn.Module):
+    """One line of Python as a module."""
+
+    def __init__(self, line: str) -> None:
+        super().__init__()
+        self.conv, self.relu, self.bn = nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.BatchNorm2d(8)
+        self.gain, self.line = nn.Parameter(torch.tensor(0.7)), line
+        nn.init.uniform_(self.bn.weight, 0.3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return eval(self.line, vars(self)["_modules"] | {"self": self, "x": x})
+
+    def extra_repr(self) -> str:
+        return self.line
+
+
 @pytest.mark.parametrize(
     "layer, pixels",
     [
@@ -173,6 +189,11 @@ class ScaledSum(nn.Module):
         (nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8, affine=False), nn.ReLU()), 16),
         (nn.AdaptiveAvgPool2d(2), 2),
         (ScaledSum(), 16),
+        (Residual("relu(bn(conv(x) + x))"), 16),
+        (Residual("relu(conv(x) * self.gain + x)"), 16),
+        (Residual("relu(conv(input=x) + x)"), 16),
+        (Residual("relu(conv(x) + 0.1)"), 16),
+        (nn.Sequential(nn.Conv2d(8, 8, 1, padding=1), nn.ReLU()), 18),
     ],
     ids=str,
 )
@@ -238,5 +259,51 @@ def test_images_of_another_size(size):
     calibrate_(quantize_(model, absmean_fitted), batch)
     with torch.no_grad():
         expected = model(batch)
-        got = reference.NetworkExecutor(to_nodes(model, size))(batch)
+        got = reference.NetworkExecutor(to_nodes(model, (3, size, size)))(batch)
     torch.testing.assert_close(got, expected, rtol=0, atol=0.03 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        [nn.Flatten(), nn.Linear(3 * 32 * 32, 9), nn.ReLU(), nn.Linear(9, 5)],
+        [nn.MaxPool2d(2), nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 14 * 14, 5)],
+        [Residual("relu(conv(x) + x)"), nn.Flatten(), nn.Linear(3 * 32 * 32, 5)],
+    ],
+    ids=["a linear layer", "a pool", "a sum"],
+)
+def test_what_reads_the_image_and_is_no_convolution_keeps_the_normalisation(layers):
+    torch.manual_seed(0)
+    if isinstance(layers[0], Residual):
+        layers[0].conv = nn.Conv2d(3, 3, 3, padding=1)
+    model, batch = nn.Sequential(Normalize(), *layers).eval(), images(8)
+    expected = calibrate_(quantize_(model), batch)(batch)
+    packed = pack_(model)
+    assert not isinstance(packed, PackedNetwork)
+    torch.testing.assert_close(packed(batch), expected, rtol=0, atol=1e-4)
+
+
+def test_one_mean_for_all_channels_pads_all_of_them():
+    """The kernels read one value a channel."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 32 * 32, 5)]
+    model, batch = nn.Sequential(Normalize((128,), (64,)), *layers).eval(), images(8)
+    expected = calibrate_(quantize_(model), batch)(batch)
+    packed = pack_(model)
+    assert isinstance(packed, PackedNetwork) and packed.nodes[0].pad_values.tolist() == [128] * 3
+    torch.testing.assert_close(packed(batch), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("mean", [(300, 123, 114), (125, -1, 114)])
+def test_a_mean_that_is_no_pixel_is_no_padding(mean):
+    model = make("alexnet_like")
+    model[0] = Normalize(mean)
+    with pytest.raises(NotANetwork, match="whole pixels"):
+        to_nodes(calibrate_(quantize_(model), images(8)))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 64, 64), (2, 1, 32, 32), (3, 32, 32)])
+def test_images_that_a_network_was_not_packed_for(packed, shape):
+    given = "×".join(map(str, shape[1:]))
+    with pytest.raises(ValueError, match=f"packed for batches of images of 3×32×32, not {given}"):
+        packed(torch.rand(shape))

@@ -228,6 +228,12 @@ def test_wrong_input_is_refused_in_a_sentence() -> None:
     grouped = nn.Sequential(nn.Conv2d(3, 6, 3, groups=3), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 900, 2)).eval()
     with pytest.raises(ValueError, match="0 is a grouped convolution"):
         ternarize_(grouped, images)
+    for padding in ({"padding": "same"}, {"padding": 1, "padding_mode": "reflect"}):
+        padded = nn.Sequential(nn.Conv2d(3, 2, 3, **padding), nn.ReLU(), nn.Flatten(), nn.Linear(2048, 2)).eval()
+        with pytest.raises(ValueError, match="0 is padded with other than a number of zeros"):
+            ternarize_(padded, images)
+    with pytest.raises(ValueError, match="damping is above 0, not 0.0"):
+        Settings(damping=0.0)
     with pytest.raises(ValueError, match="nothing to quantize"):
         ternarize_(networks.make("alexnet_like"), images, only=nn.LSTM)
     broken = networks.make("alexnet_like")

@@ -226,3 +226,9 @@ def test_blocks_of_channels_change_nothing(quantizer, shape, monkeypatch):
     whole = quantizer(weight)
     monkeypatch.setattr("quantization_utils.quantizers.BLOCK", 2 * weight[0].numel())
     assert all(torch.equal(a, b) for a, b in zip(quantizer(weight), whole, strict=True))
+
+
+@pytest.mark.parametrize("size", [1e-13, 8e-13, 1e-9])
+@pytest.mark.parametrize("quantizer", TERNARY)
+def test_weights_next_to_nothing_stay_so(quantizer, size):
+    assert dequantize(*quantizer(torch.randn(4, 9) * size)).abs().max() < max(1e-11, 4 * size)

@@ -200,3 +200,78 @@ def test_everything_that_is_trainable_gets_a_gradient(kind):
     assert missing == []
     steps = [q.step.grad for q in layers(model, StaticQuantizer)]
     assert all(float(g.abs()) > 0 for g in steps) and bool(steps) == (kind in CHAINS)
+
+
+def test_a_layer_under_two_names_stays_one_layer():
+    model = make("alexnet_like")
+    model.again = model[1]
+    names = ["1", "again"]
+    quantize_(model)
+    assert isinstance(model[1], BitConv2d) and model.get_submodule("again") is model[1]
+    model.forward = lambda x: nn.Sequential.forward(model[:15], x)
+    quantize_(nn.Sequential(nn.Linear(2, 2)))
+    pack_(model)
+    assert [type(model.get_submodule(name)) for name in names] == [PackedConv2d] * 2
+
+
+def test_layers_of_derived_classes_are_not_taken_for_plain_ones():
+    class Shifted(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + 100
+
+    model = nn.Sequential(nn.Linear(4, 4), Shifted(4, 4))
+    with pytest.raises(ValueError, match=r"1 is a Shifted, whose own computation would be lost: leave it out"):
+        quantize_(model)
+    assert type(model[0]) is nn.Linear
+    quantize_(model, keep="1")
+    assert isinstance(model[0], BitLinear)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_diverged_model_is_neither_calibrated_nor_packed(value):
+    model = quantize_(make("alexnet_like"))
+    model[1].bias = nn.Parameter(torch.full((8,), value))
+    with pytest.raises(ValueError, match="the output of 3 is not finite on the calibration images"):
+        calibrate_(model, images(8))
+    model[5].weight.data[0, 0, 0, 0] = value
+    with pytest.raises(ValueError, match="5 has a weight that is not finite: has training diverged"):
+        pack_(model)
+    assert isinstance(model[1], BitConv2d), "nothing is packed"
+
+
+def test_one_input_has_one_number_of_bits():
+    class Fork(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)
+            self.relu = nn.ReLU()
+
+        def forward(self, x):
+            x = self.relu(self.a(x))
+            return self.b(x) + self.c(x)
+
+    model = quantize_(quantize_(Fork(), act_bits=4, only="c"), act_bits=8)
+    with pytest.raises(ValueError, match="c reads with 4 bits what another layer reads with others"):
+        calibrate_(model, images(8))
+
+
+def test_what_is_done_in_place_later_does_not_change_a_step():
+    class Sum(nn.Module):
+        def __init__(self, in_place):
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b, self.relu, self.end = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1), nn.ReLU(), nn.ReLU()
+            self.in_place = in_place
+
+        def forward(self, x):
+            x = self.relu(self.a(x))
+            y = self.b(x)
+            if self.in_place:
+                x += y
+            else:
+                x = x + y
+            return self.end(x)
+
+    batch = images(8)
+    steps = [calibrate_(quantize_(Sum(in_place)), batch).relu.quantizer.step for in_place in (True, False)]
+    assert torch.equal(*steps)

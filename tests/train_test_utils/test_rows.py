@@ -109,3 +109,14 @@ def test_calibration_images_depend_on_the_seed_alone():
     assert not torch.equal(one, calibration_images(pixels, 2, 20))
     assert one.shape == (20, 3, 4, 4) and torch.equal((one * 255).round() / 255, one)
     assert len(calibration_images(pixels, 1)) == 50, "all there are"
+
+
+@pytest.mark.parametrize("rows", [[Row("a", "flaot", [], RECIPE)], [Row("a", "b", [], None), Row("b", None, [], None)]])
+def test_a_row_that_starts_from_none_before_it(rows):
+    with pytest.raises(ValueError, match="a starts from '(flaot|b)', which is no row before it"):
+        choose(rows, None)
+
+
+def test_functions_without_a_name_cannot_describe_a_row():
+    with pytest.raises(ValueError, match="has no name to tell it by"):
+        describe(Row("a", None, [lambda model, images, seed: model], None))

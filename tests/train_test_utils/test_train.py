@@ -237,3 +237,17 @@ def test_statistics_of_batch_norm_are_those_of_unaltered_images_under_the_last_w
     torch.testing.assert_close(trained[1].running_var, seen.var(2).mean(1))
     assert torch.equal(trained[0].weight, plain[0].weight)
     assert (plain[1].running_var - trained[1].running_var).abs().max() > 0.1
+
+
+def test_a_ramp_that_has_not_come_to_its_end_ends_with_the_training():
+    trained = train(model(), dataset(), Recipe(epochs=1, lr=0.01, batch_size=16, ramp=1.0), Setup(CPU))
+    assert all(m.quantized_part == 1.0 for m in trained.modules() if isinstance(m, (BitLinear, BitConv2d)))
+
+
+def test_distillation_without_a_teacher_is_told():
+    with pytest.raises(ValueError, match="distils from a teacher, and there is none"):
+        train(model(), dataset(), Recipe(epochs=1, lr=0.01, distill=0.5), Setup(CPU))
+
+
+def test_statistics_of_one_image_more_than_whole_batches():
+    train(model(), dataset(), Recipe(epochs=1, lr=0.01, batch_size=16, statistics_images=33), Setup(CPU))
