@@ -66,8 +66,8 @@ def print_models(show_layers: bool) -> dict[str, FileReport]:
                   + f"{report.float_bytes / report.file_bytes:>8.1f}×")  # fmt: skip
             if show_layers:
                 print_layers(report)
-    print("log2(3) and entropy: the same codes at 1.585 bits, and at Shannon's bound; all sizes but float32's with the "
-          "tensors that stay as they are")  # fmt: skip
+    print("log2(3) and entropy: the same codes at 1.585 bits, and at the entropy of a layer's codes; all sizes but "
+          "float32's with the tensors that stay as they are")  # fmt: skip
     return reports
 
 

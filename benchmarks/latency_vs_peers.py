@@ -66,7 +66,7 @@ def packed_model(model: nn.Module, case: str, act_bits: int) -> nn.Module:
     from quantization_utils.bit_layers import BitLinear, PackedLinear
     from quantization_utils.transform import calibrate_, pack_, quantize_
 
-    packed = quantize_(copy.deepcopy(model), absmean, act_bits=8 if case in ("vit", "fc") else act_bits)
+    packed = quantize_(copy.deepcopy(model), absmean, act_bits=act_bits)
     if case == "fc":  # layers alone: activations quantized per token
         return nn.Sequential(*(PackedLinear.from_bit_layer(m, 8) if isinstance(m, BitLinear) else m for m in packed))
     calibrate_(packed, torch.rand(32, 3, 32, 32))
@@ -246,7 +246,8 @@ def main() -> None:
     torch.set_grad_enabled(False)
     for case in args.cases:
         for batch in args.batches:
-            engines, missing, (work, model_work) = prepare(case, batch, args.engines, args.act_bits)
+            act_bits = 8 if case in ("vit", "fc") else args.act_bits
+            engines, missing, (work, model_work) = prepare(case, batch, args.engines, act_bits)
             for name, why in missing.items():
                 print(f"NOT MEASURED in {case}, batch {batch}: {name} ({why})", flush=True)
             for flushed in [False] if args.no_flushed or batch > 1 else [False, True]:
@@ -258,7 +259,7 @@ def main() -> None:
                 aims = {} if flushed else AIMS.get((case, batch), {})
                 append_record("latency/peers", {**figures, "aims": aims, **limits, "missing": missing,
                                                 "multiply_adds": work, "model_multiply_adds": model_work,
-                                                "act_bits": args.act_bits}, peers.PACKAGES)  # fmt: skip
+                                                "act_bits": act_bits}, peers.PACKAGES)  # fmt: skip
 
 
 if __name__ == "__main__":

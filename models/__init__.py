@@ -55,10 +55,15 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
     """
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}: choose one of {', '.join(MODELS)}")
-    known = [p for p in inspect.signature(MODELS[name]).parameters if p != "num_classes"]
+    known = option_names(name)
     for option in options:
         if option not in known:
             raise ValueError(f"{name} has no option {option!r}: choose from {', '.join(known)}")
 
 
-__all__ = ["MODELS", "alexnet", "build", "check_options", "resnet_18", "vit"]
+def option_names(name: str) -> list[str]:
+    """The options that the constructor of a model has."""
+    return [p for p in inspect.signature(MODELS[name]).parameters if p != "num_classes"]
+
+
+__all__ = ["MODELS", "alexnet", "build", "check_options", "option_names", "resnet_18", "vit"]

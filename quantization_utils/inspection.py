@@ -30,7 +30,7 @@ class Layer:
     weights: int
     file_bytes: int
     zeros: int
-    ideal_bits: float  # Shannon's bound of the codes; of a tensor stored as it is, its bits
+    ideal_bits: float  # entropy of the codes (`packing.entropy_bits`); of a tensor stored as it is, its bits
 
     @property
     def is_codes(self) -> bool:
@@ -62,7 +62,7 @@ class FileReport:
 
     @property
     def ideal_bytes(self) -> float:
-        """Shannon's bound of each layer's codes, and the other tensors' bytes."""
+        """Entropy of each layer's codes, one by one (zstd may do better), and the other tensors' bytes."""
         return sum(layer.ideal_bits for layer in self.layers) / 8 + self.other_bytes
 
     @property
@@ -93,7 +93,8 @@ def inspect_file(path: str | os.PathLike[str]) -> FileReport:
     """
     own, records = _records(path)
     with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:
-        layers = list(pool.map(_layer, records, records.values()))
+        names = sorted(records, key=_by_number)
+        layers = list(pool.map(_layer, names, [records[name] for name in names]))
     codes = [layer for layer in layers if layer.is_codes]
     others = [layer for layer in layers if not layer.is_codes]
     return FileReport(os.fspath(path), own["kind"], os.path.getsize(path), codes, others)
@@ -112,6 +113,11 @@ def gzip_float_bytes(path: str | os.PathLike[str]) -> int:
 
     with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:
         return sum(pool.map(squeezed, records.items()))
+
+
+def _by_number(name: str) -> list[tuple[int, str]]:
+    """A key that puts layer 2 before layer 10."""
+    return [(int(part) if part.isdigit() else -1, part) for part in name.split(".")]
 
 
 def _scale_of(name: str, records: Mapping[str, Record]) -> Tensor:

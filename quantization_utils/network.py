@@ -46,6 +46,8 @@ class PackedNetwork(nn.Module):
         if images_BCHW.shape[1:] != self.image_shape:
             made_for, given = ("×".join(map(str, shape)) for shape in (self.image_shape, images_BCHW.shape[1:]))
             raise ValueError(f"this network is packed for batches of images of {made_for}, not {given}")
+        if not images_BCHW.is_floating_point():
+            raise ValueError(f"images are floating-point numbers in [0, 1], not {images_BCHW.dtype}")
         return self.executor(images_BCHW)
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedNetwork:

@@ -141,8 +141,10 @@ def _describe_modules(model: nn.Module) -> tuple[dict[str, tuple[Tensor, Bits | 
     """The same of a module tree: its state dict, with parametrizations (pruning masks) applied."""
     constructor = getattr(model, "constructor", None)
     if constructor is None:
+        reason = getattr(model, "no_network", "")
         raise ValueError(
-            "only models made by models.build(...) can be saved: a file has to say how to rebuild its model"
+            "a file has to say how to rebuild its model: make it by models.build(...)"
+            + (f", or so that it packs to a network, which it did not ({reason})" if reason else "")
         )
     tensors: dict[str, tuple[Tensor, Bits | None]] = {name: (t, None) for name, t in model.state_dict().items()}
     packed, quantized = {}, {}

@@ -102,7 +102,8 @@ def pack_(model: nn.Module) -> nn.Module:
             raise ValueError(f"{name} has a weight that is not finite: has training diverged?")
     try:
         nodes = remove_dead_channels(to_nodes(model))
-    except NotANetwork:
+    except NotANetwork as error:
+        model.no_network = str(error)  # type: ignore[assignment]  # for who wants to save it
         _pack_layers(model)
         return fuse_encoder_(model.requires_grad_(False))
     packed = PackedNetwork(nodes, getattr(model, "constructor", None))

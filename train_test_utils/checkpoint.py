@@ -29,6 +29,8 @@ def load_weights(model: nn.Module, path: Path) -> None:
     """
     try:
         state = load_file(path)
+        if other := state.keys() ^ model.state_dict().keys():
+            raise ValueError(f"{min(other)} is in one of the two only")
         model.load_state_dict(state)
     except FileNotFoundError:
         raise

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from .dataset import IMAGE_SIZE, ImageDataset, Split
 
@@ -149,6 +149,8 @@ def _read_parquet(paths: list[Path], source: Source) -> Split:
     images, labels = [], []
     for path in paths:
         try:
+            if missing := {"img", source.label} - set(parquet.read_schema(path).names):
+                raise ValueError(f"it has no column {min(missing)!r}")
             table = parquet.read_table(path, columns=["img", source.label])
             encoded = [cell["bytes"] for cell in table["img"].to_pylist()]
             with ThreadPoolExecutor() as pool:  # Pillow decodes without holding the interpreter
@@ -163,7 +165,10 @@ def _read_parquet(paths: list[Path], source: Source) -> Split:
 
 
 def _decode(encoded: bytes) -> np.ndarray:
-    pixels = np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
+    try:
+        pixels = np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
+    except UnidentifiedImageError:
+        raise ValueError("what should be an image is none that Pillow knows") from None
     if pixels.shape != (IMAGE_SIZE, IMAGE_SIZE, 3):
         raise ValueError(
             f"an image has {pixels.shape[1]}×{pixels.shape[0]} pixels instead of {IMAGE_SIZE}×{IMAGE_SIZE}"

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from models import check_options
+from models import check_options, option_names
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def parse_arguments(model_name: str, words: list[str]) -> Arguments:
     add("--data-dir", type=Path, default=Path("data"), help="where data sets lie or are downloaded to")
     add("--only", nargs="+", default=[], metavar="PATTERN", help="rows to run, e.g. 'qat*' (their parents too)")
     add("--list", action="store_true", help="print the table of rows and stop")
-    add("--seeds", nargs="+", type=int, default=[0])
+    add("--seeds", nargs="+", type=int, default=[0], help="a run of every row for each (default: 0)")
     add("--quick", action="store_true", help="handwritten digits and a few rows: minutes on a CPU, nothing to download")
     add("--budget", type=float, metavar="FRACTION",
         help="scale every recipe's optimizer steps; recorded in the rows (default: 1, with --quick 0.04)")  # fmt: skip
@@ -53,12 +53,14 @@ def parse_arguments(model_name: str, words: list[str]) -> Arguments:
         help="measure on this part of the training split, left out of training: for choosing")  # fmt: skip
     add("--measure-again", action="store_true", help="pack and measure rows again that are done, without training them")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--precision", default="auto", choices=["auto", "fp32", "fp16", "bf16"])
+    add("--precision", default="auto", choices=["auto", "fp32", "fp16", "bf16"],
+        help="of training; auto: bf16 where the hardware has it, else fp16 on a GPU, fp32 on a CPU")  # fmt: skip
     add("--checkpoint-seconds", type=float, default=60.0, help="how often an unfinished training is saved")
-    add("--out", type=Path, default=Path("runs"))
-    add("--wandb", default="online", choices=["online", "offline", "disabled"])
+    add("--out", type=Path, default=Path("runs"), help="where results go (default: runs)")
+    add("--wandb", default="online", choices=["online", "offline", "disabled"],
+        help="online (default) uploads rows and packed files; without a key or a network it goes offline")  # fmt: skip
     add("--options", nargs="+", default=[], metavar="KEY=VALUE",
-        help="options of the model's constructor, e.g. stem=maxpool")  # fmt: skip
+        help=f"of the model's constructor: {', '.join(option_names(model_name))}")  # fmt: skip
     given = parser.parse_args(words)
     try:
         budget = given.budget if given.budget is not None else (0.04 if given.quick else 1.0)
@@ -68,6 +70,8 @@ def parse_arguments(model_name: str, words: list[str]) -> Arguments:
             raise ValueError(f"--holdout is a fraction in [0, 1), 0 for the test split, not {given.holdout:g}")
         if wrong := [seed for seed in given.seeds if not 0 <= seed < 2**32]:
             raise ValueError(f"--seeds are whole numbers from 0 to 2^32 - 1, not {wrong[0]}")
+        if not given.checkpoint_seconds >= 0:
+            raise ValueError(f"--checkpoint-seconds is a time from 0 on, not {given.checkpoint_seconds:g}")
         device = pick_device(given.device)
         options = parse_options(given.options)
         check_options(model_name, options)

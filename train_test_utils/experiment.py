@@ -149,9 +149,9 @@ class Run:
 
     def execute(self, logbook: Logbook) -> dict[str, Any]:
         """Do the row and append its line to the logbook."""
+        model = self.transformed(self.start())  # first: options that make no model move no finished results aside
         self._claim_folder()
         logbook.start_row(f"{self.row.name}-seed{self.seed}", self.config)
-        model = self.transformed(self.start())
         seconds: float | None = 0.0
         if self.row.recipe is not None:
             args = self.arguments

@@ -206,7 +206,7 @@ def weight_bits(model: nn.Module) -> float:
 
 
 def ideal_bytes(model: nn.Module) -> int:
-    """Shannon's bound: entropy of each layer's codes, and the other tensors' bytes as a file holds them.
+    """Entropy of each layer's codes as independent draws, and the other tensors' bytes as a file holds them.
 
     As `quantization_utils.inspection.FileReport.ideal_bytes`; a float32 tensor that is stored as float16 counts half.
     """
