@@ -99,13 +99,14 @@ def print_file(path: str) -> None:
     print(f"{path}: {report.kind}, {report.file_bytes:,} bytes, SHA-256 of the file and of {hashed} tensors verified")
     print_layers(report)
     if report.weights:
+        code_bytes = sum(layer.file_bytes for layer in report.layers)
+        header_bytes = report.file_bytes - code_bytes - report.other_bytes
         print(f"  {report.weights:,} packed weights, {report.zero_fraction:.1%} zeros, "
-              f"{8 * (report.file_bytes - report.other_bytes) / report.weights:.3f} bits each, all of the header "
-              "counted")  # fmt: skip
+              f"{8 * code_bytes / report.weights:.3f} bits each; {header_bytes:,} bytes of header")  # fmt: skip
     sizes = {
         "this file": report.file_bytes, "ideal: entropy of the codes": report.ideal_bytes,
         "ideal: log2(3) bits": report.log2_3_bytes, "int8": report.bytes_at(1, 4), "float16": report.bytes_at(2, 2),
-        "float32": report.float_bytes, "float32, gzip": gzip_float_bytes(path),
+        "float32, the network as it is": report.float_bytes, "float32, gzip": gzip_float_bytes(path),
     }  # fmt: skip
     for title, size in sizes.items():
         print(f"  {title:<30}{megabytes(size):>16}{size / report.file_bytes:>9.2f}×")
