@@ -267,8 +267,6 @@ class PackedConv2d(_PackedLayer):
 
     @classmethod
     def from_bit_layer(cls, layer: BitConv2d, act_bits: int | None) -> PackedConv2d:
-        if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
-            raise ValueError("only convolutions with zero padding, given as numbers, can be packed")
         bias = None if layer.bias is None else layer.bias.detach().clone()
         geometry = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups")}
         return cls(*layer.quantized_weight(), bias, layer.weight_bits, act_bits, geometry=geometry)

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
 
 from models.graph import module_of, trace
 from models.normalize import Normalize
@@ -92,10 +91,19 @@ def to_nodes(model: nn.Module, image_shape: tuple[int, ...] = IMAGE_SHAPE) -> li
     # A model that is packed layer by layer may have buffers only.
     device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     try:
-        ShapeProp(fx.GraphModule(model, graph)).propagate(torch.zeros(1, *image_shape, device=device))
+        _ShapeProp(fx.GraphModule(model, graph)).run(torch.zeros(1, *image_shape, device=device))
     except Exception as error:  # whatever its layers raise for images that are not theirs
         raise NotANetwork("it does not take images of {}×{}×{}".format(*image_shape)) from error
     return _Builder(model).build(graph)
+
+
+class _ShapeProp(fx.Interpreter):
+    """Notes the shapes of all values. That of torch.fx prints a traceback of what it raises."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        n.meta["shape"] = getattr(value, "shape", None)
+        return value
 
 
 class _Builder:
@@ -142,7 +150,7 @@ class _Builder:
                         padding=_pair(module.padding))  # fmt: skip
             return self.emit(node, value.step)
         if isinstance(module, Quantized):
-            return self.requantize(module, value, source.meta["tensor_meta"].shape)  # type: ignore[union-attr]
+            return self.requantize(module, value, source.meta["shape"])  # type: ignore[union-attr]
         raise NotANetwork(f"{fx_node.target} has a float output inside the network")
 
     def layer(self, module: BitConv2d | BitLinear, value: _Value) -> _Value:

@@ -100,6 +100,8 @@ def pack_(model: nn.Module) -> nn.Module:
     for name, layer in model.named_modules():
         if isinstance(layer, (BitLinear, BitConv2d)) and not layer.weight.isfinite().all():
             raise ValueError(f"{name} has a weight that is not finite: has training diverged?")
+        if isinstance(layer, BitConv2d) and (layer.padding_mode != "zeros" or isinstance(layer.padding, str)):
+            raise ValueError(f"{name} can't be packed: only convolutions with zero padding, given as numbers, can")
     try:
         nodes = remove_dead_channels(to_nodes(model))
     except NotANetwork as error:

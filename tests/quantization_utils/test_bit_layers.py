@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from quantization_utils import pack_
 from quantization_utils.bit_layers import (
     BitConv2d,
     BitLinear,
@@ -227,8 +228,10 @@ def test_the_dense_weight_of_a_packed_layer():
 
 @pytest.mark.parametrize("options", [{"padding": "same"}, {"padding": 1, "padding_mode": "reflect"}])
 def test_convolutions_that_cannot_be_packed_say_so(options):
-    with pytest.raises(ValueError, match="only convolutions with zero padding, given as numbers, can be packed"):
-        PackedConv2d.from_bit_layer(conv(**options), 8)
+    model = nn.Sequential(conv(), conv(**options))
+    with pytest.raises(ValueError, match="1 can't be packed: only convolutions with zero padding, given as numbers"):
+        pack_(model)
+    assert isinstance(model[0], BitConv2d), "nothing is packed"
 
 
 def test_linear_of_transformers_bitnet_agrees():
