@@ -7,9 +7,9 @@
     <!-- /table -->
 
 Options after the name: `only=float,qat_*` (row names, as a shell matches names, in this order), `columns=` (fields,
-`a.b` and `a.0` for nested ones, `field:title` with underscores for spaces; without it, all that are plain values),
-`last=` (of lines that agree in these fields the last counts), `each=nodes` (a line for each member of that list, which
-has its line's fields too).
+`a.b` and `a.0` for nested ones, `field:title` with underscores for spaces; without it, all that are plain values; for
+rows of experiments also titles of `table.COLUMNS`, for the mean and deviation over seeds), `last=` (of lines that agree
+in these fields the last counts), `each=nodes` (a line for each member of that list, which has its line's fields too).
 """
 
 from __future__ import annotations
@@ -22,7 +22,18 @@ from pathlib import Path
 from typing import Any
 
 from .logbook import read_rows
-from .table import NOTHING, circumstances, columns_of, commands_of, is_reduced, lines_of, significant
+from .table import (
+    COLUMNS,
+    HELD_OUT,
+    NOTHING,
+    Column,
+    circumstances,
+    columns_of,
+    commands_of,
+    is_reduced,
+    lines_of,
+    significant,
+)
 
 MARKED = re.compile(r"(<!-- table:(\S+)([^>]*?) -->\n).*?(<!-- /table -->)", re.DOTALL)
 OPENING = re.compile(r"<!-- table:")
@@ -59,9 +70,10 @@ def markdown(name: str, options: str, results: Path) -> str:
         rows = [{**row, **member} for row in rows for member in row.get(field, ())]
     if not rows:
         raise ValueError(f"table:{name} would be empty")
-    if "columns" not in given and all("test_accuracy_pct" in row for row in rows):
-        return _experiments(rows)
-    return _anything(rows, given.get("columns"))
+    columns = given.get("columns")
+    if all("test_accuracy_pct" in row for row in rows) and TITLES.issuperset(columns or ()):
+        return _experiments(rows, columns)
+    return _anything(rows, columns)
 
 
 def _first(name: str, patterns: Sequence[str]) -> str | None:
@@ -69,9 +81,10 @@ def _first(name: str, patterns: Sequence[str]) -> str | None:
     return next((pattern for pattern in patterns if fnmatchcase(name, pattern)), None)
 
 
-def _experiments(rows: Sequence[Mapping[str, Any]]) -> str:
+def _experiments(rows: Sequence[Mapping[str, Any]], titles: Sequence[str] | None) -> str:
     lines = lines_of(rows)
-    several, columns = len({line.budget for line in lines}) > 1, columns_of(lines)
+    several = len({line.budget for line in lines}) > 1
+    columns = [column for column in columns_of(lines) if titles is None or _name(column) in titles]
     head = ["row", *(["budget"] if several else []), *(column.title for column in columns)]
     body = [
         [f"`{line.name}`", *([f"{line.budget:g}"] if several else []), *(column.cell(line) for column in columns)]
@@ -81,6 +94,13 @@ def _experiments(rows: Sequence[Mapping[str, Any]]) -> str:
     if any(is_reduced(line) for line in lines):
         notes.insert(0, "**reduced budget**: trained for that fraction of the full recipe's steps")
     return _table(head, body, left=1) + _notes(notes, rows)
+
+
+def _name(column: Column) -> str:
+    return column.title.replace(" ", "_")
+
+
+TITLES = {_name(column) for column in (*COLUMNS, HELD_OUT)}
 
 
 def _anything(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None) -> str:

@@ -128,8 +128,8 @@ COLUMNS = (
            lambda v: f"{v:.2f}%", with_std=True),
     Column("file", "bytes on disk, 1 MB = 10⁶ bytes", "file_bytes", megabytes),
     Column("smaller", "float file / this file", "float_file_bytes/file_bytes", lambda v: f"{significant(v)}×"),
-    Column("zeros", "weights of linear and convolution layers that are exactly "
-                    "0", "zero_fraction", lambda v: f"{100 * v:.1f}%"),
+    Column("zeros", "share of the trained network's weights, those of filters that its file has no more "
+                    "too", "zero_fraction", lambda v: f"{100 * v:.1f}%"),
     Column("latency", "one image, median", "latency_ms_p50_batch1", lambda v: f"{significant(v)} ms"),
     Column("faster", "float latency / this latency, measured in turns in one run",
            "float_latency_ms_p50_batch1/latency_ms_p50_batch1", lambda v: f"{significant(v)}×"),

@@ -138,3 +138,10 @@ def test_the_command(results, tmp_path, capsys):
     readme.write_text(marked("gone"))
     assert main(command) == 2
     assert main(["--readme", str(tmp_path / "none.md"), str(results)]) == 2
+
+
+def test_chosen_columns_of_experiments_over_seeds(results):
+    with (results / "cifar10/vit.jsonl").open("a") as file:
+        file.write(json.dumps(EXPERIMENTS[0] | {"seed": 1, "test_accuracy_pct": 81.123}) + "\n")
+    text = with_tables(marked("cifar10/vit only=float columns=test_accuracy,file"), results)
+    assert "| row | test accuracy | file |\n| --- | ---: | ---: |\n| `float` | 80.62% ± 0.71% | 1.00 MB |\n" in text
