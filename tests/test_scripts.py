@@ -227,3 +227,15 @@ def test_killed_and_started_again_ends_in_the_same_bytes(tmp_path):
         one, two = (out / "vit-digits" / "float-seed3" / name for out in (whole, broken))
         assert one.read_bytes() == two.read_bytes(), name
     assert not state.exists() and len(lines_of(broken)) == 1
+
+
+def test_two_processes_do_not_work_in_one_folder(finished, monkeypatch, capsys, tmp_path):
+    """Neither does one move aside what another is training, nor do two train the same."""
+    other = [w if w != "0.005" else "0.004" for w in TINY]
+    for out, words in ((finished[0], other), (tmp_path, TINY)):
+        folder = out / "vit-digits" / "float-seed3"
+        folder.mkdir(parents=True, exist_ok=True)
+        with experiment._locked(folder):
+            assert start(monkeypatch, "vit", *words, "--only", "float", "--out", str(out)) == 2
+        assert f"another process is at work in {folder}: let it finish" in capsys.readouterr().err
+    assert (finished[0] / "vit-digits" / "float-seed3" / "model.safetensors").exists()

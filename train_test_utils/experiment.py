@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import fcntl
 import os
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -151,6 +153,10 @@ class Run:
         """Do the row and append its line to the logbook."""
         model = self.transformed(self.start())  # first: options that make no model move no finished results aside
         self._claim_folder()
+        with _locked(self.folder) if distributed.rank() == 0 else nullcontext():
+            return self._executed(logbook, model)
+
+    def _executed(self, logbook: Logbook, model: nn.Module) -> dict[str, Any]:
         logbook.start_row(f"{self.row.name}-seed{self.seed}", self.config)
         seconds: float | None = 0.0
         if self.row.recipe is not None:
@@ -262,7 +268,8 @@ class Run:
             owner = mark.read_text().strip() if mark.exists() else self.hash
             if owner != self.hash:
                 aside = self._aside(owner)
-                self.folder.rename(aside.with_name(f"{aside.name}.{time.time_ns()}") if aside.exists() else aside)
+                with _locked(self.folder):
+                    self.folder.rename(aside.with_name(f"{aside.name}.{time.time_ns()}") if aside.exists() else aside)
             if not self.folder.exists() and self._aside(self.hash).exists():
                 self._aside(self.hash).rename(self.folder)
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -272,6 +279,24 @@ class Run:
 
     def _aside(self, config_hash: str) -> Path:
         return self.folder.with_name(f"{self.folder.name}.{config_hash}")
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from training in the folder, or moving it, meanwhile; the end of this one frees it, too.
+
+    Raises:
+        ValueError: another one is at work there.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is at work in {folder}: let it finish, or give another --out") from None
+        yield
+    finally:
+        os.close(handle)
 
 
 def commit() -> str:
