@@ -154,9 +154,9 @@ class Run:
         model = self.transformed(self.start())  # first: options that make no model move no finished results aside
         self._claim_folder()
         with _locked(self.folder) if distributed.rank() == 0 else nullcontext():
-            return self._executed(logbook, model)
+            return self._train_and_record(logbook, model)
 
-    def _executed(self, logbook: Logbook, model: nn.Module) -> dict[str, Any]:
+    def _train_and_record(self, logbook: Logbook, model: nn.Module) -> dict[str, Any]:
         logbook.start_row(f"{self.row.name}-seed{self.seed}", self.config)
         seconds: float | None = 0.0
         if self.row.recipe is not None:
