@@ -131,9 +131,12 @@ def _no_vit(checkpoint: str, error: Exception) -> str:
 
 
 def _from_checkpoint(checkpoint: str, num_classes: int) -> tuple[nn.Module, list[float], list[float]]:
+    from huggingface_hub.utils import logging as hub_logging
     from transformers import AutoConfig, AutoImageProcessor, ViTForImageClassification
 
+    verbosity = hub_logging.get_verbosity()
     try:
+        hub_logging.set_verbosity_error()  # it would warn of each of its tries, before our sentence
         config = AutoConfig.from_pretrained(checkpoint)
     except Exception as error:  # OSError, and what a config.json of something else makes transformers raise
         if Path(checkpoint).is_dir():
@@ -143,6 +146,8 @@ def _from_checkpoint(checkpoint: str, num_classes: int) -> tuple[nn.Module, list
             "name a local folder with --options checkpoint=FOLDER, or train the compact ViT with --options "
             "checkpoint=none"
         ) from error
+    finally:
+        hub_logging.set_verbosity(verbosity)
     if config.model_type != "vit":
         raise ValueError(f"{checkpoint!r} is a {config.model_type} checkpoint: name one of a ViT")
     try:

@@ -239,3 +239,10 @@ def test_two_processes_do_not_work_in_one_folder(finished, monkeypatch, capsys, 
             assert start(monkeypatch, "vit", *words, "--only", "float", "--out", str(out)) == 2
         assert f"another process is at work in {folder}: let it finish" in capsys.readouterr().err
     assert (finished[0] / "vit-digits" / "float-seed3" / "model.safetensors").exists()
+
+
+def test_measuring_again_leaves_the_rows_that_are_not_named(finished, monkeypatch):
+    out, _ = finished
+    before = lines_of(out)
+    assert start(monkeypatch, "vit", *TINY, "--only", "ptq_all", "--measure-again", "--out", str(out)) == 0
+    assert [line["row"] for line in lines_of(out)[len(before) :]] == ["ptq_all"]

@@ -33,7 +33,7 @@ from .evaluate import accuracy_pct, predict
 from .logbook import Logbook
 from .measure import code_zero_fraction, count_macs, ideal_bytes, latency_beside, weight_bits
 from .report import print_table, write_report
-from .rows import Row, calibration_images, choose, config_hash, describe, format_rows, pruned_text
+from .rows import Row, calibration_images, choose, config_hash, describe, format_rows, is_named, pruned_text
 from .train import NonFiniteLoss, Setup, train
 
 
@@ -103,7 +103,7 @@ def run_table(
                     line = run.finished_in(logbook)
                     if line is None:
                         line = run.execute(logbook)
-                    elif arguments.measure_again:
+                    elif arguments.measure_again and (is_named(row, arguments.only) or not run.file.exists()):
                         line = run.measure_again(logbook, line)
                     table.append(line)
                     runs[row.name] = run
@@ -136,6 +136,7 @@ class Run:
         }  # fmt: skip
         self.hash = config_hash(self.config)
         self.folder = folder / f"{row.name}-seed{seed}"
+        self.file = self.folder / "model.safetensors"
 
     def finished_in(self, logbook: Logbook) -> dict[str, Any] | None:
         """The row's line if it has been done with this very configuration and its files are still there."""
@@ -220,7 +221,7 @@ class Run:
         """
         args, test = self.arguments, self.data.test
         trainable_logits = predict(model.to(args.device), test.images)
-        path = self.folder / "model.safetensors"
+        path = self.file
         metadata = {"classes": list(self.data.class_names), "trained": self.config, "commit": commit()}
         packed = pack_(copy.deepcopy(model).cpu())
         metadata["accuracy_of_trainable_pct"] = accuracy_pct(trainable_logits, test.labels)
@@ -253,7 +254,7 @@ class Run:
         origin = self
         while origin.parent is not None:
             origin = origin.parent
-        path = origin.folder / "model.safetensors"
+        path = origin.file
         if not path.exists():
             raise FileNotFoundError(
                 f"{path} is gone, which {self.row.name} is measured beside: add --measure-again once, and it is packed "

@@ -96,13 +96,18 @@ def choose(rows: Sequence[Row], patterns: Sequence[str] | None) -> list[Row]:
     if not patterns:
         return list(rows)
     for pattern in patterns:
-        if not any(fnmatchcase(row.name, pattern) for row in rows):
+        if not any(is_named(row, [pattern]) for row in rows):
             raise ValueError(f"no row matches {pattern!r}: --list shows the rows")
-    wanted = {row.name for row in rows if any(fnmatchcase(row.name, p) for p in patterns)}
+    wanted = {row.name for row in rows if is_named(row, patterns)}
     for row in reversed(rows):  # parents stand before their children
         if row.name in wanted and row.parent is not None:
             wanted.add(row.parent)
     return [row for row in rows if row.name in wanted]
+
+
+def is_named(row: Row, patterns: Sequence[str] | None) -> bool:
+    """Whether a row is asked for by its own name: all are, where there are no patterns."""
+    return not patterns or any(fnmatchcase(row.name, pattern) for pattern in patterns)
 
 
 def describe(value: Any) -> Any:
