@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-MAX_COLUMNS = 25_000  # positions that enter a layer's moments; a random part of more
+MAX_COLUMNS = 25_000  # positions that enter a layer's moments; a random part of more, but of an image no fewer than
+LEAST_OF_AN_IMAGE = 24
 
 
 @dataclass
@@ -43,7 +44,7 @@ class MomentSum:
 
     def __init__(self, layer: nn.Module, images: int, seed: int = 0) -> None:
         """`images`: how many will be added, to thin their positions out evenly."""
-        self.layer, self.per_image = layer, max(1, MAX_COLUMNS // images)
+        self.layer, self.per_image = layer, max(LEAST_OF_AN_IMAGE, MAX_COLUMNS // images)
         self.generator = torch.Generator().manual_seed(seed)
         self.sums: list[Any] = []
         self.columns = 0

@@ -33,7 +33,17 @@ from .evaluate import accuracy_pct, predict
 from .logbook import Logbook
 from .measure import code_zero_fraction, count_macs, ideal_bytes, latency_beside, weight_bits
 from .report import print_table, write_report
-from .rows import Row, calibration_images, choose, config_hash, describe, format_rows, is_named, pruned_text
+from .rows import (
+    CALIBRATION_IMAGES,
+    Row,
+    calibration_images,
+    choose,
+    config_hash,
+    describe,
+    format_rows,
+    is_named,
+    pruned_text,
+)
 from .train import NonFiniteLoss, Setup, train
 
 
@@ -200,9 +210,10 @@ class Run:
 
     def transformed(self, model: nn.Module, structure_only: bool = False) -> nn.Module:
         """`structure_only`: weights will be loaded, so a transformation that can may leave its work undone."""
-        images = calibration_images(self.data.train.images, self.seed)
-        model = model.to(images.device).eval()
+        train_images = self.data.train.images
+        model = model.to(train_images.device).eval()
         for transform in self.row.transforms:
+            images = calibration_images(train_images, self.seed, getattr(transform, "images", CALIBRATION_IMAGES))
             transform = getattr(transform, "structure", transform) if structure_only else transform
             model = transform(model, images, self.seed)
         return model

@@ -20,6 +20,7 @@ from quantization_utils.quantizers import Quantizer, int8_absmax
 
 from .recipe import Recipe
 
+CALIBRATION_IMAGES = 1024
 Transform = Callable[[nn.Module, Tensor, int], nn.Module]  # (model, unlabelled images float (B, 3, H, W), seed)
 
 
@@ -155,7 +156,7 @@ def _selection(only: Selection) -> str:
     return " and ".join(words.get(c, getattr(c, "__name__", str(c))) for c in chosen)  # type: ignore[call-overload]
 
 
-def calibration_images(images_u8: Tensor, seed: int, count: int = 1024) -> Tensor:
+def calibration_images(images_u8: Tensor, seed: int, count: int = CALIBRATION_IMAGES) -> Tensor:
     """`count` unlabelled images of the training split, float32 in [0, 1], the same for a given seed."""
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(images_u8), generator=generator)[:count]

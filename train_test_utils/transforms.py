@@ -15,6 +15,8 @@ from quantization_utils.quantizers import Quantizer, as_is
 from quantization_utils.reconstruction import DEFAULT as DEFAULT_RECONSTRUCTION
 from quantization_utils.reconstruction import Reconstruction
 
+from .rows import CALIBRATION_IMAGES
+
 
 @dataclass(frozen=True)
 class CalibratedTernary:
@@ -24,6 +26,7 @@ class CalibratedTernary:
     act_bits: int | None = None
     only: Selection = None
     keep: Sequence[str] = ()
+    images: int = CALIBRATION_IMAGES
 
     def __call__(self, model: nn.Module, images: Tensor, seed: int) -> nn.Module:
         return ternarize_(model, images, self.settings, self.act_bits, self.only, self.keep)
@@ -36,7 +39,8 @@ class CalibratedTernary:
     def __str__(self) -> str:
         acts = "float activations" if self.act_bits is None else f"{self.act_bits}-bit activations"
         ends = f", {' and '.join(self.keep)} float" if self.keep else ""
-        return f"ternary by {self.settings} ({acts}{ends})"
+        more = f"from {self.images:,} images, " if self.images != CALIBRATION_IMAGES else ""
+        return f"ternary by {self.settings} ({more}{acts}{ends})"
 
 
 @dataclass(frozen=True)
