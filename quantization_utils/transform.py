@@ -49,13 +49,18 @@ def quantize_(
     if not layers:
         raise ValueError(f"no linear or convolution layer matches only={only!r}, keep={keep!r}: nothing to quantize")
     layers = [(name, layer) for name, layer in layers if not isinstance(layer, (BitLinear, BitConv2d))]
-    for name, layer in layers:
-        if (kind := type_before_parametrizations(layer)) not in (nn.Linear, nn.Conv2d):
-            raise ValueError(f"{name} is a {kind.__name__}, whose own computation would be lost: leave it out (keep)")
+    check_kinds(layers)
     for name, layer in layers:
         bit_class = BitLinear if isinstance(layer, nn.Linear) else BitConv2d
         replace_module(model, name, bit_class.from_float(layer, quantizer, act_bits))  # type: ignore[arg-type]
     return model
+
+
+def check_kinds(layers: Sequence[tuple[str, nn.Module]]) -> None:
+    """Raise a ValueError for a layer (name, module) of a class that is derived from PyTorch's."""
+    for name, layer in layers:
+        if (kind := type_before_parametrizations(layer)) not in (nn.Linear, nn.Conv2d):
+            raise ValueError(f"{name} is a {kind.__name__}, whose own computation would be lost: leave it out (keep)")
 
 
 @torch.no_grad()

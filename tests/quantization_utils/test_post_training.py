@@ -232,6 +232,11 @@ def test_wrong_input_is_refused_in_a_sentence() -> None:
         padded = nn.Sequential(nn.Conv2d(3, 2, 3, **padding), nn.ReLU(), nn.Flatten(), nn.Linear(2048, 2)).eval()
         with pytest.raises(ValueError, match="0 is padded with other than a number of zeros"):
             ternarize_(padded, images)
+    attention = nn.Sequential(nn.Conv2d(3, 2, 3), nn.modules.linear.NonDynamicallyQuantizableLinear(30, 2)).eval()
+    before = copy.deepcopy(attention.state_dict())
+    with pytest.raises(ValueError, match="1 is a NonDynamicallyQuantizableLinear"):
+        ternarize_(attention, images)
+    assert all(torch.equal(value, before[name]) for name, value in attention.state_dict().items())
     with pytest.raises(ValueError, match="damping is above 0, not 0.0"):
         Settings(damping=0.0)
     with pytest.raises(ValueError, match="nothing to quantize"):
