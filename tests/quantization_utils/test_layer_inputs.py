@@ -1,4 +1,6 @@
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -109,16 +111,26 @@ def test_the_layer_with_the_most_weights_closes_a_sum() -> None:
     assert residual_sums(networks.make("alexnet_like")) == residual_sums(networks.make("vit_like")) == {}
 
 
-def test_a_model_that_cannot_be_traced_has_no_sums_to_aim_at() -> None:
-    class Looks(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.relu = nn.Conv2d(3, 3, 1), nn.ReLU()
+class Joint(nn.Module):
+    def __init__(self, join: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv, self.relu, self.join = nn.Conv2d(3, 3, 1), nn.ReLU(), join
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.relu(self.conv(x) + x) if x.sum() > 0 else x
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.join(self, x))
 
-    assert residual_sums(Looks()) == {}
+
+@pytest.mark.parametrize(
+    "join, found",
+    [
+        (lambda m, x: m.conv(x) + x, {"conv": ResidualSum("relu", None, ("conv",))}),
+        (lambda m, x: torch.add(x, m.conv(x), alpha=0.1), {}),
+        (lambda m, x: m.conv(x) + x if x.sum() > 0 else x, {}),
+    ],
+    ids=["a sum", "a sum with a factor", "what cannot be traced"],
+)
+def test_only_plain_sums_are_aimed_at(join: Callable[[Any, Tensor], Tensor], found: dict[str, ResidualSum]) -> None:
+    assert residual_sums(Joint(join)) == found
 
 
 class Dense(nn.Module):
@@ -170,15 +182,3 @@ def test_a_forward_of_a_module_itself_comes_back() -> None:
 def test_what_closes_a_sum_follows_what_else_it_adds() -> None:
     sums = {"b": ResidualSum("r", None, ("a", "b")), "c": ResidualSum("s", None, ("c", "shortcut"))}
     assert sums_last(["a", "b", "c", "d", "shortcut", "e"], sums) == ["a", "b", "d", "shortcut", "c", "e"]
-
-
-def test_a_sum_with_a_factor_is_none() -> None:
-    class Scaled(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.relu = nn.Conv2d(3, 3, 1), nn.ReLU()
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.relu(torch.add(x, self.conv(x), alpha=0.1))
-
-    assert residual_sums(Scaled()) == {}
