@@ -141,7 +141,7 @@ def _describe_modules(model: nn.Module) -> tuple[dict[str, tuple[Tensor, Bits | 
     """The same of a module tree: its state dict, with parametrizations (pruning masks) applied."""
     constructor = getattr(model, "constructor", None)
     if constructor is None:
-        reason = getattr(model, "no_network", "")
+        reason = getattr(model, "why_no_network", "")
         raise ValueError(
             "a file has to say how to rebuild its model: make it by models.build(...)"
             + (f", or so that it packs to a network, which it did not ({reason})" if reason else "")

@@ -110,7 +110,7 @@ def pack_(model: nn.Module) -> nn.Module:
     try:
         nodes = remove_dead_channels(to_nodes(model))
     except NotANetwork as error:
-        model.no_network = str(error)  # type: ignore[assignment]  # for who wants to save it
+        model.why_no_network = str(error)  # type: ignore[assignment]  # told if it can't be saved either
         _pack_layers(model)
         return fuse_encoder_(model.requires_grad_(False))
     packed = PackedNetwork(nodes, getattr(model, "constructor", None))

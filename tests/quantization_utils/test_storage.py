@@ -305,3 +305,10 @@ def test_kills_and_a_full_disk_leave_the_previous_file(tmp_path):
     assert killed["broken"] == killed["leftovers"] == 0 and killed["first"] + killed["second"] == 8
     full = save_on_full_disk(5, tmp_path, width=512, mounted=False)
     assert full["refused"] == full["intact"] == 5 and full["leftovers"] == 0
+
+
+def test_a_model_that_no_file_can_rebuild_is_told_why(tmp_path):
+    chain = nn.Sequential(nn.Conv2d(3, 2, 3), nn.GELU(), nn.Flatten(), nn.Linear(1800, 2))
+    with pytest.raises(ValueError, match=r"how to rebuild its model: .* \(not a chain of convolutions"):
+        save_model(pack_(quantize_(chain)), tmp_path / "x")
+    assert not (tmp_path / "x").exists()
