@@ -1,6 +1,7 @@
 # make quickstart   a real experiment on handwritten digits, in minutes on two cores
 # make test         the tests
-# make lint         ruff and mypy
+# make lint         ruff, mypy, and whether the READMEs' tables are what results/ give
+# make tables       put the tables of results/ into the READMEs
 # make kernels      compile the C++ kernels now, not at first use
 # The environment is made once in .venv and changed only when the requirements are. PYTHON=python3.12 chooses another
 # interpreter for it, VENV=DIR another place.
@@ -9,7 +10,9 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: quickstart test lint kernels
+TABLES := $(RUN) -m train_test_utils.report results --readme
+
+.PHONY: quickstart test lint tables kernels
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/requirements.stamp
@@ -21,6 +24,12 @@ test: $(VENV)/requirements-dev.stamp
 lint: $(VENV)/requirements-dev.stamp
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
+	$(TABLES) README.md --check
+	$(TABLES) results/README.md --check
+
+tables: $(VENV)/requirements.stamp
+	$(TABLES) README.md
+	$(TABLES) results/README.md
 
 kernels: $(VENV)/requirements.stamp
 	$(RUN) -m quantization_utils.kernels

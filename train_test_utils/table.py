@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 NOTHING = "–"
@@ -168,14 +170,34 @@ def circumstances(lines: Sequence[Line]) -> dict[str, str]:
 
 
 def commands_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The commands that made the rows; those that differ in `--only`, and in where they logged to, as one."""
-    chosen: dict[tuple[str, ...], dict[str, None]] = {}
-    for command in dict.fromkeys(str(row["command"]) for row in rows if row.get("command")):
-        program, *options = re.split(r" (?=--)", command)
-        kept = sorted(o for o in options if not o.startswith(("--only ", "--wandb ", "--measure-again")))
-        patterns = next((o.split()[1:] for o in options if o.startswith("--only ")), [])
-        chosen.setdefault((program, *kept), {}).update(dict.fromkeys(patterns))
-    return [" ".join([*words, *(["--only", *patterns] if patterns else [])]) for words, patterns in chosen.items()]
+    """The commands that make these rows: those that were given, joined where they differ in rows, seeds or logging."""
+    chosen: dict[tuple[str, ...], dict[str, dict[str, None]]] = {}  # program and options -> seed -> patterns
+    for row in rows:
+        if not row.get("command"):
+            continue
+        program, *options = re.split(r" (?=--)", row["command"])
+        given = next((shlex.split(o)[1:] for o in options if o.startswith("--only ")), ["*"])
+        name = str(row.get("row"))
+        patterns = [p for p in given if "row" not in row or fnmatchcase(name, p)] or [name]  # a parent is not named
+        kept = sorted(o for o in options if not o.startswith(("--only ", "--seeds ", "--wandb ", "--measure-again")))
+        by_seed = chosen.setdefault((program, *kept), {})
+        by_seed.setdefault(str(row.get("seed", 0)), {}).update(dict.fromkeys(patterns))
+    commands = []
+    for words, by_seed in chosen.items():
+        seeds_of: dict[frozenset[str], list[str]] = {}
+        for seed, patterns_of_seed in by_seed.items():
+            seeds_of.setdefault(frozenset(_widest(patterns_of_seed)), []).append(seed)
+        for seeds in seeds_of.values():
+            only = _widest(by_seed[seeds[0]])
+            choice = [] if seeds == ["0"] else ["--seeds", *sorted(seeds)]
+            choice += [] if only == ["*"] else ["--only", *map(shlex.quote, only)]
+            commands.append(" ".join([*words, *choice]))
+    return commands
+
+
+def _widest(patterns: Iterable[str]) -> list[str]:
+    """The patterns that no other one covers."""
+    return [p for p in patterns if not any(p != other and fnmatchcase(p, other) for other in patterns)]
 
 
 def is_reduced(line: Line) -> bool:

@@ -95,6 +95,18 @@ def test_commands_that_differ_in_the_rows_they_choose_are_one():
     ]
 
 
+def test_a_command_names_the_rows_that_it_made_and_the_seeds_that_have_them_all():
+    made = [
+        row("float", command="python3 a.py --seeds 0 1 --only 'ptq*' qat_all"),  # a parent, which nobody named
+        row("ptq_all", command="python3 a.py --seeds 0 1 --only 'ptq*' qat_all"),
+        row("ptq_all", command="python3 a.py --only ptq_all --wandb offline"),
+        row("float", seed=1, command="python3 a.py --seeds 1 --only float"),
+        row("ptq_all", seed=1, command="python3 a.py --seeds 0 1 --only 'ptq*' qat_all"),
+        row("qat_all", seed=2, command="python3 a.py --seeds 0 1 2"),
+    ]
+    assert commands_of(made) == ["python3 a.py --seeds 0 1 --only float 'ptq*'", "python3 a.py --seeds 2"]
+
+
 def test_a_latency_of_another_device_says_so():
     one, two = row(device="GPU", latency_device="CPU"), row(device="CPU", latency_device="CPU")
     assert circumstances(lines_of([one]))["latency on"] == "CPU"
