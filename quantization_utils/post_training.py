@@ -30,7 +30,7 @@ from .moments import Moments, MomentSum
 from .quantizers import as_is, dequantize, mse_optimal
 from .reconstruction import Reconstruction, reconstruct_block
 from .second_order import matching_weight, ternarize
-from .transform import calibrate_, check_kinds, quantize_
+from .transform import calibrate_, check_replaceable, quantize_
 
 MIN_IMAGES = 16
 SMALL_SLOPE = 1e-3  # of a batch norm: its channel can't make up for anything
@@ -120,16 +120,21 @@ def check_layers(model: nn.Module, ran: dict[str, str | None], only: Selection, 
     """The names of the float layers to be made ternary.
 
     Raises:
-        ValueError: none, one that does not run or is of a derived class, or a convolution that is grouped or not padded
-            with a number of zeros.
+        ValueError: none, one that does not run, has weights that are not float32, can't be replaced or has a batch norm
+            without statistics behind it, or a convolution that is grouped or not padded with a number of zeros.
     """
     chosen = [(n, m) for n, m in select_layers(model, only, keep) if not isinstance(m, (BitConv2d, BitLinear))]
     if not chosen:
         raise ValueError(f"no linear or convolution layer matches only={only!r}, keep={keep!r}: nothing to quantize")
-    check_kinds(chosen)
+    check_replaceable(chosen)
     for name, module in chosen:
         if name not in ran:
             raise ValueError(f"{name} did not run on an image, so its inputs are unknown: leave it out (keep)")
+        if module.weight.dtype != torch.float32:
+            raise ValueError(f"{name} has {module.weight.dtype} weights: post-training takes float32 (model.float())")
+        follower = ran[name]
+        if follower is not None and model.get_submodule(follower).running_mean is None:
+            raise ValueError(f"{follower} has no running statistics to correct: leave {name} out (keep)")
         if getattr(module, "groups", 1) != 1:
             raise ValueError(f"{name} is a grouped convolution, which cannot be calibrated: leave it out (keep)")
         if isinstance(module, nn.Conv2d) and (isinstance(module.padding, str) or module.padding_mode != "zeros"):

@@ -40,8 +40,8 @@ def quantize_(
     another quantizer takes the rest.
 
     Raises:
-        ValueError: `act_bits` outside 2 … 8, nothing to quantize, or a layer of a class derived from PyTorch's, which
-            may do something else.
+        ValueError: `act_bits` outside 2 … 8, nothing to quantize, a layer of a class derived from PyTorch's, which may
+            do something else, or one whose weight is computed from several tensors.
     """
     if act_bits is not None and not 2 <= act_bits <= 8:
         raise ValueError(f"activations can have 2 to 8 bits or None (float), not {act_bits}")
@@ -49,18 +49,29 @@ def quantize_(
     if not layers:
         raise ValueError(f"no linear or convolution layer matches only={only!r}, keep={keep!r}: nothing to quantize")
     layers = [(name, layer) for name, layer in layers if not isinstance(layer, (BitLinear, BitConv2d))]
-    check_kinds(layers)
+    check_replaceable(layers)
     for name, layer in layers:
         bit_class = BitLinear if isinstance(layer, nn.Linear) else BitConv2d
         replace_module(model, name, bit_class.from_float(layer, quantizer, act_bits))  # type: ignore[arg-type]
     return model
 
 
-def check_kinds(layers: Sequence[tuple[str, nn.Module]]) -> None:
-    """Raise a ValueError for a layer (name, module) of a class that is derived from PyTorch's."""
+def check_replaceable(layers: Sequence[tuple[str, nn.Module]]) -> None:
+    """Raise a ValueError for a layer (name, module) whose class or weight a quantized layer can't take over."""
     for name, layer in layers:
         if (kind := type_before_parametrizations(layer)) not in (nn.Linear, nn.Conv2d):
             raise ValueError(f"{name} is a {kind.__name__}, whose own computation would be lost: leave it out (keep)")
+        parametrizations = getattr(layer, "parametrizations", {})
+        for tensor in ("weight", "bias"):
+            if tensor in parametrizations:
+                plain = hasattr(parametrizations[tensor], "original")  # one tensor, as a mask has; weight_norm has two
+            else:
+                plain = tensor in layer._parameters
+            if not plain:
+                raise ValueError(
+                    f"{name} computes its {tensor} from other tensors (weight_norm, torch.nn.utils.prune): make it a "
+                    "parameter again first (remove_parametrizations, torch.nn.utils.prune.remove)"
+                )
 
 
 @torch.no_grad()

@@ -225,6 +225,11 @@ def test_wrong_input_is_refused_in_a_sentence() -> None:
     with pytest.raises(ValueError, match="spare did not run"):
         ternarize_(WithALayerThatNeverRuns(), images)
     ternarize_(WithALayerThatNeverRuns(), images, keep=("spare",))
+    with pytest.raises(ValueError, match=r"1 has torch.float64 weights: post-training takes float32 \(model.float"):
+        ternarize_(networks.make("alexnet_like").double(), images.double())
+    no_statistics = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6, track_running_stats=False)).eval()
+    with pytest.raises(ValueError, match=r"1 has no running statistics to correct: leave 0 out"):
+        ternarize_(no_statistics, images)
     grouped = nn.Sequential(nn.Conv2d(3, 6, 3, groups=3), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 900, 2)).eval()
     with pytest.raises(ValueError, match="0 is a grouped convolution"):
         ternarize_(grouped, images)

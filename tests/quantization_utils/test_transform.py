@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.prune import l1_unstructured
 
 from pruning_utils import l1, l2_filters, prune_, zero_fraction
 from quantization_utils import absmean_fitted, calibrate_, int8_absmax, mse_optimal, pack_, quantize_
@@ -225,6 +228,14 @@ def test_layers_of_derived_classes_are_not_taken_for_plain_ones():
     assert type(model[0]) is nn.Linear
     quantize_(model, keep="1")
     assert isinstance(model[0], BitLinear)
+
+
+@pytest.mark.parametrize("compute", [weight_norm, partial(l1_unstructured, name="weight", amount=0.5)])
+def test_weights_that_are_computed_from_others_are_asked_for_as_parameters(compute):
+    model = nn.Sequential(nn.Linear(4, 4), compute(nn.Linear(4, 4)))
+    with pytest.raises(ValueError, match=r"1 computes its weight from other tensors .*: make it a parameter again"):
+        quantize_(model)
+    assert type(model[0]) is nn.Linear
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
