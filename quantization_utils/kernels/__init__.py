@@ -18,6 +18,11 @@ from torch import Tensor
 from ..nodes import Node
 from . import reference
 
+NO_KERNEL = (
+    "backend {backend!r} has no kernel for a convolution whose inputs are scaled dynamically, but of patches side by "
+    "side: calibrate the model before packing (calibrate_), or choose auto"
+)
+
 
 def available_backends() -> tuple[str, ...]:
     """Names that can be requested here. Compiles the C++ kernels if that was not done before."""
@@ -67,20 +72,28 @@ def make_conv(
 ) -> Any:  # fmt: skip
     """A function images float (B, C, H, W) → float32 (B, N, H', W') with activations quantized per image.
 
-    `geometry`: stride, padding, dilation, groups. The kernels take patches side by side; others are the reference's.
+    `geometry`: stride, padding, dilation, groups. The kernels take patches side by side; "auto" leaves others to the
+    reference. (Convolutions of a calibrated network have no dynamic scale, and are nodes: see `make_executor`.)
 
     Raises:
         ValueError: the backend was asked for by name and cannot run here.
     """
     _not_while_tracing()
-    kernel = tuple(codes.shape[2:])
-    side_by_side = {"stride": kernel, "padding": (0, 0), "dilation": (1, 1), "groups": 1}
     chosen = _resolve(backend, _device([codes]))
-    if chosen == "reference" or geometry != side_by_side:
+    if chosen != "reference" and not has_kernel(codes, geometry):
+        if backend != "auto":
+            raise ValueError(NO_KERNEL.format(backend=backend))
+        chosen = "reference"
+    if chosen == "reference":
         return reference.Conv2d(codes, scale_N, bias_N, act_bits, geometry)
     from . import cpu
 
     return cpu.Patches(codes, scale_N, bias_N, act_bits, chosen)
+
+
+def has_kernel(codes: Tensor, geometry: dict[str, Any]) -> bool:
+    """Whether the C++ kernels take a convolution with dynamically scaled inputs: of patches side by side."""
+    return geometry == {"stride": tuple(codes.shape[2:]), "padding": (0, 0), "dilation": (1, 1), "groups": 1}
 
 
 def make_encoder(layers: Sequence[Any], heads: int, epsilon: float, act_bits: int, backend: str = "auto") -> Any:

@@ -101,7 +101,7 @@ def _run(node: Node, weight: Tensor | None, x: Tensor, residual: Tensor | None) 
         return F.max_pool2d(x, node.kernel, node.stride, node.padding)
     if node.op == "avg_pool":
         assert node.gain is not None
-        return _finish(node, x.sum((2, 3)) * node.gain)
+        return _finish(node, x.sum((2, 3), dtype=torch.float64).float() * node.gain)  # exact for any image
     assert weight is not None and node.gain is not None and node.bias is not None
     if node.op == "conv":
         y = _integers(F.conv2d(_padded(node, x).to(weight.dtype), weight, stride=node.stride))

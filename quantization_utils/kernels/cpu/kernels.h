@@ -18,13 +18,21 @@ constexpr int kMaxChannels = 64;  // upper limit of any instruction set's channe
 //            AND, and for the others XOR 128, one instruction on AVX-512), so that the signed byte is 64 * w. One pixel: the
 //            bits are used where they stand (AND only), with an accumulator each, (w + 2) * 1, 4, 16, and w * 64; then twice
 //            the sum of the group's activations is taken off. |sum(48 * a)| over a quarter of K is below 64 * 255 * K too.
-//            acc = 64 * sum(w * a): |acc| <= 64 * 255 * K < 2^31 for K < 131,000 (checked when packing).
+//            acc = 64 * sum(w * a): |acc| <= 64 * 255 * K < 2^31 for K <= 131,586 (`most_inputs`, checked when packing).
 //            Pair sums of AVX2's 16-bit vpmaddubsw: 2 * 255 * 64 = 32,640 <= 32,767, so it never saturates.
-//   kSmall:  signed bytes with |w| <= 64 (Winograd's |u| <= 9): pair sums <= 32,640 as above.
-//   kInt8:   signed bytes, |w| <= 127: |acc| <= 127 * 255 * K < 2^31 for K < 66,000 (checked). On AVX2 the pairs would
+//   kSmall:  ternary weights as signed bytes: |acc| <= 255 * K < 2^31 for K <= 8,421,504 (checked); pair sums <= 510.
+//   kInt8:   signed bytes, |w| <= 127: |acc| <= 127 * 255 * K < 2^31 for K <= 66,311 (checked). On AVX2 the pairs would
 //            saturate (64,770), so they are widened to 16 bits first.
+// An average pool sums a plane of at most 255 * pixels, as kSmall. A linear layer of signed activations a - 128 starts at
+// -128 * sum(w): at any time its accumulator is a sum of terms w * (a - 128) and w * -128, so it is smaller still.
 constexpr uint8_t kTwoBitZeros = 0x2A;  // four zero weights of kTwoBit
 enum class Weights : int { kTwoBit, kSmall, kInt8 };
+static constexpr int64_t most_inputs(Weights kind) {
+  return INT32_MAX / 255 / (kind == Weights::kTwoBit ? 64 : kind == Weights::kSmall ? 1 : 127);
+}
+static constexpr Weights storage_of(bool is_ternary, int64_t inputs) {
+  return !is_ternary ? Weights::kInt8 : inputs <= most_inputs(Weights::kTwoBit) ? Weights::kTwoBit : Weights::kSmall;
+}
 static constexpr float unit_of(Weights kind) { return kind == Weights::kTwoBit ? 1 / 64.0f : 1.0f; }
 
 struct Tile {

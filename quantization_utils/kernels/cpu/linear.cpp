@@ -9,8 +9,8 @@ Linear::Linear(const Kernels& isa, int n, int k, const int8_t* codes, const floa
     : isa_(isa), n_(n), k_(k), stride_((k + 63) / 64 * 64), code_max_((1 << (act_bits - 1)) - 1), gain_(scale, scale + n), bias_(n, 0.0f) {
   if (k < 1) throw std::invalid_argument("a linear layer without inputs");
   if (bias) bias_.assign(bias, bias + n);
-  if (!is_ternary && k >= 66000) throw std::invalid_argument("a linear layer with too many 8-bit weights a channel for 32-bit accumulators");
-  const Weights kind = !is_ternary ? Weights::kInt8 : k < 131000 ? Weights::kTwoBit : Weights::kSmall;
+  const Weights kind = storage_of(is_ternary, k);
+  if (k > most_inputs(kind)) throw std::invalid_argument("a linear layer with too many inputs for 32-bit accumulators");
   panels_ = pack_panels(isa, kind, n, 1, k, [&](int row, int, int i) { return codes[(int64_t)row * k + i]; });
   for (float& gain : gain_) gain *= unit_of(kind);  // a power of two: exact
   gain_.resize(panels_.init.size(), 0.0f), bias_.resize(panels_.init.size(), 0.0f);

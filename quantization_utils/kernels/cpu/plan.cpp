@@ -118,6 +118,7 @@ void Network::make_values(Plan& plan) const {
       if (in.h + 2 * s.padding[0] < s.kernel[0] || in.w + 2 * s.padding[1] < s.kernel[1]) refuse(i, "has a kernel larger than its input");
     } else {
       out.c = s.op == Op::kLinear ? s.n : in.c, out.h = out.w = 1;
+      if (s.op == Op::kAvgPool && (int64_t)in.h * in.w > most_inputs(Weights::kSmall)) refuse(i, "averages too many pixels for 32-bit sums");
     }
     if (s.op == Op::kMaxPool) out.is_float = false, out.code_max = in.code_max;
     if (s.op == Op::kConv) {
@@ -211,10 +212,10 @@ std::shared_ptr<Panels> Network::panels(int node, const Value& in) {
   auto& slot = packed_[{node, kh, kw, in.cs}];
   if (slot) return slot;
   const int64_t k = (int64_t)kh * kw * c;
-  Weights kind = s.ternary ? Weights::kTwoBit : Weights::kInt8;
+  Weights kind = storage_of(s.ternary, k);
   // Signed bytes also where a run leaves a quarter of a group or more empty, as three colours do: fewer multiply-adds.
-  if (s.ternary && (k >= 131000 || kw * in.cs <= 12)) kind = Weights::kSmall;
-  if (!s.ternary && k >= 66000) refuse(node, "has too many 8-bit weights a channel for 32-bit accumulators");
+  if (s.ternary && kw * in.cs <= 12) kind = Weights::kSmall;
+  if (k > most_inputs(kind)) refuse(node, "has too many inputs for 32-bit accumulators");
   slot = std::make_shared<Panels>(pack_panels(isa_, kind, s.n, kh, kw * in.cs, [&](int n, int run, int i) {
     const int x = i / in.cs, ch = i % in.cs;
     return ch < c ? s.codes[(((size_t)n * c + ch) * kh + run) * kw + x] : 0;
@@ -225,7 +226,7 @@ std::shared_ptr<Panels> Network::panels(int node, const Value& in) {
 // null: of the blocks of one input and a vector of channels, fewer than `least` (a fraction) are zero.
 std::shared_ptr<SparsePanels> Network::sparse_panels(int node, const Value& in, double least) {
   const NodeSpec& s = nodes_[node];
-  if (s.op != Op::kLinear || !s.ternary || s.c >= 131000) return nullptr;
+  if (s.op != Op::kLinear || !s.ternary || s.c > most_inputs(Weights::kTwoBit)) return nullptr;
   const auto [slot, is_new] = sparse_.try_emplace({node, in.h, in.w, in.cs});
   if (!is_new) return slot->second;
   auto sparse = std::make_shared<SparsePanels>();
