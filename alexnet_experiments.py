@@ -55,6 +55,7 @@ def rows(options: dict) -> list[Row]:
         Row("qat_linear",           "float",     [Ternary(absmean_fitted, act_bits=8, only=nn.Linear)], SHORT),
         Row("qat_all",              "float",     [QAT],                                         FINETUNE),
         Row("qat_all_6bit_acts",    "float",     [replace(QAT, act_bits=6)],                    FINETUNE),
+        Row("qat_all_4bit_acts",    "float",     [replace(QAT, act_bits=4)],                    FINETUNE),
         Row("qat_all_weight_only",  "float",     [replace(QAT, act_bits=None)],                 FINETUNE),
         Row("qat_all_8bit_first",   "float",     [replace(EIGHT_BIT, only=first), QAT],         FINETUNE),
         Row("qat_all_8bit_last",    "float",     [replace(EIGHT_BIT, only=last), QAT],          FINETUNE),

@@ -265,6 +265,11 @@ class PackedConv2d(_PackedLayer):
         super().__init__(*args)
         self.geometry = geometry
 
+    @property
+    def has_kernel(self) -> bool:
+        """Whether C++ can run it, or PyTorch does for want of integers."""
+        return self.act_bits is None or kernels.has_kernel(self.codes, self.geometry)
+
     @classmethod
     def from_bit_layer(cls, layer: BitConv2d, act_bits: int | None) -> PackedConv2d:
         bias = None if layer.bias is None else layer.bias.detach().clone()

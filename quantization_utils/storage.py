@@ -289,8 +289,7 @@ def _set_backend(model: nn.Module, backend: str) -> None:
     for module in model.modules():
         if isinstance(module, (PackedNetwork, PackedLinear, PackedConv2d)):
             module.backend = backend
-        if isinstance(module, PackedConv2d) and module.act_bits is not None and backend.startswith("cpu"):
-            if not kernels.has_kernel(module.codes, module.geometry):
-                raise ValueError(kernels.NO_KERNEL.format(backend=backend))
+        if isinstance(module, PackedConv2d) and backend.startswith("cpu") and not module.has_kernel:
+            raise ValueError(kernels.NO_KERNEL.format(backend=backend))
     if any(isinstance(m, (PackedLinear, PackedConv2d)) for m in model.modules()):
         model.requires_grad_(False)  # as pack_ leaves it

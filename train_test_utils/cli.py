@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
+import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -36,9 +39,16 @@ class Arguments:
     options: dict[str, Any]
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence, without its usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (--help lists all options)\n")
+
+
 def parse_arguments(model_name: str, words: list[str]) -> Arguments:
-    """Parse the command line; argparse exits with code 2 and one sentence on a mistake."""
-    parser = argparse.ArgumentParser(description=f"1.58-bit weights and pruning of {model_name}: its table.")
+    """Parse the command line; exits with code 2 and one sentence on a mistake."""
+    parser = Parser(description=f"1.58-bit weights and pruning of {model_name}: its table.")
     add = parser.add_argument
     add("--dataset", nargs="+", metavar="NAME",
         help="cifar10, cifar100, digits, or a folder of class folders (default: cifar10 cifar100)")  # fmt: skip
@@ -81,7 +91,7 @@ def parse_arguments(model_name: str, words: list[str]) -> Arguments:
             quick=given.quick, budget=budget, holdout=given.holdout, measure_again=given.measure_again,
             checkpoint_seconds=given.checkpoint_seconds, device=device,
             precision=pick_precision(given.precision, device),
-            compile=device.type == "cuda", out=given.out, wandb=given.wandb, options=options,
+            compile=can_compile(device), out=given.out, wandb=given.wandb, options=options,
         )  # fmt: skip
     except ValueError as error:
         parser.error(str(error))
@@ -107,6 +117,16 @@ def pick_device(name: str) -> torch.device:
     if name != "cpu" and int(name.partition(":")[2] or 0) >= torch.cuda.device_count():
         raise ValueError(f"this machine has no device {name}: choose --device cpu or auto")
     return torch.device(name)
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether training is compiled: on a GPU, where it pays, if there is the C compiler that Triton calls."""
+    if device.type != "cuda":
+        return False
+    found = any(shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang"))
+    if not found:
+        print("no C compiler was found, so training is not compiled and slower (apt install gcc)", file=sys.stderr)
+    return found
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:

@@ -40,6 +40,7 @@ from .rows import (
     choose,
     config_hash,
     describe,
+    folder_hashes,
     format_rows,
     is_named,
     pruned_text,
@@ -144,6 +145,8 @@ class Run:
             "row": describe(row), "seed": seed, "budget": arguments.budget, "precision": str(arguments.precision),
             "parent": parent.hash if parent else None,
         }  # fmt: skip
+        if folders := folder_hashes(options):  # a checkpoint that was written anew under its name makes another row
+            self.config["folders"] = folders
         self.hash = config_hash(self.config)
         self.folder = folder / f"{row.name}-seed{seed}"
         self.file = self.folder / "model.safetensors"
@@ -162,12 +165,15 @@ class Run:
 
     def execute(self, logbook: Logbook) -> dict[str, Any]:
         """Do the row and append its line to the logbook."""
-        model = self.transformed(self.start())  # first: options that make no model move no finished results aside
+        model = self.start()
+        began = time.monotonic()
+        model = self.transformed(model)  # first: options that make no model move no finished results aside
+        transform_seconds = round(time.monotonic() - began, 1)
         self._claim_folder()
         with _locked(self.folder) if distributed.rank() == 0 else nullcontext():
-            return self._train_and_record(logbook, model)
+            return self._train_and_record(logbook, model, transform_seconds)
 
-    def _train_and_record(self, logbook: Logbook, model: nn.Module) -> dict[str, Any]:
+    def _train_and_record(self, logbook: Logbook, model: nn.Module, transform_seconds: float) -> dict[str, Any]:
         logbook.start_row(f"{self.row.name}-seed{self.seed}", self.config)
         seconds: float | None = 0.0
         if self.row.recipe is not None:
@@ -187,16 +193,17 @@ class Run:
             )  # fmt: skip
         if distributed.rank() == 0:
             save_weights(model, self.folder / "checkpoint.safetensors")
-        return self._record(logbook, model, seconds)
+        return self._record(logbook, model, {"train_seconds": seconds, "transform_seconds": transform_seconds})
 
     def measure_again(self, logbook: Logbook, line: dict[str, Any]) -> dict[str, Any]:
         """A new line for a row that is done, without training: the later of two lines counts."""
         logbook.start_row(f"{self.row.name}-seed{self.seed}", self.config)
-        return self._record(logbook, self.trained(), line["train_seconds"])
+        seconds = {field: line.get(field) for field in ("train_seconds", "transform_seconds")}
+        return self._record(logbook, self.trained(), seconds)
 
-    def _record(self, logbook: Logbook, model: nn.Module, train_seconds: float | None) -> dict[str, Any]:
+    def _record(self, logbook: Logbook, model: nn.Module, seconds: dict[str, float | None]) -> dict[str, Any]:
         if distributed.rank() == 0:
-            logbook.row(self.measured(model) | {"train_seconds": train_seconds})
+            logbook.row(self.measured(model) | seconds)
             (self.folder / "last.pt").unlink(missing_ok=True)
         distributed.barrier()
         return logbook.done(self.hash) or {}

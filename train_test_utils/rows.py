@@ -7,6 +7,9 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from fnmatch import fnmatchcase
+from functools import cache
+from os.path import isdir
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -133,6 +136,19 @@ def describe(value: Any) -> Any:
 def config_hash(config: dict[str, Any]) -> str:
     """16 hexadecimal digits that change when anything in a row's configuration does."""
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def folder_hashes(options: dict[str, Any]) -> dict[str, str]:
+    """Of the options that name a folder (a checkpoint's): a hash over its files' names and contents."""
+    return {key: _hash_of_folder(value) for key, value in options.items() if isinstance(value, str) and isdir(value)}
+
+
+@cache
+def _hash_of_folder(folder: str) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(p for p in Path(folder).rglob("*") if p.is_file()):
+        digest.update(f"{path.relative_to(folder)}\n".encode() + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:16]
 
 
 def pruned_text(row: Row) -> str:

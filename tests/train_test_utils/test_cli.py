@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from train_test_utils.cli import parse_arguments, parse_options, pick_device, pick_precision, sentence
+from train_test_utils.cli import can_compile, parse_arguments, parse_options, pick_device, pick_precision, sentence
 
 
 def parse(*words):
@@ -67,7 +67,16 @@ def test_mistakes_are_one_sentence_and_exit_code_2(words, sentence, capsys):
     with pytest.raises(SystemExit) as caught:
         parse(*words)
     assert caught.value.code == 2
-    assert sentence in capsys.readouterr().err.splitlines()[-1]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert sentence in line
+
+
+def test_training_is_compiled_on_a_gpu_where_triton_finds_its_compiler(monkeypatch, capsys):
+    monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/gcc" if name == "gcc" else None)
+    assert can_compile(torch.device("cuda")) and not can_compile(torch.device("cpu"))
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert not can_compile(torch.device("cuda"))
+    assert capsys.readouterr().err == "no C compiler was found, so training is not compiled and slower (apt install gcc)\n"
 
 
 def test_errors_in_a_sentence():

@@ -17,10 +17,12 @@ from train_test_utils.rows import (
     Prune,
     Row,
     Ternary,
+    _hash_of_folder,
     calibration_images,
     choose,
     config_hash,
     describe,
+    folder_hashes,
     format_rows,
     pruned_text,
 )
@@ -99,6 +101,19 @@ def test_the_hash_changes_with_everything_in_a_row():
     ]  # fmt: skip
     hashes = [config_hash({"row": describe(r)}) for r in others]
     assert len(set(hashes)) == len(others) and hashes[0] == config_hash({"row": describe(replace(row))})
+
+
+def test_the_hash_of_a_folder_changes_with_its_files(tmp_path):
+    def found():
+        _hash_of_folder.cache_clear()
+        return folder_hashes({"checkpoint": str(tmp_path), "other": "not/a/folder", "depth": 3, "none": None})
+
+    (tmp_path / "a").write_text("1")
+    hashes = [found(), found()]
+    for change in (lambda: (tmp_path / "a").write_text("2"), lambda: (tmp_path / "a").rename(tmp_path / "b")):
+        change()
+        hashes.append(found())
+    assert hashes[0] == hashes[1] and len({h["checkpoint"] for h in hashes}) == 3 and all(len(h) == 1 for h in hashes)
 
 
 def test_calibration_images_depend_on_the_seed_alone():

@@ -69,7 +69,11 @@ def test_the_linear_layers_of_a_transformer(backend: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "options", "compiler"),
-    [("resnet_18", {"stem": "maxpool"}, "inductor"), ("alexnet", {}, "eager"), ("vit", {"width": 64, "depth": 1}, "eager")],
+    [
+        ("resnet_18", {"stem": "maxpool"}, "inductor"),
+        ("alexnet", {}, "eager"),
+        ("vit", {"width": 64, "depth": 1}, "eager"),
+    ],
 )
 def test_packed_models_compile_and_export(name: str, options: dict[str, object], compiler: str) -> None:
     model, images = packed(name, 8, **options), torch.rand(2, 3, 32, 32)
