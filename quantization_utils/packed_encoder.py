@@ -73,6 +73,35 @@ def linear_layers(layer: Any) -> list[Any]:
     return [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, mlp.fc1, mlp.fc2]
 
 
+def mlp_layers(model: nn.Module) -> list[tuple[str, str]]:
+    """Names of the first and the second linear layer of each MLP of a ViT; none of other models."""
+    network: Any = getattr(model, "network", None)
+    if not isinstance(model, ViT) or network.config.hidden_act != "gelu":
+        return []
+    names = {module: name for name, module in model.named_modules()}
+    try:
+        return [(names[layer.mlp.fc1], names[layer.mlp.fc2]) for layer in network.vit.layers]
+    except AttributeError:  # a version of transformers that names its modules in another way
+        return []
+
+
+def remove_dead_neurons_(model: nn.Module) -> nn.Module:
+    """Take the neurons of a packed ViT's MLPs away that are always 0, as pruned filters are; return the model.
+
+    GELU(0) = 0 changes neither a token's largest magnitude nor a sum of integers, so the logits stay the same bit for
+    bit. Neurons that nobody reads stay: they take part in the scale of their token. One of each MLP stays, too.
+    """
+    for first, second in mlp_layers(model):
+        fc1, fc2 = model.get_submodule(first), model.get_submodule(second)
+        if not (isinstance(fc1, PackedLinear) and isinstance(fc2, PackedLinear)):
+            continue
+        alive_N = fc1.codes.any(1) if fc1.bias is None else fc1.codes.any(1) | (fc1.bias != 0)
+        alive_N[0] |= not alive_N.any()
+        fc1.codes, fc1.scale, fc2.codes = fc1.codes[alive_N], fc1.scale[alive_N], fc2.codes[:, alive_N].contiguous()
+        fc1.bias = None if fc1.bias is None else fc1.bias[alive_N]
+    return model
+
+
 def fuse_encoder_(model: nn.Module) -> nn.Module:
     """Let a packed ViT run its encoder as one operator, if it is built as the kernels expect; return the model."""
     if isinstance(model, ViT):

@@ -24,7 +24,8 @@ and to strings that hold JSON (sorted keys, no spaces, no NaN):
   modules         kind modules: {"packed": {layer: {"act_bits": null or bits}}, "quantized": {module: {"bits"}}}: which
                   linear and convolution layers hold <layer>.codes, .scale (N,), optionally .bias, with weight = codes
                   * scale (scale along dimension 0), and which modules have their output quantized. Other tensors: the
-                  state dict
+                  state dict. A ViT's MLP may have fewer neurons (rows of fc1, columns of fc2) than its constructor
+                  says: those that pruning has silenced
   metadata        what the one who saved it says: classes, training, measured accuracy
 
 ENCODINGS of codes; each is stored as a one-dimensional U8 tensor, the payload. n is the number of codes.

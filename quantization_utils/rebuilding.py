@@ -14,7 +14,7 @@ from models.normalize import Normalize
 
 from .bit_layers import PackedConv2d, PackedLinear, Quantized, StaticQuantizer
 from .file_format import ModelFileError
-from .packed_encoder import fuse_encoder_
+from .packed_encoder import fuse_encoder_, mlp_layers
 from .packing import Bits
 from .storage_checks import Record, bounded_construction, check_normalization, require, whole
 
@@ -61,6 +61,7 @@ def _swap_layers(model: nn.Module, described: Any, records: Mapping[str, Record]
     packed, quantized = described["packed"], described["quantized"]
     require(isinstance(packed, dict) and isinstance(quantized, dict), "its list of packed layers is none")
     built = dict(model.named_modules())
+    shapes = _shapes_of_codes(model, records)
     for name, options in packed.items():
         layer, codes = built.get(name), records.get(f"{name}.codes")
         if not isinstance(layer, (nn.Linear, nn.Conv2d)) or codes is None or codes.bits is None:
@@ -70,8 +71,8 @@ def _swap_layers(model: nn.Module, described: Any, records: Mapping[str, Record]
             fits and (options["act_bits"] is None or whole(options["act_bits"], 2, 8)),
             f"layer {name!r} has no such bits",
         )
-        require(codes.shape == tuple(layer.weight.shape), f"the codes of layer {name!r} have the wrong shape")
-        model.set_submodule(name, _empty_packed(layer, codes.bits, options["act_bits"]))
+        require(codes.shape == shapes[name], f"the codes of layer {name!r} have the wrong shape")
+        model.set_submodule(name, _empty_packed(layer, codes.shape, codes.bits, options["act_bits"]))
     for name, options in quantized.items():
         require(name in built and name not in packed and name != "", f"there is no module {name!r} to quantize")
         fits = isinstance(options, dict) and set(options) == {"bits"} and whole(options["bits"], 2, 8)
@@ -80,8 +81,22 @@ def _swap_layers(model: nn.Module, described: Any, records: Mapping[str, Record]
             model.set_submodule(name, Quantized(built[name], StaticQuantizer(options["bits"], 1.0)))
 
 
-def _empty_packed(layer: nn.Linear | nn.Conv2d, bits: Bits, act_bits: int | None) -> nn.Module:
-    codes = torch.empty(layer.weight.shape, dtype=torch.int8, device="meta")
+def _shapes_of_codes(model: nn.Module, records: Mapping[str, Record]) -> dict[str, tuple[int, ...]]:
+    """The shapes that layers' codes must have: their weights', but for neurons that an MLP has lost in both layers."""
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+    shapes = {name: tuple(layer.weight.shape) for name, layer in layers.items()}
+    for first, second in mlp_layers(model):
+        codes = records.get(f"{first}.codes")
+        if codes is not None and codes.shape and 1 <= codes.shape[0] <= shapes[first][0]:
+            neurons = codes.shape[0]
+            shapes[first], shapes[second] = (neurons, shapes[first][1]), (shapes[second][0], neurons)
+    return shapes
+
+
+def _empty_packed(
+    layer: nn.Linear | nn.Conv2d, shape: tuple[int, ...], bits: Bits, act_bits: int | None
+) -> nn.Module:
+    codes = torch.empty(shape, dtype=torch.int8, device="meta")
     scale_N = torch.empty(len(codes), device="meta")
     bias_N = None if layer.bias is None else torch.empty(len(codes), device="meta")
     if isinstance(layer, nn.Linear):

@@ -16,7 +16,7 @@ from models.select import Selection, select_layers
 from .bit_layers import BitConv2d, BitLinear, PackedConv2d, PackedLinear, Quantized, StaticQuantizer
 from .dead_channels import remove_dead_channels
 from .network import NotANetwork, PackedNetwork, to_nodes
-from .packed_encoder import fuse_encoder_
+from .packed_encoder import fuse_encoder_, remove_dead_neurons_
 from .quantizers import Quantizer, absmean
 
 # What may stand before a layer whose input has a static scale; pixels, behind the normalisation, are 8-bit already.
@@ -105,7 +105,7 @@ def pack_(model: nn.Module) -> nn.Module:
 
     A calibrated chain network whose layers are all quantized becomes a `PackedNetwork` (the object itself changes
     class), without the channels that pruning has silenced; any other model keeps its modules and has its quantized
-    layers replaced by packed ones. Packing twice changes nothing.
+    layers replaced by packed ones, those of a ViT's MLPs without silenced neurons. Packing twice changes nothing.
 
     Raises:
         ValueError: a weight that is not finite, or a layer that can't be packed.
@@ -123,7 +123,7 @@ def pack_(model: nn.Module) -> nn.Module:
     except NotANetwork as error:
         model.why_no_network = str(error)  # type: ignore[assignment]  # told if it can't be saved either
         _pack_layers(model)
-        return fuse_encoder_(model.requires_grad_(False))
+        return fuse_encoder_(remove_dead_neurons_(model.requires_grad_(False)))
     packed = PackedNetwork(nodes, getattr(model, "constructor", None))
     model.__dict__.clear()
     model.__dict__.update(packed.__dict__)

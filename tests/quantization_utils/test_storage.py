@@ -198,6 +198,11 @@ def forge(path: Path, change) -> None:
     path.write_bytes(data.replace(b'"' + b"0" * 64, b'"' + hashlib.sha256(data).hexdigest().encode(), 1))
 
 
+def reshape(parsed, layer, shape) -> None:
+    entry = parsed["tensors"][f"network.vit.layers.0.{layer}.codes"]
+    entry["shape"] = shape(*entry["shape"])
+
+
 FORGERIES = {
     "version": (lambda p, h: h["__metadata__"].update(format_version="2"), "version"),
     "format": (lambda p, h: h["__metadata__"].update(format="gguf"), "other safetensors"),
@@ -209,7 +214,9 @@ FORGERIES = {
     "endless model": (lambda p, h: p["constructor"]["options"]["config"].update(num_hidden_layers=60_000), "more"),
     "endless list": (lambda p, h: p["constructor"]["options"]["config"].update(num_labels=2**31), "beyond"),
     "unknown model": (lambda p, h: p["constructor"].update(name="gpt"), "does not build"),
-    "wider model": (lambda p, h: p["constructor"]["options"]["config"].update(intermediate_size=512), "shape"),
+    "narrower model": (lambda p, h: p["constructor"]["options"]["config"].update(intermediate_size=32), "shape"),
+    "neurons of one layer": (lambda p, h: reshape(p, "mlp.fc2", lambda n, k: [2 * n, k // 2]), "shape"),
+    "inputs of neurons": (lambda p, h: reshape(p, "mlp.fc1", lambda n, k: [n // 2, 2 * k]), "shape"),
     "many codes": (lambda p, h: p["tensors"]["network.classifier.codes"].update(shape=[2**30, 2**30]), "claim"),
     "other shape": (lambda p, h: p["tensors"]["network.classifier.codes"].update(shape=[64, 10]), "shape"),
     "other mean": (lambda p, h: p["normalization"].update(mean=[0, 0, 0]), "normalisation"),

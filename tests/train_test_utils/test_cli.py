@@ -76,7 +76,7 @@ def test_training_is_compiled_on_a_gpu_where_triton_finds_its_compiler(monkeypat
     assert can_compile(torch.device("cuda")) and not can_compile(torch.device("cpu"))
     monkeypatch.setattr("shutil.which", lambda name: None)
     assert not can_compile(torch.device("cuda"))
-    assert capsys.readouterr().err == "no C compiler was found, so training is not compiled and slower (apt install gcc)\n"
+    assert capsys.readouterr().err.startswith("no C compiler was found, so training is not compiled and slower")
 
 
 def test_errors_in_a_sentence():

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 import models
+from pruning_utils import l2_filters, prune_
 from quantization_utils import absmean, int8_absmax, load_model, pack_, quantize_, save_model
-from quantization_utils.kernels import available_backends, cpu
+from quantization_utils.kernels import available_backends, cpu, reference
 from quantization_utils.packed_encoder import linear_layers
 
 BACKENDS = [name for name in available_backends() if name.startswith("cpu-")]
@@ -24,12 +25,17 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def packed_vit(quantizer: object = absmean, act_bits: int | None = 8, **options: object) -> nn.Module:
+def packed_vit(
+    quantizer: object = absmean, act_bits: int | None = 8, pruned: float = 0.0, **options: object
+) -> nn.Module:
+    """`pruned`: fraction of the filters of its linear layers."""
     torch.manual_seed(0)
     model = models.build("vit", 10, **({"width": 128, "depth": 2} | options)).eval()
     for name, parameter in model.named_parameters():
         if "layernorm" in name or name.endswith("bias"):  # zeros and ones would hide what is left out
             nn.init.normal_(parameter, 1.0 if name.endswith("weight") else 0.0, 0.2)
+    if pruned:
+        prune_(model, l2_filters, pruned, only=nn.Linear)
     return pack_(quantize_(model, quantizer, act_bits))  # type: ignore[arg-type]
 
 
@@ -119,6 +125,28 @@ def test_gelu_of_the_kernels(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @torch.no_grad()
+def test_codes_after_attention_are_those_of_pytorchs(backend: str) -> None:
+    """A layer that adds attention's quantized output alone: less than a code in 10,000 is another."""
+    torch.manual_seed(0)
+    width, heads, eye = 128, 2, torch.eye(128, dtype=torch.int8)
+    codes = torch.randint(-1, 2, (3 * width, width), dtype=torch.int8)
+    qkv = (codes, torch.rand(3 * width) / 8, torch.randn(3 * width))
+    nothing = torch.zeros(width, width, dtype=torch.int8), torch.ones(width), None
+    norms = [torch.rand(width) + 0.5, torch.randn(width), torch.ones(width), torch.zeros(width)]
+    layer = cpu.EncoderLayer(qkv, (eye, torch.ones(width), None), nothing, nothing, norms)
+    hidden = torch.randn(16, 65, width)
+    added = cpu.Encoder([layer], heads, 1e-6, 8, backend)(hidden, 65) - hidden
+
+    normal = nn.functional.layer_norm(hidden, (width,), norms[0], norms[1], 1e-6)
+    parts = reference.Linear(*qkv, 8)(normal).view(16, 65, 3, heads, width // heads).permute(2, 0, 3, 1, 4)
+    attended = nn.functional.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2)
+    codes, scale = reference.quantize_dynamic(attended, 8, "token")
+    wrong = (added / scale).round() - codes
+    assert wrong.abs().max() <= 1 and wrong.ne(0).double().mean() < 1e-4 and codes.unique().numel() > 200
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@torch.no_grad()
 def test_large_scores_and_constant_tokens(backend: str) -> None:
     """Softmax with one winner; a LayerNorm without variance."""
     model = packed_vit()
@@ -162,6 +190,30 @@ def test_a_model_takes_it_and_keeps_it_through_copies_moves_and_files(tmp_path: 
     assert torch.equal(loaded(images), logits) and torch.equal(model(images), logits)
     bias.copy_(kept)
     assert torch.equal(twin.to("cpu").float()(images), model(images))  # moved: read again
+
+
+@torch.no_grad()
+def test_neurons_that_were_pruned_are_gone_and_nothing_else_changes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    images = torch.rand(4, 3, 32, 32)
+    for fraction, neurons in ((0.5, 256), (0.999, 1)):
+        slim = packed_vit(pruned=fraction)
+        with monkeypatch.context() as patch:
+            patch.setattr("quantization_utils.transform.remove_dead_neurons_", lambda model: model)
+            whole = packed_vit(pruned=fraction)
+        for model, kept in ((slim, neurons), (whole, 512)):
+            mlps = [layer.mlp for layer in model.network.vit.layers]
+            shapes = [(tuple(mlp.fc1.codes.shape), tuple(mlp.fc2.codes.shape)) for mlp in mlps]
+            assert shapes == [((kept, 128), (128, kept))] * 2
+        logits = slim(images)
+        assert torch.equal(logits, whole(images)) and logits.unique().numel() > 1
+        save_model(slim, tmp_path / "slim.safetensors")
+        save_model(whole, tmp_path / "whole.safetensors")
+        assert (tmp_path / "slim.safetensors").stat().st_size < (tmp_path / "whole.safetensors").stat().st_size
+        for file in ("slim", "whole"):
+            loaded, _ = load_model(tmp_path / f"{file}.safetensors")
+            assert torch.equal(loaded(images), logits)
 
 
 @torch.no_grad()
