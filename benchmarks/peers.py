@@ -54,10 +54,12 @@ def to_onnx(model: nn.Module, x: Tensor) -> str:
     return path
 
 
-def _ort_session(path: str, x: Tensor) -> Run:
+def _ort_session(path: str, x: Tensor, entries: dict[str, str] | None = None) -> Run:
     import onnxruntime as ort
 
     options = ort.SessionOptions()
+    for key, value in (entries or {}).items():
+        options.add_session_config_entry(key, value)
     options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
     options.log_severity_level = 3
     session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
@@ -142,6 +144,15 @@ def openvino_int8(model: nn.Module, x: Tensor) -> Run:
 
 def ort_2bit(model: nn.Module, x: Tensor) -> Run:
     """Only for chains of linear layers and ReLUs: MatMulNBits, 2-bit weights and int8 activations, blocks of 128."""
+    return _ort_session(_two_bit(model, x), x)
+
+
+def ort_2bit_lut(model: nn.Module, x: Tensor) -> Run:
+    """The same by table look-up (T-MAC)."""
+    return _ort_session(_two_bit(model, x), x, {"mlas.use_lut_gemm": "1"})
+
+
+def _two_bit(model: nn.Module, x: Tensor) -> str:
     from onnx import TensorProto, helper, numpy_helper, save
 
     nodes, initializers, value = [], [], "x"
@@ -167,7 +178,7 @@ def ort_2bit(model: nn.Module, x: Tensor) -> Run:
     opsets = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]
     path = str(Path(tempfile.mkdtemp()) / "two_bit.onnx")
     save(helper.make_model(graph, opset_imports=opsets, ir_version=10), path)
-    return _ort_session(path, x)
+    return path
 
 
 def litespark(model: nn.Module, x: Tensor) -> Run:
@@ -199,5 +210,5 @@ def litespark(model: nn.Module, x: Tensor) -> Run:
 
 FLOAT = (torch_fp32, torch_bf16, torch_fp32_compiled, torch_bf16_compiled, ort_fp32, openvino_fp32, openvino_default)
 INT8 = (ort_int8, ort_int8_dynamic, openvino_int8)
-TWO_BIT = (ort_2bit, litespark)
+TWO_BIT = (ort_2bit, ort_2bit_lut, litespark)
 PACKAGES = ("onnxruntime", "openvino", "nncf", "litespark-inference")

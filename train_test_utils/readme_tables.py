@@ -9,7 +9,8 @@
 Options after the name: `only=float,qat_*` (row names, as a shell matches names, in this order), `columns=` (fields,
 `a.b` and `a.0` for nested ones, `field:title` with underscores for spaces; without it, all that are plain values; for
 rows of experiments also titles of `table.COLUMNS`, for the mean and deviation over seeds), `last=` (of lines that agree
-in these fields the last counts), `each=nodes` (a line for each member of that list, which has its line's fields too).
+in these fields the last counts), `each=nodes` (a line for each member of that list or mapping, which has its line's
+fields too; a mapping's key is the field `name`). Three floats are a value and its confidence interval.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ from .table import (
 
 MARKED = re.compile(r"(<!-- table:(\S+)([^>]*?) -->\n).*?(<!-- /table -->)", re.DOTALL)
 OPENING = re.compile(r"<!-- table:")
-BESIDE = ("commit", "command", "versions", "device", "finished_at", "threads")  # goes below a table
+LIMITS = {"peak_multiply_adds_per_s": "G multiply-adds/s at most", "read_13MiB_bytes_per_s": "GB/s read at most"}
+BESIDE = ("commit", "command", "versions", "device", "finished_at", "threads", *LIMITS)  # goes below a table
 
 
 def with_tables(text: str, results: Path) -> str:
@@ -65,15 +67,19 @@ def markdown(name: str, options: str, results: Path) -> str:
         groups = [[row for row in rows if _first(str(row.get("row")), given["only"]) == p] for p in given["only"]]
         rows = [row for group in groups for row in group]
     if "last" in given:
-        rows = list({tuple(_text(_get(row, f)) for f in given["last"]): row for row in rows}.values())
+        rows = list({tuple(str(_get(row, f)) for f in given["last"]): row for row in rows}.values())
     for field in given.get("each", ()):
-        rows = [{**row, **member} for row in rows for member in row.get(field, ())]
+        rows = [{**row, **member} for row in rows for member in _members(row.get(field, ()))]
     if not rows:
         raise ValueError(f"table:{name} would be empty")
     columns = given.get("columns")
     if all("test_accuracy_pct" in row for row in rows) and TITLES.issuperset(columns or ()):
         return _experiments(rows, columns)
     return _anything(rows, columns)
+
+
+def _members(field: Any) -> list[dict[str, Any]]:
+    return [{"name": key} | member for key, member in field.items()] if isinstance(field, Mapping) else list(field)
 
 
 def _first(name: str, patterns: Sequence[str]) -> str | None:
@@ -111,12 +117,27 @@ def _anything(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None) 
     missing = [c for c in columns if all(_get(row, c) is None for row in rows)]
     if missing:
         raise ValueError(f"no line has the field {missing[0]!r}")
-    body = [[_text(_get(row, c)) for c in columns] for row in rows]
+    body = [[_text(_get(row, c), c) for c in columns] for row in rows]
     numbers = [all(isinstance(_get(row, c), (int, float, type(None))) for row in rows) for c in columns]
     left = next((i for i, number in enumerate(numbers) if number), len(numbers))
+    return _table([title.replace("_", " ") for title in titles], body, left) + _notes(_circumstances(rows), rows)
+
+
+def _circumstances(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Device, what it was measured to do at most, versions and commits."""
     beside = {field: dict.fromkeys(str(row[field]) for row in rows if row.get(field)) for field in ("device", "commit")}
-    notes = [f"{field} {', '.join(values)}" for field, values in beside.items() if values]
-    return _table([title.replace("_", " ") for title in titles], body, left) + _notes(notes, rows)
+    notes = {field: f"{field} {', '.join(values)}" for field, values in beside.items() if values}
+    for field, unit in LIMITS.items():
+        rates = sorted({f"{row[field] / 1e9:.0f}" for row in rows if row.get(field)}, key=int)
+        if rates:
+            notes[field] = f"{'–'.join(dict.fromkeys((rates[0], rates[-1])))} {unit}"
+    versions: dict[str, dict[str, None]] = {}
+    for row in rows:
+        for package, version in (row.get("versions") or {}).items():
+            versions.setdefault(package, {})[version] = None
+    if versions:
+        notes["versions"] = ", ".join(f"{package} {' and '.join(found)}" for package, found in versions.items())
+    return [notes[field] for field in ("device", *LIMITS, "versions", "commit") if field in notes]
 
 
 def _table(head: Sequence[str], body: Sequence[Sequence[str]], left: int) -> str:
@@ -156,13 +177,17 @@ def _get(row: Mapping[str, Any], field: str) -> Any:
     return value
 
 
-def _text(value: Any) -> str:
+def _text(value: Any, field: str = "") -> str:
     if value is None:
         return NOTHING
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):
         return f"{value:,}"
+    if isinstance(value, list) and len(value) == 3 and all(isinstance(v, float) for v in value):
+        return "{} ({}–{})".format(*map(significant, value))
     if isinstance(value, list):  # a shape
         return "×".join(map(str, value))
-    return significant(value) if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:.1f}" if field.endswith("_pct") else significant(value)
+    return str(value)

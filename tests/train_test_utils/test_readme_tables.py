@@ -107,6 +107,22 @@ def test_a_line_for_each_member_of_a_list(tmp_path):
     assert "| b |" not in text
 
 
+def test_a_line_for_each_member_of_a_mapping_with_intervals_percentages_versions_and_limits(tmp_path):
+    rows = [
+        {"case": "fc", "engines": {"ours": {"ratio": [1.0, 1.0, 1.0]}, "torch": {"ratio": [2.04, 1.5, 3.25]}},
+         "of_limit_pct": 129.5, "peak_multiply_adds_per_s": 471.4e9, "versions": {"torch": "2.11", "numpy": "2"}},
+        {"case": "vit", "engines": {}, "peak_multiply_adds_per_s": 473.0e9, "versions": {"torch": "2.12"}},
+    ]  # fmt: skip
+    (tmp_path / "peers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = with_tables(marked("peers each=engines columns=case,name:engine,ratio,of_limit_pct"), tmp_path)
+    assert [line for line in text.splitlines() if line.startswith("| fc")] == [
+        "| fc | ours | 1.00 (1.00–1.00) | 129.5 |", "| fc | torch | 2.04 (1.50–3.25) | 129.5 |",
+    ]  # fmt: skip
+    assert "471 G multiply-adds/s at most · torch 2.11, numpy 2\n" in text
+    text = with_tables(marked("peers columns=case"), tmp_path)
+    assert "471–473 G multiply-adds/s at most · torch 2.11 and 2.12, numpy 2\n" in text
+
+
 def test_a_second_time_changes_nothing(results):
     once = with_tables(marked("cifar10/vit") + marked("latency/networks"), results)
     assert with_tables(once, results) == once
