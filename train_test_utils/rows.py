@@ -163,6 +163,7 @@ def format_rows(model_name: str, rows: Sequence[Row]) -> str:
         trained = "-" if row.recipe is None else f"{row.recipe.epochs:g} epochs"
         transforms = " → ".join(str(t) for t in row.transforms) or "-"
         lines.append(f"{row.name:<34} {row.parent or '-':<14} {trained:<12} {transforms}")
+    lines.append(f"{sum(row.recipe.epochs for row in rows if row.recipe):g} epochs in all, for a data set and a seed")
     return "\n".join(lines)
 
 

@@ -79,8 +79,9 @@ def test_what_a_row_prunes_in_words():
 
 def test_the_table_of_rows():
     lines = format_rows("alexnet", ROWS).splitlines()
-    assert lines[0] == "alexnet: 5 rows" and len(lines) == 7
-    assert "qat_all_l1_50" in lines[-1] and "3 epochs" in lines[-1] and "50% of single weights" in lines[-1]
+    assert lines[0] == "alexnet: 5 rows" and len(lines) == 8
+    assert "qat_all_l1_50" in lines[-2] and "3 epochs" in lines[-2] and "50% of single weights" in lines[-2]
+    assert lines[-1] == "12 epochs in all, for a data set and a seed"
 
 
 def test_a_description_is_json_and_every_field_is_in_it():
