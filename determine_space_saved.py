@@ -73,7 +73,7 @@ def print_models(show_layers: bool) -> dict[str, FileReport]:
 
 def record(reports: dict[str, FileReport]) -> None:
     """Append the sizes to results/files/sizes.jsonl, where the README's table comes from."""
-    from benchmarks.record import append_record
+    from train_test_utils.record import append_record
 
     for title, report in reports.items():
         sizes = ("weights", "float_bytes", "file_bytes", "log2_3_bytes", "ideal_bytes")

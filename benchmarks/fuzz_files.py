@@ -33,7 +33,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import nn
 
-from benchmarks.record import append_record
 from models import build
 from models.normalize import Normalize
 from models.resnet_18 import BasicBlock
@@ -41,6 +40,7 @@ from quantization_utils import calibrate_, pack_, quantize_
 from quantization_utils.bit_layers import PackedConv2d, PackedLinear
 from quantization_utils.network import PackedNetwork
 from quantization_utils.storage import ModelFileError, load_model, save_model
+from train_test_utils.record import append_record
 
 SECONDS_PER_FILE = 20
 MEMORY_BYTES = 1 << 30  # address space beyond what the process has before it reads

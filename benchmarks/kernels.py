@@ -18,9 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from benchmarks.limits import machine_limits
-from benchmarks.record import append_record
 from quantization_utils.kernels import cpu
 from quantization_utils.nodes import Node
+from train_test_utils.record import append_record
 
 #        channels in, out, size, kernel, stride
 CONVOLUTIONS = [

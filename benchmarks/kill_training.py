@@ -24,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.record import append_record
+from train_test_utils.record import append_record
 
 ROWS = ("float", "ptq_all", "qat_all")
 TIMED = (

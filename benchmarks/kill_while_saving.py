@@ -28,10 +28,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from benchmarks.record import append_record
 from quantization_utils.network import PackedNetwork
 from quantization_utils.nodes import Node
 from quantization_utils.storage import load_model, save_model
+from train_test_utils.record import append_record
 
 
 def version_of_model(seed: int, width: int) -> PackedNetwork:

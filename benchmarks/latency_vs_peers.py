@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from benchmarks import peers
 from benchmarks.limits import machine_limits
-from benchmarks.record import ROOT, append_record
+from train_test_utils.record import ROOT, append_record
 
 LEAST_ROUNDS = 12  # that an interval of 95% is of
 KINDS = {"float": peers.FLOAT, "int8": peers.INT8, "2bit": peers.TWO_BIT}

@@ -34,7 +34,6 @@ from torch import Tensor, nn
 import models
 from benchmarks.kernels import stem
 from benchmarks.limits import Limits, machine_limits
-from benchmarks.record import ROOT, append_record
 from models.select import select_layers
 from pruning_utils import l1, l1_global, l2_filters, prune_, random
 from quantization_utils import calibrate_, pack_, quantize_
@@ -42,6 +41,7 @@ from quantization_utils.kernels import cpu
 from quantization_utils.nodes import Node
 from quantization_utils.quantizers import absmean
 from train_test_utils.checkpoint import load_weights
+from train_test_utils.record import ROOT, append_record
 
 FRACTIONS = (0.0, 0.3, 0.5, 0.7, 0.9)
 LANES = {"avx512vnni": 16, "avx2": 8, "portable": 4}

@@ -16,8 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.record import ROOT, append_record
 from quantization_utils.kernels.build import FLAGS, SOURCES
+from train_test_utils.record import ROOT, append_record
 
 TARGETS = {"x86_64": ("g++", []), "aarch64": ("aarch64-linux-gnu-g++", ["qemu-aarch64"])}  # compiler, what runs it
 

@@ -24,7 +24,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from benchmarks.record import append_record
 from determine_space_saved import VIT_B_16
 from models import build
 from quantization_utils import pack_, quantize_
@@ -32,6 +31,7 @@ from quantization_utils.inspection import inspect_file
 from quantization_utils.network import PackedNetwork
 from quantization_utils.nodes import Node
 from quantization_utils.storage import load_model, save_model
+from train_test_utils.record import append_record
 
 ZERO_FRACTIONS = (0.33, 0.5, 0.7, 0.8, 0.9, 0.95)
 

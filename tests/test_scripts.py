@@ -17,6 +17,7 @@ from models import build
 from models.select import select_layers
 from quantization_utils import load_model
 from train_test_utils import experiment
+from train_test_utils.row_folder import locked
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("alexnet", "resnet_18", "vit")
@@ -40,7 +41,7 @@ def start(monkeypatch, script: str, *words: str) -> int:
 def test_list_shows_every_row_and_runs_none(script, monkeypatch, capsys, tmp_path):
     assert start(monkeypatch, script, "--list", "--out", str(tmp_path / "out")) == 0
     lines = capsys.readouterr().out.splitlines()
-    names = [line.split()[0] for line in lines[2:]]
+    names = [line.split()[0] for line in lines[2:-1]]
     assert lines[0] == f"{script}: {len(names)} rows" and len(set(names)) == len(names)
     assert {"float", "ptq_linear", "ptq_all", "ptq_all_per_tensor", "qat_linear", "qat_all"} <= set(names)
     for score in ("random", "l1", "l2_filters", "l1_global"):
@@ -235,7 +236,7 @@ def test_two_processes_do_not_work_in_one_folder(finished, monkeypatch, capsys, 
     for out, words in ((finished[0], other), (tmp_path, TINY)):
         folder = out / "vit-digits" / "float-seed3"
         folder.mkdir(parents=True, exist_ok=True)
-        with experiment._locked(folder):
+        with locked(folder):
             assert start(monkeypatch, "vit", *words, "--only", "float", "--out", str(out)) == 2
         assert f"another process is at work in {folder}: let it finish" in capsys.readouterr().err
     assert (finished[0] / "vit-digits" / "float-seed3" / "model.safetensors").exists()

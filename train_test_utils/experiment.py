@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-import fcntl
 import os
 import shlex
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -21,7 +19,6 @@ from torch import nn
 
 from models import build
 from quantization_utils import pack_
-from quantization_utils.file_format import replacing
 from quantization_utils.storage import load_model, save_model
 
 from . import distributed
@@ -32,7 +29,9 @@ from .dataset import ImageDataset
 from .evaluate import accuracy_pct, predict
 from .logbook import Logbook
 from .measure import code_zero_fraction, count_macs, ideal_bytes, latency_beside, weight_bits
+from .record import commit, device_name, versions
 from .report import print_table, write_report
+from .row_folder import claim, locked
 from .rows import (
     CALIBRATION_IMAGES,
     Row,
@@ -156,7 +155,7 @@ class Run:
         line = logbook.done(self.hash)
         if line is None:
             return None
-        self._claim_folder()
+        claim(self.folder, self.hash)
         if not (self.folder / "checkpoint.safetensors").exists():
             return None
         if distributed.rank() == 0:
@@ -169,8 +168,8 @@ class Run:
         began = time.monotonic()
         model = self.transformed(model)  # first: options that make no model move no finished results aside
         transform_seconds = round(time.monotonic() - began, 1)
-        self._claim_folder()
-        with _locked(self.folder) if distributed.rank() == 0 else nullcontext():
+        claim(self.folder, self.hash)
+        with locked(self.folder) if distributed.rank() == 0 else nullcontext():
             return self._train_and_record(logbook, model, transform_seconds)
 
     def _train_and_record(self, logbook: Logbook, model: nn.Module, transform_seconds: float) -> dict[str, Any]:
@@ -264,7 +263,8 @@ class Run:
             "backend": backend_of(packed), "budget": args.budget,
             "precision": str(args.precision).removeprefix("torch."),
             "config_hash": self.hash, "command": "python3 " + shlex.join(sys.argv), "commit": commit(),
-            "versions": versions(), "finished_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "versions": versions("torch", "transformers", "numpy"),
+            "finished_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }  # fmt: skip
 
     def float_beside(self) -> tuple[nn.Module, Path]:
@@ -279,74 +279,6 @@ class Run:
                 "again"
             )
         return load_model(path)[0], path
-
-    def _claim_folder(self) -> None:
-        """Make the row's folder. Another configuration's results in it are moved aside; those of this one come back."""
-        mark = self.folder / "config_hash"
-        if distributed.rank() == 0:
-            owner = mark.read_text().strip() if mark.exists() else self.hash
-            if owner != self.hash:
-                aside = self._aside(owner)
-                with _locked(self.folder):
-                    self.folder.rename(aside.with_name(f"{aside.name}.{time.time_ns()}") if aside.exists() else aside)
-            if not self.folder.exists() and self._aside(self.hash).exists():
-                self._aside(self.hash).rename(self.folder)
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with replacing(mark) as file:
-                file.write(f"{self.hash}\n".encode())
-        distributed.barrier()
-
-    def _aside(self, config_hash: str) -> Path:
-        return self.folder.with_name(f"{self.folder.name}.{config_hash}")
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keep other processes from training in the folder, or moving it, meanwhile; the end of this one frees it, too.
-
-    Raises:
-        ValueError: another one is at work there.
-    """
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another process is at work in {folder}: let it finish, or give another --out") from None
-        yield
-    finally:
-        os.close(handle)
-
-
-def commit() -> str:
-    """The commit of this working copy, with "+changes" if tracked files differ from it; empty outside a checkout."""
-    root = Path(__file__).parent.parent
-
-    def git(*words: str) -> str:
-        done = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=False)
-        return done.stdout.strip() if done.returncode == 0 else ""
-
-    try:
-        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
-    except FileNotFoundError:  # no git on this machine
-        return ""
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the figures depend on."""
-    from importlib.metadata import version
-
-    return {"python": sys.version.split()[0]} | {n: version(n) for n in ("torch", "transformers", "numpy")}
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return "cpu"
 
 
 def backend_of(model: nn.Module) -> str:

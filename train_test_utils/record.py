@@ -1,0 +1,75 @@
+"""What figures depend on besides their configuration, and figures of a benchmark with it: one JSON line in results/."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def commit() -> str:
+    """The commit of this working copy, with "+changes" if tracked files differ from it; empty outside a checkout."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
+    except FileNotFoundError:  # no git on this machine
+        return ""
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Of Python, and of those of the packages that are installed."""
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def device_name(device: torch.device) -> str:
+    """As the GPU's driver or /proc/cpuinfo calls it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.machine() or "cpu"
+
+
+def append_record(name: str, figures: dict[str, Any], packages: tuple[str, ...] = ()) -> Path:
+    """Append the figures of the script that runs, with their circumstances, to results/<name>.jsonl; return that path.
+
+    `packages`: whose versions matter too, if they are installed.
+    """
+    path = ROOT / "results" / f"{name}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = figures | {
+        "commit": commit() or None, "command": " ".join(["python3", *_relative(sys.argv)]),
+        "versions": versions("torch", "numpy", "zstandard", "transformers", *packages),
+        "device": f"{device_name(torch.device('cpu'))}, {os.cpu_count()} threads",
+        "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }  # fmt: skip
+    with open(path, "a") as file:
+        file.write(json.dumps(line) + "\n")
+    return path
+
+
+def _relative(arguments: list[str]) -> list[str]:
+    script = Path(arguments[0]).resolve()
+    return [str(script.relative_to(ROOT)) if script.is_relative_to(ROOT) else script.name, *arguments[1:]]

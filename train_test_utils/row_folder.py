@@ -1,0 +1,57 @@
+"""The folder of a row's results: it belongs to one configuration, and to one process at a time."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from quantization_utils.file_format import replacing
+
+from . import distributed
+
+
+def claim(folder: Path, config_hash: str) -> None:
+    """Make the folder. Another configuration's results in it are moved aside; those of this one come back.
+
+    Raises:
+        ValueError: another process is at work there.
+    """
+    mark = folder / "config_hash"
+    if distributed.rank() == 0:
+        owner = mark.read_text().strip() if mark.exists() else config_hash
+        if owner != config_hash:
+            aside = _aside(folder, owner)
+            with locked(folder):
+                folder.rename(aside.with_name(f"{aside.name}.{time.time_ns()}") if aside.exists() else aside)
+        if not folder.exists() and _aside(folder, config_hash).exists():
+            _aside(folder, config_hash).rename(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(mark) as file:
+            file.write(f"{config_hash}\n".encode())
+    distributed.barrier()
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from training in the folder, or moving it, meanwhile; the end of this one frees it, too.
+
+    Raises:
+        ValueError: another one is at work there.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is at work in {folder}: let it finish, or give another --out") from None
+        yield
+    finally:
+        os.close(handle)
+
+
+def _aside(folder: Path, config_hash: str) -> Path:
+    return folder.with_name(f"{folder.name}.{config_hash}")
