@@ -3,6 +3,7 @@
     python3 benchmarks/networks.py layers     each node: time within the network, algorithm, percent of the limit
     python3 benchmarks/networks.py pruned     networks whose filters were pruned and are gone, beside the full one
     python3 benchmarks/networks.py zero_blocks     networks whose single weights were pruned: what skipping saves
+    python3 benchmarks/networks.py overhead   a whole call beside that of its one operator: what Python and PyTorch add
 
 The direct limit of a node is its multiply-adds at the measured rate of the processor, or its 2-bit weights at the
 measured reading rate, whichever is longer; Winograd needs 2.25 (stride 2: 1.44) times fewer multiply-adds and may pass
@@ -20,7 +21,7 @@ import argparse
 import copy
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -58,6 +59,7 @@ def packed(name: str, removed: float = 0.0, act_bits: int = 6) -> nn.Module:
     model = untrained(name)
     if removed:
         prune_(model, l2_filters, removed, only=nn.Conv2d)
+    act_bits = 8 if name == "vit" else act_bits
     return pack_(calibrate_(quantize_(model, act_bits=act_bits), torch.rand(16, 3, 32, 32)))
 
 
@@ -113,6 +115,39 @@ def pruned(batch: int, limits: Limits, rounds: int = 15) -> None:
                   f"  {figures['times_faster']:6.2f}× faster"
                   f"  {figures['times_fewer_multiply_adds']:6.2f}× fewer multiply-adds")  # fmt: skip
             append_record("latency/pruned", {**figures, **limits})
+
+
+def operator_of(model: nn.Module, images: Tensor) -> Callable[[], Any]:
+    """A call of a packed model's one large operator: its network, or a ViT's encoder."""
+    if hasattr(model, "executor"):
+        return lambda: model.executor(images)
+    encoder, seen = model.encoder, []
+    model.encoder = lambda hidden, kept: seen.append((hidden, kept)) or encoder(hidden, kept)
+    model(images)
+    model.encoder = encoder
+    return lambda: encoder(*seen[0])
+
+
+@torch.no_grad()
+def overhead(batch: int, limits: Limits, rounds: int = 200) -> None:
+    """Of a ViT, patches, class token, last norm and classifier are outside of the operator."""
+    for name in ("resnet_18", "alexnet", "vit"):
+        model, images = packed(name), torch.rand(batch, 3, 32, 32)
+        calls = (operator_of(model, images), lambda m=model, x=images: m(x))
+        micros: tuple[list[float], list[float]] = ([], [])
+        for _ in range(rounds if batch == 1 else rounds // 5):
+            for call, times in zip(calls, micros, strict=True):
+                start = time.perf_counter()
+                call()
+                times.append((time.perf_counter() - start) * 1e6)
+        operator_us, whole_us = (median(times[10:]) for times in micros)
+        outside_us = median(whole - operator for operator, whole in list(zip(*micros, strict=True))[10:])
+        figures = {
+            "model": name, "batch": batch, "whole_us": round(whole_us, 1), "operator_us": round(operator_us, 1),
+            "outside_us": round(outside_us, 1), "outside_pct": round(100 * outside_us / whole_us, 1),
+        }  # fmt: skip
+        print(*(f"{key} {value}" for key, value in figures.items()))
+        append_record("latency/overhead", {**figures, **limits})
 
 
 def zero_share(codes: Tensor) -> float:
@@ -194,7 +229,7 @@ def zero_blocks(batches: list[int]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["layers", "pruned", "zero_blocks"])
+    parser.add_argument("what", choices=["layers", "pruned", "zero_blocks", "overhead"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 32])
     args = parser.parse_args()
     (ROOT / "results" / "latency" / f"{args.what}.jsonl").unlink(missing_ok=True)
@@ -203,7 +238,7 @@ def main() -> None:
     else:
         limits = machine_limits()
         for batch in args.batches:
-            {"layers": layers, "pruned": pruned}[args.what](batch, limits)
+            {"layers": layers, "pruned": pruned, "overhead": overhead}[args.what](batch, limits)
 
 
 if __name__ == "__main__":
