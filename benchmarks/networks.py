@@ -21,7 +21,7 @@ import argparse
 import copy
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -117,23 +117,12 @@ def pruned(batch: int, limits: Limits, rounds: int = 15) -> None:
             append_record("latency/pruned", {**figures, **limits})
 
 
-def operator_of(model: nn.Module, images: Tensor) -> Callable[[], Any]:
-    """A call of a packed model's one large operator: its network, or a ViT's encoder."""
-    if hasattr(model, "executor"):
-        return lambda: model.executor(images)
-    encoder, seen = model.encoder, []
-    model.encoder = lambda hidden, kept: seen.append((hidden, kept)) or encoder(hidden, kept)
-    model(images)
-    model.encoder = encoder
-    return lambda: encoder(*seen[0])
-
-
 @torch.no_grad()
 def overhead(batch: int, limits: Limits, rounds: int = 200) -> None:
-    """Of a ViT, patches, class token, last norm and classifier are outside of the operator."""
     for name in ("resnet_18", "alexnet", "vit"):
         model, images = packed(name), torch.rand(batch, 3, 32, 32)
-        calls = (operator_of(model, images), lambda m=model, x=images: m(x))
+        operator = model.encoder.classify if name == "vit" else model.executor
+        calls = (lambda run=operator, x=images: run(x)), (lambda run=model, x=images: run(x))
         micros: tuple[list[float], list[float]] = ([], [])
         for _ in range(rounds if batch == 1 else rounds // 5):
             for call, times in zip(calls, micros, strict=True):

@@ -84,10 +84,17 @@ void encoders(const Kernels& isa) {
       state = 9;
       const EncoderLayer layer{floats(64, 2.0f), floats(64), floats(64, 2.0f), floats(64),  // in braces: in this order
                                linear(isa, 192, 64, 1), linear(isa, 64, 64, 1), linear(isa, 256, 64, 1), linear(isa, 64, 256, 1)};
-      Encoder encoder(isa, 2, 1e-6f, {layer, layer});
+      Encoder encoder(isa, 2, 1e-6f, {layer, layer}, nullptr, nullptr);
       std::vector<float> out(3 * tokens * 64);
-      encoder.run(floats(out.size(), 4.0f).data(), 3, tokens, tokens, threads, out.data());
+      encoder.run({floats(out.size(), 4.0f).data(), 3, tokens, tokens, false, false, out.data()}, threads);
       print("encoder", out);
+      const Patches patches = {3, 4 * (tokens - 1), 8, 4, 8};
+      auto embedding = std::make_unique<Embedding>(Embedding{patches, floats(3), {0.25f, 0.5f, 0.375f}, floats(tokens * 64), linear(isa, 64, 96, 1)});
+      auto head = std::make_unique<Head>(Head{floats(64, 2.0f), floats(64), linear(isa, 10, 64, 1)});
+      Encoder vit(isa, 2, 1e-6f, {layer, layer}, std::move(embedding), std::move(head));
+      std::vector<float> logits(3 * 10);
+      vit.run({floats(3 * patches.image()).data(), 3, tokens, 1, true, true, logits.data()}, threads);
+      print("vit", logits);
     }
 }
 

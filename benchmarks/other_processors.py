@@ -35,7 +35,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         here, there = (hashes(compiler, runner, Path(folder)) for compiler, runner in TARGETS.values())
     (ROOT / "results" / "files" / "other_processors.jsonl").unlink(missing_ok=True)
-    for kind in ("network", "linear", "encoder"):
+    for kind in ("network", "linear", "encoder", "vit"):
         pairs = [pair for pair in zip(here, there, strict=True) if pair[0].startswith(kind)]
         same = sum(one == other for one, other in pairs)
         print(f"{kind}: {same} of {len(pairs)} cases give the same bytes")

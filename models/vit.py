@@ -22,18 +22,15 @@ class ViT(nn.Module):
         super().__init__()
         self.normalize = Normalize([255 * m for m in mean], [255 * s for s in std])
         self.network = network
-        self.encoder: Any = None  # packing puts a faster way through the network's layers here
+        self.encoder: Any = None  # packing puts a faster way through the network here
 
     def forward(self, images_NCHW: Tensor) -> Tensor:
         side: Any = self.network.config.image_size  # type: ignore[union-attr]
         if images_NCHW.shape[-2:] != (side, side):
             images_NCHW = F.interpolate(images_NCHW, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
-        pixels = self.normalize(images_NCHW)
-        if self.encoder is None:
-            return self.network(pixels).logits
-        network: Any = self.network
-        class_token_BD = self.encoder(network.vit.embeddings(pixels), kept=1)[:, 0]
-        return network.classifier(network.vit.layernorm(class_token_BD))
+        if self.encoder is not None:
+            return self.encoder.classify(images_NCHW)
+        return self.network(self.normalize(images_NCHW)).logits
 
     def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
         if self.encoder is not None:

@@ -1,4 +1,4 @@
-"""The encoder of a packed ViT as one operator: only attention needs all tokens, so all else stays in the cache."""
+"""A packed ViT as one operator: only attention needs all tokens of an image, so all else stays in the cache."""
 
 from __future__ import annotations
 
@@ -12,44 +12,60 @@ from torch import Tensor, nn
 from models.vit import ViT
 
 from . import kernels
-from .bit_layers import PackedLinear
+from .bit_layers import PackedConv2d, PackedLinear
 
 HEAD_MULTIPLE = 16  # the kernels take heads of whole vectors
 
 
 class PackedEncoder:
-    """The layers of a ViT's encoder: hidden states float32 (B, T, D) → of the first `kept` tokens, (B, kept, D).
+    """A packed ViT on the fused kernels, or module by module where these cannot run.
 
-    On the fused kernels, where the last layer computes no more than these need, or one by one. It reads the modules at
-    its first call on the CPU, and again after `reset`.
+    Called with hidden states float32 (B, T, D) it runs the encoder's layers, and returns those of the first `kept`
+    tokens (B, kept, D); the last layer computes no others. `classify` goes all the way from images to logits: patches
+    and classifier are part of the operator if they are packed. It reads the modules at its first call on the CPU, and
+    again after `reset`.
     """
 
-    def __init__(self, layers: Any, heads: int, epsilon: float) -> None:
-        self.layers, self.heads, self.epsilon = layers, heads, epsilon
-        self._runner: Any = None
+    def __init__(self, model: ViT) -> None:
+        self.network: Any = model.network
+        self.normalize = model.normalize
+        self._runner: Any = None  # False: module by module
 
     def __call__(self, hidden_BTD: Tensor, kept: int) -> Tensor:
-        if self._runner is None:
-            self._runner = self._fused() or self._one_by_one
-        return self._runner(hidden_BTD, kept)
+        runner = self._ready()
+        if runner:
+            return runner(hidden_BTD, kept)
+        for layer in self.network.vit.layers:
+            hidden_BTD = layer(hidden_BTD)
+        return hidden_BTD[:, :kept]
+
+    def classify(self, images_NCHW: Tensor) -> Tensor:
+        """Logits of images in [0, 1] of the network's size."""
+        runner = self._ready()
+        if not runner:
+            return self.network(self.normalize(images_NCHW)).logits
+        vit = self.network.vit
+        x = images_NCHW if runner.embeds else vit.embeddings(self.normalize(images_NCHW))
+        return runner.classify(x) if runner.classes else self.network.classifier(vit.layernorm(runner(x, 1)[:, 0]))
 
     def reset(self) -> None:
         self._runner = None
 
     @property
     def backend(self) -> str | None:
-        """The kernels of the fused encoder; None where its layers run one by one."""
-        return getattr(self._runner, "backend", None)
+        """The kernels of the fused operator; None where modules run one by one."""
+        return self._runner.backend if self._runner else None
 
-    def _one_by_one(self, hidden_BTD: Tensor, kept: int) -> Tensor:
-        for layer in self.layers:
-            hidden_BTD = layer(hidden_BTD)
-        return hidden_BTD[:, :kept]
+    def _ready(self) -> Any:
+        if self._runner is None:
+            self._runner = self._fused() or False
+        return self._runner
 
     def _fused(self) -> Any:
-        first = self.layers[0].attention.q_proj
+        network = self.network
+        first = network.vit.layers[0].attention.q_proj
         layers = []
-        for layer in self.layers:
+        for layer in network.vit.layers:
             queries, keys, values, *others = linear_layers(layer)
             biases = [layer.bias for layer in (queries, keys, values)]
             qkv = (
@@ -58,13 +74,40 @@ class PackedEncoder:
                 None if any(bias is None for bias in biases) else torch.cat(biases),  # type: ignore[arg-type]
             )
             norms = (layer.layernorm_before, layer.layernorm_after)
-            layers.append(
-                (qkv, *((o.codes, o.scale, o.bias) for o in others), [t for n in norms for t in (n.weight, n.bias)])
-            )
-        return kernels.make_encoder(layers, self.heads, self.epsilon, first.act_bits, first.backend)
+            layers.append((qkv, *map(_dense, others), [t for n in norms for t in (n.weight, n.bias)]))
+        config, act_bits = network.config, first.act_bits
+        return kernels.make_encoder(
+            layers, config.num_attention_heads, config.layer_norm_eps, act_bits,
+            self._embedding(act_bits), self._head(act_bits), first.backend,
+        )  # fmt: skip
+
+    def _embedding(self, act_bits: int) -> dict[str, Any] | None:
+        embeddings, size = self.network.vit.embeddings, self.network.config.image_size
+        patches = embeddings.patch_embeddings.projection
+        if not _runs_as(patches, act_bits) or not patches.has_kernel:
+            return None
+        positions_TD = embeddings.position_embeddings[0].clone()
+        positions_TD[0] += embeddings.cls_token[0, 0]
+        mean, std = self.normalize.mean_C11.flatten(), self.normalize.std_C11.flatten()
+        return {"patches": _dense(patches), "size": (size, size), "mean": mean, "std": std, "positions": positions_TD}
+
+    def _head(self, act_bits: int) -> dict[str, Any] | None:
+        norm, classifier = self.network.vit.layernorm, self.network.classifier
+        if not _runs_as(classifier, act_bits):
+            return None
+        return {"norm": (norm.weight, norm.bias), "classifier": _dense(classifier)}
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_runner": None}
+
+
+def _dense(layer: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    return layer.codes, layer.scale, layer.bias
+
+
+def _runs_as(layer: Any, act_bits: int) -> bool:
+    """Whether a layer is packed with activations of so many bits."""
+    return isinstance(layer, (PackedLinear, PackedConv2d)) and layer.act_bits == act_bits
 
 
 def linear_layers(layer: Any) -> list[Any]:
@@ -115,17 +158,17 @@ def fuse_encoder_(model: nn.Module) -> nn.Module:
         heads = config.num_attention_heads
         fits = config.hidden_act == "gelu" and config.hidden_size % (heads * HEAD_MULTIPLE) == 0
         if fits and len(bits) == 1 and None not in bits:
-            model.encoder = PackedEncoder(layers, heads, config.layer_norm_eps)
+            model.encoder = PackedEncoder(model)
     return model
 
 
 @contextmanager
 def layer_by_layer(model: nn.Module) -> Iterator[None]:
-    """The encoder of a packed ViT runs its modules one by one, so that hooks on them are called."""
+    """A packed ViT runs its modules one by one, so that hooks on them are called."""
     encoders = [module.encoder for module in model.modules() if isinstance(module, ViT) and module.encoder is not None]
     before = [encoder._runner for encoder in encoders]
     for encoder in encoders:
-        encoder._runner = encoder._one_by_one
+        encoder._runner = False
     try:
         yield
     finally:

@@ -96,11 +96,14 @@ def has_kernel(codes: Tensor, geometry: dict[str, Any]) -> bool:
     return geometry == {"stride": tuple(codes.shape[2:]), "padding": (0, 0), "dilation": (1, 1), "groups": 1}
 
 
-def make_encoder(layers: Sequence[Any], heads: int, epsilon: float, act_bits: int, backend: str = "auto") -> Any:
-    """A function hidden states float32 (B, T, D), kept → of the first `kept` tokens; None for the reference.
+def make_encoder(
+    layers: Sequence[Any], heads: int, epsilon: float, act_bits: int, embedding: dict[str, Any] | None = None,
+    head: dict[str, Any] | None = None, backend: str = "auto",
+) -> Any:  # fmt: skip
+    """`cpu.Encoder` of a transformer's layers; None where the reference, module by module, is to run.
 
     `layers`: of each, its linear layers qkv, out, fc1, fc2 as (codes, scale, bias), and the weights and biases of its
-    two LayerNorms.
+    two LayerNorms. `embedding`, `head`: the fields of `cpu.Embedding` and `cpu.Head`, if these are part of it.
 
     Raises:
         ValueError: the backend was asked for by name and cannot run here.
@@ -111,7 +114,10 @@ def make_encoder(layers: Sequence[Any], heads: int, epsilon: float, act_bits: in
         return None
     from . import cpu
 
-    return cpu.Encoder([cpu.EncoderLayer(*layer) for layer in layers], heads, epsilon, act_bits, chosen)
+    return cpu.Encoder(
+        [cpu.EncoderLayer(*layer) for layer in layers], heads, epsilon, act_bits, chosen,
+        None if embedding is None else cpu.Embedding(**embedding), None if head is None else cpu.Head(**head),
+    )  # fmt: skip
 
 
 def _not_while_tracing() -> None:

@@ -138,28 +138,67 @@ class EncoderLayer:
     norms: Sequence[Tensor]  # weight and bias, before attention, then before fc1; (D,) each
 
 
+@dataclass(frozen=True)
+class Embedding:
+    """How images become an encoder's hidden states: normalised, quantized per image, and as patches of a linear layer.
+
+    `positions` (1 + patches, D) are added, and have the class token in their first row. `mean`, `std`: (C,) of pixels.
+    """
+
+    patches: Dense  # codes (D, C, h, w)
+    size: tuple[int, int]  # of images
+    mean: Tensor
+    std: Tensor
+    positions: Tensor
+
+
+@dataclass(frozen=True)
+class Head:
+    """How a class token becomes logits: weight and bias (D,) of the last LayerNorm, and the classifier."""
+
+    norm: Sequence[Tensor]
+    classifier: Dense
+
+
 class Encoder:
     """A pre-norm transformer encoder with GELU: hidden states float32 (B, T, D) on the CPU, kept → (B, kept, D).
 
-    What is returned are the hidden states of the first tokens; the last layer computes no others.
+    What is returned are the hidden states of the first tokens; the last layer computes no others. With an `embedding`
+    it takes images (B, C, H, W) in their place, and with a `head` it also gives logits of the first token (`classify`).
 
     Linear layers as `Linear`, exact integers; norms, GELU, softmax and attention in float32, whose sums are taken in
     another order than PyTorch's.
     """
 
     def __init__(
-        self, layers: Sequence[EncoderLayer], heads: int, epsilon: float, act_bits: int, backend: str = "cpu"
-    ) -> None:
+        self, layers: Sequence[EncoderLayer], heads: int, epsilon: float, act_bits: int, backend: str = "cpu",
+        embedding: Embedding | None = None, head: Head | None = None,
+    ) -> None:  # fmt: skip
         isa = choose_isa(backend)
-        self.backend = f"cpu-{isa}"
+        self.backend, self.embeds, self.classes = f"cpu-{isa}", embedding is not None, 0
         linears = [Linear(*dense, act_bits, backend) for la in layers for dense in (la.qkv, la.out, la.fc1, la.fc2)]
+        tensors: list[list[Tensor]] = [[], []]
+        patches, classifier = [], []
+        if embedding is not None:
+            codes, scale, bias = embedding.patches
+            linears.append(Linear(codes.flatten(1), scale, bias, act_bits, backend))
+            tensors[0] = [embedding.positions, embedding.mean, embedding.std]
+            patches = [*embedding.size, *codes.shape[2:], linears[-1]._handle]
+        if head is not None:
+            linears.append(Linear(*head.classifier, act_bits, backend))
+            tensors[1], classifier, self.classes = [*head.norm], [linears[-1]._handle], len(head.classifier[0])
         self._handle = torch.ops.ternary.encoder_create(
-            isa, heads, epsilon, [t for layer in layers for t in layer.norms], [linear._handle for linear in linears]
-        )
+            isa, heads, epsilon, [t for layer in layers for t in layer.norms],
+            [linear._handle for linear in linears[: 4 * len(layers)]], tensors[0], patches, tensors[1], classifier,
+        )  # fmt: skip
+        self._width = layers[0].out[0].shape[0]
         weakref.finalize(self, torch.ops.ternary.encoder_free, self._handle).atexit = False
 
-    def __call__(self, hidden_BTD: Tensor, kept: int) -> Tensor:
-        return torch.ops.ternary.encoder_run(hidden_BTD, self._handle, kept)
+    def __call__(self, x: Tensor, kept: int) -> Tensor:
+        return torch.ops.ternary.encoder_run(x, self._handle, [kept, self._width])
+
+    def classify(self, x: Tensor) -> Tensor:
+        return torch.ops.ternary.encoder_run(x, self._handle, [self.classes])
 
 
 def _is_ternary(codes: Tensor) -> bool:

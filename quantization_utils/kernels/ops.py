@@ -23,5 +23,5 @@ def register() -> None:
         return images.new_empty((batch, height // patch[0], width // patch[1], n), dtype=torch.float32)
 
     @torch.library.register_fake("ternary::encoder_run")
-    def encoder_run(hidden: Tensor, handle: int, kept: int) -> Tensor:
-        return hidden.new_empty((hidden.shape[0], kept, hidden.shape[2]), dtype=torch.float32)
+    def encoder_run(x: Tensor, handle: int, tail: list[int]) -> Tensor:
+        return x.new_empty((x.shape[0], *tail), dtype=torch.float32)

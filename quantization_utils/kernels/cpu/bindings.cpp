@@ -167,25 +167,60 @@ at::Tensor patches_run(const at::Tensor& images, int64_t handle, at::IntArrayRef
   return out;
 }
 
-// Tensors of a layer: weight and bias of both norms; numbers of linear layers: qkv, out, fc1, fc2.
-int64_t encoder_create(const std::string& isa_name, int64_t heads, double epsilon, at::TensorList norms, at::IntArrayRef linear_handles) {
+// Tensors of a layer: weight and bias of both norms; numbers of linear layers: qkv, out, fc1, fc2. `embedding`: none, or positions
+// with the class token, mean and deviation of the channels, and `patches`: height, width, patch height and width, number of the
+// linear layer. `head`: none, or weight and bias of the norm, and `classifier`, the number of the linear layer.
+int64_t encoder_create(const std::string& isa_name, int64_t heads, double epsilon, at::TensorList norms, at::IntArrayRef linear_handles,
+                       at::TensorList embedding, at::IntArrayRef patches, at::TensorList head, at::IntArrayRef classifier) {
   TORCH_CHECK_VALUE(norms.size() == linear_handles.size() && norms.size() % 4 == 0, "a layer has four tensors and four linear layers");
+  TORCH_CHECK_VALUE(embedding.empty() == patches.empty() && (embedding.empty() || (embedding.size() == 3 && patches.size() == 5)) &&
+                    head.size() == 2 * classifier.size() && classifier.size() < 2, "an embedding or a head is not complete");
   std::vector<ternary::EncoderLayer> layers(norms.size() / 4);
   for (size_t i = 0; i < layers.size(); ++i) {
     std::vector<float>* vectors[] = {&layers[i].norm1_weight, &layers[i].norm1_bias, &layers[i].norm2_weight, &layers[i].norm2_bias};
     std::shared_ptr<ternary::Linear>* products[] = {&layers[i].qkv, &layers[i].out, &layers[i].fc1, &layers[i].fc2};
     for (int k = 0; k < 4; ++k) *vectors[k] = to_vector<float>(norms[4 * i + k], at::kFloat), *products[k] = linears().get(linear_handles[4 * i + k]);
   }
-  return refusing([&] { return encoders().add(std::make_shared<ternary::Encoder>(isa(isa_name), (int)heads, (float)epsilon, std::move(layers))); });
+  std::unique_ptr<ternary::Embedding> from_images;
+  if (!embedding.empty()) {
+    const ternary::Patches geometry = {(int)embedding[1].numel(), (int)patches[0], (int)patches[1], (int)patches[2], (int)patches[3]};
+    TORCH_CHECK_VALUE(geometry.patch_height > 0 && geometry.patch_width > 0, "a patch has a height and a width");
+    from_images = std::make_unique<ternary::Embedding>(ternary::Embedding{geometry, to_vector<float>(embedding[1], at::kFloat),
+                                                                          to_vector<float>(embedding[2], at::kFloat), to_vector<float>(embedding[0], at::kFloat),
+                                                                          linears().get(patches[4])});
+  }
+  std::unique_ptr<ternary::Head> to_logits;
+  if (!head.empty())
+    to_logits = std::make_unique<ternary::Head>(ternary::Head{to_vector<float>(head[0], at::kFloat), to_vector<float>(head[1], at::kFloat), linears().get(classifier[0])});
+  return refusing([&] {
+    return encoders().add(std::make_shared<ternary::Encoder>(isa(isa_name), (int)heads, (float)epsilon, std::move(layers), std::move(from_images), std::move(to_logits)));
+  });
 }
 
-at::Tensor encoder_run(const at::Tensor& hidden, int64_t handle, int64_t kept) {
+// x: hidden states (images, tokens, width), or images (images, channels, height, width) to embed; tail: the shape of what comes out
+// of each, (kept tokens, width), or (classes) of the first token.
+at::Tensor encoder_run(const at::Tensor& input, int64_t handle, at::IntArrayRef tail) {
   auto encoder = encoders().get(handle);
-  TORCH_CHECK_VALUE(hidden.dim() == 3 && hidden.size(2) == encoder->width(), "hidden states must be (images, tokens, ", encoder->width(), ")");
-  TORCH_CHECK_VALUE(kept >= 0 && kept <= hidden.size(1), "of ", hidden.size(1), " tokens the first ", kept, " can't be kept");
-  const at::Tensor x = hidden.to(at::kFloat).contiguous();
-  at::Tensor out = at::empty({x.size(0), kept, x.size(2)}, x.options());
-  encoder->run(x.data_ptr<float>(), x.size(0), (int)x.size(1), (int)kept, at::get_num_threads(), out.data_ptr<float>());
+  const ternary::Embedding* embedding = encoder->embedding();
+  const bool embed = input.dim() == 4, classify = tail.size() == 1;
+  int64_t tokens = embed ? 0 : input.dim() == 3 ? input.size(1) : -1;
+  if (embed) {
+    TORCH_CHECK_VALUE(embedding, "this encoder takes hidden states, not images");
+    const ternary::Patches& p = embedding->patches;
+    TORCH_CHECK_VALUE(input.size(1) == p.channels && input.size(2) == p.height && input.size(3) == p.width, "images must be (batch, ", p.channels, ", ",
+                      p.height, ", ", p.width, ")");
+    tokens = p.count() + 1;
+  } else {
+    TORCH_CHECK_VALUE(tokens >= 0 && input.size(2) == encoder->width(), "hidden states must be (images, tokens, ", encoder->width(), ")");
+  }
+  const int64_t kept = classify ? 1 : tail.size() == 2 ? tail[0] : -1;
+  TORCH_CHECK_VALUE(kept >= 0 && kept <= tokens, "of ", tokens, " tokens the first ", kept, " can't be kept");
+  TORCH_CHECK_VALUE(classify ? encoder->head() && tail[0] == encoder->head()->linear->n() : tail[1] == encoder->width(), "what comes out has another shape");
+  const at::Tensor x = input.to(at::kFloat).contiguous();
+  std::vector<int64_t> shape = {x.size(0)};
+  shape.insert(shape.end(), tail.begin(), tail.end());
+  at::Tensor out = at::empty(shape, x.options());
+  encoder->run({x.data_ptr<float>(), x.size(0), (int)tokens, (int)kept, embed, classify, out.data_ptr<float>()}, at::get_num_threads());
   return out;
 }
 
@@ -233,7 +268,7 @@ TORCH_LIBRARY(ternary, m) {
   m.def("network_run(Tensor images, int handle, int[] tail) -> Tensor");
   m.def("linear_run(Tensor x, int handle, int n) -> Tensor");
   m.def("patches_run(Tensor images, int handle, int[2] patch, int n) -> Tensor");
-  m.def("encoder_run(Tensor hidden, int handle, int kept) -> Tensor");
+  m.def("encoder_run(Tensor x, int handle, int[] tail) -> Tensor");
   m.def("has_isa(str name) -> bool", has_isa);
   m.def("network_create(str isa, str algorithm, Tensor[] codes, Tensor[] gains, Tensor[] biases, Tensor[] pads, int[] meta, float[] residual_gains, int channels) -> int", network_create);
   m.def("network_shape(int handle, int batch, int height, int width) -> int[]", network_shape);
@@ -242,7 +277,7 @@ TORCH_LIBRARY(ternary, m) {
   m.def("network_free(int handle) -> ()", network_free);
   m.def("linear_create(str isa, Tensor codes, Tensor scale, Tensor? bias, bool is_ternary, int act_bits) -> int", linear_create);
   m.def("linear_free(int handle) -> ()", linear_free);
-  m.def("encoder_create(str isa, int heads, float epsilon, Tensor[] norms, int[] linear_handles) -> int", encoder_create);
+  m.def("encoder_create(str isa, int heads, float epsilon, Tensor[] norms, int[] linear_handles, Tensor[] embedding, int[] patches, Tensor[] head, int[] classifier) -> int", encoder_create);
   m.def("encoder_free(int handle) -> ()", encoder_free);
 }
 

@@ -14,13 +14,16 @@ constexpr int kMostLanes = 16;   // of any instruction set: rows of scores are p
 
 // A thread's room for a group of rows; both products of a layer's second half fit in the nearest caches.
 struct Encoder::Scratch {
-  std::vector<float> rows, wide, keys, scores;
-  std::vector<uint8_t> codes;
+  std::vector<float> rows, wide, keys, scores, last, pixels;
+  std::vector<uint8_t> codes, image_codes;
   std::vector<float> row_scale;
+  int64_t image = -1;  // whose codes and scale are here
+  float image_scale = 0;
 };
 
-Encoder::Encoder(const Kernels& isa, int heads, float epsilon, std::vector<EncoderLayer> layers)
-    : isa_(isa), heads_(heads), width_(layers.empty() ? 0 : layers[0].qkv->k()), epsilon_(epsilon), layers_(std::move(layers)) {
+Encoder::Encoder(const Kernels& isa, int heads, float epsilon, std::vector<EncoderLayer> layers, std::unique_ptr<Embedding> embedding, std::unique_ptr<Head> head)
+    : isa_(isa), heads_(heads), width_(layers.empty() ? 0 : layers[0].qkv->k()), epsilon_(epsilon), layers_(std::move(layers)),
+      embedding_(std::move(embedding)), head_(std::move(head)) {
   if (layers_.empty() || heads < 1 || width_ % (heads * kMostLanes)) throw std::invalid_argument("an encoder's heads are a multiple of 16 wide");
   constexpr size_t kMaxLayers = (kMaxPhases - 1) / 2;  // two phases a layer, and one at the end
   if (layers_.size() > kMaxLayers) throw std::invalid_argument("an encoder of more than " + std::to_string(kMaxLayers) + " layers does not fit in one parallel region");
@@ -31,32 +34,44 @@ Encoder::Encoder(const Kernels& isa, int heads, float epsilon, std::vector<Encod
     if (!fits || l.norm1_weight.size() != w || l.norm1_bias.size() != w || l.norm2_weight.size() != w || l.norm2_bias.size() != w)
       throw std::invalid_argument("the layers of an encoder do not fit together");
   }
+  if (const Embedding* e = embedding_.get()) {
+    const Patches& p = e->patches;
+    const bool fits = e->linear->n() == width_ && e->linear->k() == p.channels * p.patch_height * p.patch_width && (int)e->mean.size() == p.channels &&
+                      (int)e->std.size() == p.channels && (int64_t)e->positions.size() == (int64_t)(p.count() + 1) * width_;
+    if (!fits) throw std::invalid_argument("the embedding of an encoder does not fit its layers");
+  }
+  if (head_ && (head_->linear->k() != width_ || (int)head_->norm_weight.size() != width_ || (int)head_->norm_bias.size() != width_))
+    throw std::invalid_argument("the head of an encoder does not fit its layers");
 }
 
 Encoder::Scratch Encoder::scratch(int tokens) const {
   size_t inner = 3 * width_, most = isa_.max_pixels, padded = (tokens + kMostLanes - 1) / kMostLanes * kMostLanes;
   for (const EncoderLayer& l : layers_) inner = std::max<size_t>(inner, l.fc1->n());
+  if (embedding_) inner = std::max<size_t>(inner, embedding_->linear->k());
   Scratch s;
   s.rows.resize(most * width_), s.wide.resize(most * inner), s.row_scale.resize(most), s.codes.resize(most * (inner + 64) + 64);
-  s.keys.resize(padded * (width_ / heads_)), s.scores.resize(padded * kMaxQueries);
+  s.keys.resize(padded * (width_ / heads_)), s.scores.resize(padded * kMaxQueries), s.last.resize(most * width_);
+  if (embedding_) s.pixels.resize(embedding_->patches.image()), s.image_codes.resize(embedding_->patches.image());
   return s;
 }
 
-void Encoder::run(const float* hidden, int64_t images, int tokens, int kept, int threads, float* out) {
-  if (images == 0 || tokens == 0 || kept == 0) return;
+void Encoder::run(const Call& call, int threads) {
+  if (call.images == 0 || call.tokens == 0 || call.kept == 0) return;
   std::lock_guard<std::mutex> lock(mutex_);
   threads = std::max(1, std::min(threads, kMaxThreads));
-  const bool whole_images = images % threads == 0 || images >= 4 * threads;
-  const int64_t image_floats = (int64_t)tokens * width_, kept_floats = (int64_t)kept * width_;
-  const int64_t room = (whole_images ? threads : images) * image_floats;
+  const bool whole_images = call.images % threads == 0 || call.images >= 4 * threads;
+  const int64_t image_floats = (int64_t)call.tokens * width_, room = (whole_images ? threads : call.images) * image_floats;
+  const int64_t in_floats = call.embed ? embedding_->patches.image() : image_floats, out_floats = call.kept * (call.classify ? head_->linear->n() : width_);
   if (x_.size() < (size_t)room) x_.resize(room), qkv_.resize(3 * room), attended_.resize(room);
   parallel(threads, [&](Member& member) {
-    Scratch s = scratch(tokens);
-    if (!whole_images) return run_layers(member, {hidden, x_.data(), qkv_.data(), attended_.data(), out, images, tokens, kept}, s);
+    Scratch s = scratch(call.tokens);
+    if (!whole_images) return run_layers(member, {call, x_.data(), qkv_.data(), attended_.data()}, s);
     const int64_t own = member.index() * image_floats;
-    member.share(images, [&](int64_t i) {
+    member.share(call.images, [&](int64_t i) {
       Member alone(0);
-      run_layers(alone, {hidden + i * image_floats, x_.data() + own, qkv_.data() + 3 * own, attended_.data() + own, out + i * kept_floats, 1, tokens, kept}, s);
+      s.image = -1;
+      const Call one = {call.in + i * in_floats, 1, call.tokens, call.kept, call.embed, call.classify, call.out + i * out_floats};
+      run_layers(alone, {one, x_.data() + own, qkv_.data() + 3 * own, attended_.data() + own}, s);
     });
   });
 }
@@ -72,26 +87,54 @@ void Encoder::run_layers(Member& member, const Images& of, Scratch& s) const {
     });
   };
   for (size_t l = 0; l < layers_.size(); ++l) {
-    each_tile(of.count * of.tokens, [&](int64_t first, int rows) {
+    each_tile(of.images * of.tokens, [&](int64_t first, int rows) {
       float* const x = of.x + first * width_;
-      if (l == 0) std::copy_n(of.hidden + first * width_, rows * width_, x);
+      if (l == 0 && of.embed) embed(of.in, first, rows, x, s);
+      else if (l == 0) std::copy_n(of.in + first * width_, rows * width_, x);
       else finish(layers_[l - 1], of.attended + first * width_, x, rows, s);
       project(layers_[l], x, rows, of.qkv + 3 * first * width_, s);
     });
     const int queries = l + 1 < layers_.size() ? of.tokens : of.kept;
-    member.share(of.count * heads_, [&](int64_t item) {
+    member.share(of.images * heads_, [&](int64_t item) {
       const int64_t image = item / heads_;
       attend((int)(item % heads_), of.qkv + 3 * image * of.tokens * width_, of.tokens, queries, of.attended + image * queries * width_, s);
     });
   }
-  each_tile(of.count * of.kept, [&](int64_t first, int rows) {
-    float* const out = of.out + first * width_;
+  each_tile(of.images * of.kept, [&](int64_t first, int rows) {
+    float* const last = of.classify ? s.last.data() : of.out + first * width_;
     for (int p = 0; p < rows; ++p) {
       const int64_t image = (first + p) / of.kept, token = (first + p) % of.kept;
-      std::copy_n(of.x + (image * of.tokens + token) * width_, width_, out + p * width_);
+      std::copy_n(of.x + (image * of.tokens + token) * width_, width_, last + p * width_);
     }
-    finish(layers_.back(), of.attended + first * width_, out, rows, s);
+    finish(layers_.back(), of.attended + first * width_, last, rows, s);
+    if (!of.classify) return;
+    normalize(last, rows, head_->norm_weight, head_->norm_bias, *head_->linear, s);
+    head_->linear->multiply(s.codes.data(), s.row_scale.data(), rows, Then::kStore, of.out + first * head_->linear->n());
   });
+}
+
+void Encoder::embed(const float* images, int64_t first, int rows, float* x, Scratch& s) const {
+  const Embedding& e = *embedding_;
+  const Patches& patches = e.patches;
+  const int tokens = patches.count() + 1;
+  for (int p = 0, count; p < rows; p += count) {
+    const int64_t image = (first + p) / tokens;
+    const int token = (int)((first + p) % tokens), is_class = token == 0;
+    count = std::min(rows - p, tokens - token);
+    std::copy_n(e.positions.data() + (int64_t)token * width_, count * width_, x + p * width_);
+    if (s.image != image) {
+      const int64_t plane = (int64_t)patches.height * patches.width;
+      for (int c = 0; c < patches.channels; ++c)
+        for (int64_t i = c * plane; i < (c + 1) * plane; ++i) s.pixels[i] = (images[image * patches.image() + i] - e.mean[c]) / e.std[c];
+      s.image_scale = isa_.quantize_row(s.pixels.data(), patches.image(), e.linear->code_max(), s.image_codes.data());
+      s.image = image;
+    }
+    for (int row = is_class; row < count; ++row) {
+      patches.row(token + row - 1, s.image_codes.data(), s.codes.data() + (row - is_class) * e.linear->stride());
+      s.row_scale[row - is_class] = s.image_scale;
+    }
+    if (count > is_class) e.linear->multiply(s.codes.data(), s.row_scale.data(), count - is_class, Then::kAdd, x + (p + is_class) * width_);
+  }
 }
 
 void Encoder::project(const EncoderLayer& l, const float* x, int rows, float* qkv, Scratch& s) const {

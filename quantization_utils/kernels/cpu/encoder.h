@@ -6,7 +6,9 @@
 // A few rows go through everything between two attentions while they lie in the nearest cache. Only attention needs all rows of
 // an image: with many images, each thread takes whole ones through all layers; with few, all threads share an image's rows,
 // and a layer has two phases. The results are the same, bit for bit. Of a classifier's last layer only the class token is used
-// later: what no other token reads any more is not computed.
+// later: what no other token reads any more is not computed. Patches become tokens as the first layer takes them, and the class
+// token goes through the last norm and the classifier where it lies: between operators of PyTorch, whose code the weights of
+// the layers have driven from the caches, these few steps take as long as a layer.
 #pragma once
 #include <memory>
 #include <vector>
@@ -20,23 +22,45 @@ struct EncoderLayer {
   std::shared_ptr<Linear> qkv, out, fc1, fc2;  // qkv: queries, keys and values of all heads, one after the other
 };
 
+// From images to hidden states: ((pixel - mean) / std), quantized per image, patches through a linear layer, positions added.
+struct Embedding {
+  Patches patches;
+  std::vector<float> mean, std;   // of each channel
+  std::vector<float> positions;   // tokens x width; the class token is part of the first row
+  std::shared_ptr<Linear> linear;
+};
+
+// From a hidden state to logits.
+struct Head {
+  std::vector<float> norm_weight, norm_bias;
+  std::shared_ptr<Linear> linear;
+};
+
 class Encoder {
  public:
-  Encoder(const Kernels& isa, int heads, float epsilon, std::vector<EncoderLayer> layers);
-  // hidden: images x tokens x width; out: the first `kept` tokens of each image, images x kept x width
-  void run(const float* hidden, int64_t images, int tokens, int kept, int threads, float* out);
+  // embedding, head: null where images come, or logits go, another way.
+  Encoder(const Kernels& isa, int heads, float epsilon, std::vector<EncoderLayer> layers, std::unique_ptr<Embedding> embedding, std::unique_ptr<Head> head);
+  struct Call {
+    const float* in;          // images x tokens x width hidden states; images to embed, planes of pixels in [0, 1]
+    int64_t images;
+    int tokens, kept;         // the first `kept` tokens of each image are what comes out
+    bool embed, classify;
+    float* out;               // images x kept x width hidden states, or logits of each
+  };
+  void run(const Call& call, int threads);
   int width() const { return width_; }
+  const Embedding* embedding() const { return embedding_.get(); }
+  const Head* head() const { return head_.get(); }
 
  private:
   struct Scratch;  // of a thread
-  struct Images {
-    const float* hidden;
-    float *x, *qkv, *attended, *out;
-    int64_t count;
-    int tokens, kept;
+  struct Images : Call {
+    float *x, *qkv, *attended;
   };
   Scratch scratch(int tokens) const;
   void run_layers(Member& member, const Images& of, Scratch& s) const;
+  // Rows first ... first + rows - 1 of all images' tokens.
+  void embed(const float* images, int64_t first, int rows, float* x, Scratch& s) const;
   // `rows` rows of one tile: x (rows x width) to qkv (rows x 3 width), and what attention gave to x.
   void project(const EncoderLayer& layer, const float* x, int rows, float* qkv, Scratch& s) const;
   void finish(const EncoderLayer& layer, const float* attended, float* x, int rows, Scratch& s) const;
@@ -49,6 +73,8 @@ class Encoder {
   int heads_, width_;
   float epsilon_;
   std::vector<EncoderLayer> layers_;
+  std::unique_ptr<Embedding> embedding_;
+  std::unique_ptr<Head> head_;
   std::vector<float> x_, qkv_, attended_;  // of all rows, or of an image of each thread
   std::mutex mutex_;
 };

@@ -53,18 +53,12 @@ void Linear::run(const float* x, int64_t rows, int threads, float* out) {
 }
 
 void Linear::run_patches(const float* images, int64_t count, const Patches& p, int threads, float* out) {
-  const int across = p.width / p.patch_width, patches = p.height / p.patch_height * across;
-  const int64_t image_floats = (int64_t)p.channels * p.height * p.width;
-  run_rows(count * patches, count, threads, out, [&](int64_t image) {
-    std::vector<uint8_t> codes(image_floats);
-    const float scale = isa_.quantize_row(images + image * image_floats, image_floats, code_max_, codes.data());
-    for (int patch = 0; patch < patches; ++patch) {
-      const int64_t r = image * patches + patch;
-      const uint8_t* from = codes.data() + (int64_t)patch / across * p.patch_height * p.width + patch % across * p.patch_width;
-      uint8_t* to = rows_.data() + r * stride_;
-      for (int c = 0; c < p.channels; ++c, from += (int64_t)p.height * p.width)
-        for (int y = 0; y < p.patch_height; ++y, to += p.patch_width) std::copy_n(from + (int64_t)y * p.width, p.patch_width, to);
-      row_scale_[r] = scale;
+  run_rows(count * p.count(), count, threads, out, [&](int64_t image) {
+    std::vector<uint8_t> codes(p.image());
+    const float scale = isa_.quantize_row(images + image * p.image(), p.image(), code_max_, codes.data());
+    for (int patch = 0; patch < p.count(); ++patch) {
+      const int64_t r = image * p.count() + patch;
+      p.row(patch, codes.data(), rows_.data() + r * stride_), row_scale_[r] = scale;
     }
   });
 }

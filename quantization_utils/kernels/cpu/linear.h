@@ -9,6 +9,15 @@ namespace ternary {
 // Images, planes of height x width, as rows of patches side by side; what is left over at the lower and right edges is no row.
 struct Patches {
   int channels, height, width, patch_height, patch_width;
+  int count() const { return (height / patch_height) * (width / patch_width); }
+  int64_t image() const { return (int64_t)channels * height * width; }
+  // The row of one patch, channel by channel, of an image's codes.
+  void row(int patch, const uint8_t* codes, uint8_t* to) const {
+    const int across = width / patch_width;
+    const uint8_t* from = codes + (int64_t)patch / across * patch_height * width + patch % across * patch_width;
+    for (int c = 0; c < channels; ++c, from += (int64_t)height * width)
+      for (int y = 0; y < patch_height; ++y, to += patch_width) std::copy_n(from + (int64_t)y * width, patch_width, to);
+  }
 };
 
 class Linear {
@@ -24,6 +33,7 @@ class Linear {
   int n() const { return n_; }
   int k() const { return k_; }
   int stride() const { return stride_; }
+  int code_max() const { return code_max_; }
 
  private:
   template <typename Quantize>

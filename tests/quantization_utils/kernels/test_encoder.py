@@ -79,6 +79,53 @@ def test_equals_the_modules(backend: str, options: dict[str, object]) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "options", [{}, {"patch_size": 8, "width": 192, "depth": 1}, {"quantizer": int8_absmax}, {"act_bits": 4}], ids=str
+)
+@torch.no_grad()
+def test_from_images_to_logits(backend: str, options: dict[str, object]) -> None:
+    """Embedded by the operator as PyTorch does it, bit for bit; whatever the batch and the threads."""
+    model, images = packed_vit(**options), torch.rand(5, 3, 32, 32)
+    use(model, backend)
+    network, pixels = model.network, model.normalize(images)
+    model(images)
+    operator = model.encoder._runner
+    assert operator.embeds and operator.classes == 10
+    tokens = (32 // int(options.get("patch_size", 4))) ** 2 + 1
+    assert torch.equal(operator(images, tokens), operator(network.vit.embeddings(pixels), tokens))
+    class_token = operator(network.vit.embeddings(pixels), 1)[:, 0]
+    found = model(images)
+    close(found, network.classifier(network.vit.layernorm(class_token)))
+    close(found, network(pixels).logits)
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        for batch in (1, 2, 3, 5):
+            assert torch.equal(model(images[:batch]), found[:batch])
+    images[1, 0, 3, 3] = float("nan")
+    assert model(images)[1].isnan().all() and torch.equal(model(images)[2:], found[2:])
+
+
+@pytest.mark.parametrize("kept", ["*.projection", "*.classifier", ("*.projection", "*.classifier")], ids=str)
+@torch.no_grad()
+def test_what_is_not_packed_runs_in_pytorch(kept: str | tuple[str, ...]) -> None:
+    torch.manual_seed(0)
+    model = models.build("vit", 10, width=128, depth=2).eval()
+    pack_(quantize_(model, absmean, 8, keep=kept))
+    images = torch.rand(3, 3, 32, 32)
+    found = model(images)
+    close(found, model.network(model.normalize(images)).logits)
+    operator = model.encoder._runner
+    assert operator.embeds == ("*.projection" not in kept) and bool(operator.classes) == ("*.classifier" not in kept)
+
+
+@torch.no_grad()
+def test_images_of_another_size_are_resized_first() -> None:
+    model, images = packed_vit(), torch.rand(2, 3, 48, 40)
+    resized = nn.functional.interpolate(images, (32, 32), mode="bicubic", antialias=True).clamp(0, 1)
+    assert torch.equal(model(images), model(resized))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @torch.no_grad()
 def test_any_number_of_tokens(backend: str) -> None:
     """Attention by whole vectors, with a padded one, and with dot products for the tokens that begin one."""
@@ -257,3 +304,21 @@ def test_what_does_not_fit_together_is_refused() -> None:
         encoder(torch.randn(1, 3, 31), 1)
     with pytest.raises(ValueError, match="of 3 tokens the first 4 can't be kept"):
         encoder(hidden, 4)
+    images = torch.rand(2, 3, 8, 8)
+    with pytest.raises(ValueError, match="takes hidden states, not images"):
+        encoder(images, 1)
+    with pytest.raises(ValueError, match="what comes out has another shape"):
+        encoder.classify(hidden)
+
+    def vit(inputs: int = 48, tokens: int = 5, width: int = 32) -> cpu.Encoder:
+        patches = torch.ones(width, 3, 4, inputs // 12, dtype=torch.int8), torch.ones(width), None
+        embedding = cpu.Embedding(patches, (8, 8), torch.zeros(3), torch.ones(3), torch.zeros(tokens, width))
+        head = cpu.Head((torch.ones(width), torch.zeros(width)), dense(7, width))
+        return cpu.Encoder([good], 2, 1e-6, 8, embedding=embedding, head=head)
+
+    assert vit().classify(images).shape == (2, 7) and vit().classify(images[:0]).shape == (0, 7)
+    for wrong in ({"tokens": 4}, {"width": 48}, {"inputs": 24}):  # 24: patches that are half as wide, so more of them
+        with pytest.raises(ValueError, match="of an encoder does not fit its layers"):
+            vit(**wrong)
+    with pytest.raises(ValueError, match=r"images must be \(batch, 3, 8, 8\)"):
+        vit().classify(torch.rand(2, 3, 8, 9))

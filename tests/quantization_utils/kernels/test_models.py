@@ -131,8 +131,12 @@ def test_every_operator_passes_opcheck() -> None:
     vit = packed("vit", 8, width=64, depth=1)
     vit(images)
     encoder = vit.encoder._runner._handle
-    torch.library.opcheck(torch.ops.ternary.encoder_run, (torch.randn(2, 5, 64), encoder, 1))
-    patches = vit.network.vit.embeddings.patch_embeddings.projection._runner
+    hidden = torch.randn(2, 5, 64)
+    for x, tail in ((hidden, [1, 64]), (hidden, [10]), (images, [3, 64]), (images, [10])):
+        torch.library.opcheck(torch.ops.ternary.encoder_run, (x, encoder, tail))
+    projection = vit.network.vit.embeddings.patch_embeddings.projection
+    projection(images)
+    patches = projection._runner
     torch.library.opcheck(torch.ops.ternary.patches_run, (images, patches._handle, [4, 4], 64))
 
 
