@@ -62,6 +62,7 @@ def main(
     with 130 on Ctrl-C.
     """
     arguments = parse_arguments(model_name, sys.argv[1:])
+    commit()  # of the code that is about to run
     options = default_options | ((quick_options or {}) if arguments.quick else {}) | arguments.options
     try:
         table = rows(options) if callable(rows) else rows

@@ -8,6 +8,7 @@ import platform
 import subprocess
 import sys
 import time
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,12 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@cache
 def commit() -> str:
-    """The commit of this working copy, with "+changes" if tracked files differ from it; empty outside a checkout."""
+    """The commit of this working copy, with "+changes" if tracked files differ from it; empty outside a checkout.
+
+    As it was at the first call: a process goes on with the code that it has loaded, wherever the checkout moves.
+    """
 
     def git(*words: str) -> str:
         done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
