@@ -3,6 +3,7 @@
 // No header with inline functions may be included here: their copies would be compiled for this instruction set.
 
 typedef int32_t ints __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef uint32_t unsigned_ints __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef float floats __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef uint8_t bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
 
