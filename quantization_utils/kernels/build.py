@@ -87,7 +87,7 @@ def _compile_and_load(library: Path, flags: list[str]) -> None:
         raise FileNotFoundError("no C++ compiler was found (on Debian or Ubuntu: apt install g++)")
     # ninja lives beside the interpreter, which is not on the path when the environment is not activated.
     os.environ["PATH"] += os.pathsep + str(Path(sys.executable).parent)
-    print(f"compiling the CPU kernels into {library.parent} (once; a minute or so) …", file=sys.stderr, flush=True)
+    print(f"compiling the CPU kernels into {library.parent}, once …", end=" ", file=sys.stderr, flush=True)
     start = time.time()
     library.parent.mkdir(parents=True, exist_ok=True)
     # Compiled elsewhere and moved, so that an interrupted or a simultaneous build never leaves half a file.
@@ -98,4 +98,4 @@ def _compile_and_load(library: Path, flags: list[str]) -> None:
             build_directory=folder, is_python_module=False, is_standalone=False, verbose=False,
         )  # fmt: skip
         os.replace(Path(folder) / "ternary_kernels.so", library)
-    print(f"compiled in {time.time() - start:.0f} s", file=sys.stderr, flush=True)
+    print(f"done in {time.time() - start:.0f} s", file=sys.stderr, flush=True)
