@@ -77,9 +77,9 @@ def main() -> int:
                 command(args.script, broken), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
             )
             try:
-                # Later moments too, while kills are left; then it may finish.
+                # Soon enough for many kills before the end, late enough to get on; after the last it may finish.
                 _, errors = run.communicate(
-                    timeout=randomness.uniform(2, 0.7 * seconds) if kills < args.kills else None
+                    timeout=randomness.uniform(2, 0.4 * seconds) if kills < args.kills else None
                 )
             except subprocess.TimeoutExpired:
                 os.killpg(run.pid, signal.SIGKILL)
