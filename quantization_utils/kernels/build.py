@@ -90,12 +90,16 @@ def _compile_and_load(library: Path, flags: list[str]) -> None:
     print(f"compiling the CPU kernels into {library.parent}, once …", end=" ", file=sys.stderr, flush=True)
     start = time.time()
     library.parent.mkdir(parents=True, exist_ok=True)
-    # Compiled elsewhere and moved, so that an interrupted or a simultaneous build never leaves half a file.
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        cpp_extension.load(
-            name="ternary_kernels", sources=[str(p) for p in sorted(SOURCES.glob("*.cpp"))],
-            extra_cflags=[f for f in flags if f.startswith("-")], extra_ldflags=_link_flags(flags),
-            build_directory=folder, is_python_module=False, is_standalone=False, verbose=False,
-        )  # fmt: skip
-        os.replace(Path(folder) / "ternary_kernels.so", library)
-    print(f"done in {time.time() - start:.0f} s", file=sys.stderr, flush=True)
+    outcome = "failed"
+    try:
+        # Compiled elsewhere and moved, so that an interrupted or a simultaneous build never leaves half a file.
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            cpp_extension.load(
+                name="ternary_kernels", sources=[str(p) for p in sorted(SOURCES.glob("*.cpp"))],
+                extra_cflags=[f for f in flags if f.startswith("-")], extra_ldflags=_link_flags(flags),
+                build_directory=folder, is_python_module=False, is_standalone=False, verbose=False,
+            )  # fmt: skip
+            os.replace(Path(folder) / "ternary_kernels.so", library)
+        outcome = f"done in {time.time() - start:.0f} s"
+    finally:
+        print(outcome, file=sys.stderr, flush=True)
