@@ -175,21 +175,20 @@ class Encoder:
         embedding: Embedding | None = None, head: Head | None = None,
     ) -> None:  # fmt: skip
         isa = choose_isa(backend)
-        self.backend, self.embeds, self.classes = f"cpu-{isa}", embedding is not None, 0
-        linears = [Linear(*dense, act_bits, backend) for la in layers for dense in (la.qkv, la.out, la.fc1, la.fc2)]
-        tensors: list[list[Tensor]] = [[], []]
-        patches, classifier = [], []
-        if embedding is not None:
-            codes, scale, bias = embedding.patches
-            linears.append(Linear(codes.flatten(1), scale, bias, act_bits, backend))
-            tensors[0] = [embedding.positions, embedding.mean, embedding.std]
-            patches = [*embedding.size, *codes.shape[2:], linears[-1]._handle]
-        if head is not None:
-            linears.append(Linear(*head.classifier, act_bits, backend))
-            tensors[1], classifier, self.classes = [*head.norm], [linears[-1]._handle], len(head.classifier[0])
+        self.backend, self.embeds = f"cpu-{isa}", embedding is not None
+        self.classes = len(head.classifier[0]) if head else 0
+
+        def made(dense: Dense) -> Linear:  # C++ keeps what it is given the number of, Python until then
+            return Linear(dense[0].flatten(1), *dense[1:], act_bits, backend)
+
+        linears = [made(dense) for layer in layers for dense in (layer.qkv, layer.out, layer.fc1, layer.fc2)]
+        patches = [made(embedding.patches)] if embedding else []
+        classifier = [made(head.classifier)] if head else []
         self._handle = torch.ops.ternary.encoder_create(
-            isa, heads, epsilon, [t for layer in layers for t in layer.norms],
-            [linear._handle for linear in linears[: 4 * len(layers)]], tensors[0], patches, tensors[1], classifier,
+            isa, heads, epsilon, [t for layer in layers for t in layer.norms], [linear._handle for linear in linears],
+            [embedding.positions, embedding.mean, embedding.std] if embedding else [],
+            [*embedding.size, *embedding.patches[0].shape[2:], patches[0]._handle] if embedding else [],
+            head.norm if head else [], [linear._handle for linear in classifier],
         )  # fmt: skip
         self._width = layers[0].out[0].shape[0]
         weakref.finalize(self, torch.ops.ternary.encoder_free, self._handle).atexit = False
