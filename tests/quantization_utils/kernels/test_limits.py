@@ -1,0 +1,106 @@
+"""What is just within and just beyond the limits of the C++ kernels, and what they refuse."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from quantization_utils import kernels
+from quantization_utils.kernels import reference
+from quantization_utils.nodes import Node
+from quantization_utils.storage_checks import MAX_NODES
+from tests.nodes import BACKENDS, check, conv, images_of
+
+pytestmark = pytest.mark.skipif("cpu" not in kernels.available_backends(), reason="no C++ compiler")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def extremes(bits: int | str, pixels: int) -> tuple[list[Node], Tensor]:
+    """A linear layer that reads 256 channels of so many pixels, all 255, with weights that are all equal; the image."""
+    top = 1 if bits == "ternary" else 127
+    weight = torch.tensor([top, -top], dtype=torch.int8)[:, None].expand(2, 256 * pixels).contiguous()
+    stem = Node("conv", -1, codes=torch.ones(256, 1, 1, 1, dtype=torch.int8), gain=torch.ones(256),
+                bias=torch.zeros(256), out_max=255)  # fmt: skip
+    linear = Node("linear", 0, codes=weight, weight_bits=bits, gain=torch.ones(2), bias=torch.zeros(2))
+    return [stem, linear], torch.ones(1, 1, 1, pixels)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("bits", "pixels"), [("ternary", 514), ("ternary", 515), ("ternary", 32896), (8, 259)])
+def test_largest_accumulators_do_not_overflow(backend: str, bits: int | str, pixels: int) -> None:
+    """As many inputs as two bits hold, signed bytes (515: the first that two bits do not), 8-bit weights."""
+    nodes, image = extremes(bits, pixels)
+    top = (1 if bits == "ternary" else 127) * 255 * 256 * pixels
+    assert check(nodes, image, backend).tolist() == [torch.tensor([top, -top]).float().tolist()]
+    linear = kernels.make_linear(nodes[1].codes, torch.ones(2), None, 8, backend)
+    assert linear(image.expand(1, 256, 1, pixels).reshape(1, -1)).tolist() == (
+        reference.Linear(nodes[1].codes, torch.ones(2), None, 8)(torch.ones(1, 256 * pixels)).tolist()
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("bits", "pixels"), [("ternary", 32897), (8, 260)])
+def test_more_inputs_than_32_bits_can_sum_are_refused(backend: str, bits: int | str, pixels: int) -> None:
+    nodes, image = extremes(bits, pixels)
+    with pytest.raises(ValueError, match="too many inputs for 32-bit accumulators"):
+        kernels.make_executor(nodes, backend)(image)
+    with pytest.raises(ValueError, match="too many inputs for 32-bit accumulators"):
+        kernels.make_linear(nodes[1].codes, torch.ones(2), None, 8, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_average_of_a_large_plane_is_exact(backend: str) -> None:
+    """Its sum is beyond 2^24, where float32 has no odd integers."""
+    stem = Node("conv", -1, codes=torch.ones(1, 1, 1, 1, dtype=torch.int8), gain=torch.ones(1), bias=torch.zeros(1),
+                out_max=255)  # fmt: skip
+    image = torch.ones(1, 1, 300, 301)
+    image[0, 0, 0, :8] = 0
+    nodes = [stem, Node("avg_pool", 0, gain=torch.ones(1))]
+    assert kernels.make_executor(nodes, backend)(image).item() == 255 * (300 * 301 - 8)
+    assert reference.NetworkExecutor(nodes)(image).item() == 255 * (300 * 301 - 8)
+
+
+def test_networks_longer_than_a_parallel_region_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The longest that fit, on two threads, and one node more; a model file's limit is below."""
+    before, images = torch.get_num_threads(), images_of(1, 2, 2)
+    pool = Node("max_pool", 0)
+    monkeypatch.setenv("TERNARY_ALGORITHM", "direct")  # measures nothing
+    nodes = [conv(-1, 4, 3), *(replace(pool, input=i) for i in range(1022))]
+    try:
+        torch.set_num_threads(2)
+        check(nodes, images, "cpu-portable")
+    finally:
+        torch.set_num_threads(before)
+    with pytest.raises(ValueError, match="more than 1023 nodes"):
+        kernels.make_executor([*nodes, replace(pool, input=1022)], "cpu")
+    assert len(nodes) >= MAX_NODES
+
+
+def test_codes_that_no_layer_has_are_refused() -> None:
+    """-128, whose magnitude int8 does not hold; no inputs at all."""
+    codes = torch.tensor([[-128, 0, 1]], dtype=torch.int8)
+    with pytest.raises(ValueError, match="code is -128"):
+        kernels.make_linear(codes, torch.ones(1), None, 8, "cpu")
+    node = Node("conv", -1, codes=codes.view(1, 3, 1, 1), gain=torch.ones(1), bias=torch.ones(1))
+    with pytest.raises(ValueError, match="code is -128"):
+        kernels.make_executor([node], "cpu")
+    with pytest.raises(ValueError, match="without inputs"):
+        kernels.make_linear(codes[:, :0], torch.ones(1), None, 8, "cpu")
+
+
+def test_wrong_shapes_are_named() -> None:
+    executor = kernels.make_executor([conv(-1, 8, 3), conv(0, 8, 9)], "cpu")
+    with pytest.raises(ValueError, match="expects 9 channels and reads 8"):
+        executor(images_of(1, 8, 8))
+    with pytest.raises(ValueError, match="expects 9 channels and reads 8"):
+        executor.plan(1, 8, 8)
+    with pytest.raises(ValueError, match="images must be"):
+        kernels.make_executor([conv(-1, 8, 3)], "cpu")(images_of(1, 8, 8, channels=4))
+    assert kernels.make_executor([conv(-1, 8, 3)], "cpu")(images_of(0, 8, 8)[:0].reshape(0, 3, 8, 8)).shape[0] == 0
