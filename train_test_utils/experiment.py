@@ -168,7 +168,7 @@ class Run:
         model = self.start()
         began = time.monotonic()
         model = self.transformed(model)  # first: options that make no model move no finished results aside
-        transform_seconds = round(time.monotonic() - began, 1)
+        transform_seconds = round(time.monotonic() - began, 3)
         claim(self.folder, self.hash)
         with locked(self.folder) if distributed.rank() == 0 else nullcontext():
             return self._train_and_record(logbook, model, transform_seconds)

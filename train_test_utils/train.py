@@ -139,7 +139,7 @@ def train(
             progress.set_postfix(shown, refresh=False, lr=f"{lr:.2g}")
         progress.update(recipe.batch_size)
         if last_of_epoch:
-            on_epoch(record | {"step": step + 1, "train_seconds": round(time.monotonic() - began, 1)})
+            on_epoch(record | {"step": step + 1, "train_seconds": round(time.monotonic() - began, 3)})
             sums.fill_(0)
             sums[3] = -1
         if due and rank == 0:
