@@ -23,7 +23,7 @@ from torch import Tensor
 from ..nodes import Node
 from . import build
 
-ISAS = ("avx512vnni", "avx2", "portable")  # best first
+ISAS = ("amx", "avx512vnni", "avx2", "portable")  # best first
 ALGORITHMS = ("auto", "direct", "winograd", "skipping")
 OPS = {"conv": 0, "linear": 1, "max_pool": 2, "avg_pool": 3}
 NO_RESIDUAL = -2

@@ -18,7 +18,7 @@ namespace {
 using ternary::Kernels;
 
 const Kernels* find_isa(const std::string& name) {
-  for (const Kernels* isa : {ternary::avx512vnni_kernels(), ternary::avx2_kernels(), ternary::portable_kernels()})
+  for (const Kernels* isa : {ternary::amx_kernels(), ternary::avx512vnni_kernels(), ternary::avx2_kernels(), ternary::portable_kernels()})
     if (isa && name == isa->name) return isa;
   return nullptr;
 }
@@ -241,7 +241,7 @@ std::tuple<double, double> machine_limits(const std::string& name, int64_t megab
     for (int attempt = 0; attempt < kTries; ++attempt) {
       std::vector<double> rate(threads, 0.0);
       std::atomic<int> arrived{0};
-      ternary::parallel(threads, [&](ternary::Member& member) {
+      ternary::parallel(k, threads, [&](ternary::Member& member) {
         ++arrived;
         for (const auto from = Clock::now(); arrived < threads && Clock::now() - from < std::chrono::milliseconds(20);) {}
         const auto start = Clock::now();

@@ -179,6 +179,8 @@ static int gather_plain(const uint64_t* used, int words, const uint8_t* in, uint
 #include "body_rows.h"
 #include "body_encoder.h"
 
-static const Kernels table = {ISA_NAME, LANES, VECTORS, PIXELS, {TILES4, TILES5}, multiply, multiply_rows, gather, finish, winograd_input, winograd, image_row,
+static void nothing() {}
+
+static const Kernels table = {ISA_NAME, LANES, VECTORS, PIXELS, {TILES4, TILES5}, nothing, nothing, multiply, multiply_rows, gather, finish, winograd_input, winograd, image_row,
                               quantize_row, max_row, add_row, layer_norm, transpose_keys, attention, peak_multiply_adds,
                               read_memory};

@@ -12,6 +12,16 @@ static inline void finish_row(const LinearOutput& r, int p, int channel, int n, 
 }
 
 template <Then THEN>
+static void finish_rows_then(const Tile& t, const LinearOutput& r, const int32_t* acc) {
+  const int vectors = (t.channels + LANES - 1) / LANES;
+  for (int p = 0; p < t.count; ++p)
+    for (int j = 0; j < vectors; ++j) {
+      const int n = t.channels - j * LANES < LANES ? t.channels - j * LANES : LANES;
+      finish_row<THEN>(r, p, j * LANES, n, load_ints(acc + (p * vectors + j) * LANES));
+    }
+}
+
+template <Then THEN>
 static void rows_then(Weights weights, const Tile& t, const LinearOutput& r) {
   if (weights == Weights::kTwoBit && t.channels == VECTORS * LANES) {  // finished in registers, without a branch
     const auto finish_all = [&](int p, int j, vec acc) { finish_row<THEN>(r, p, j * LANES, LANES, acc); };
@@ -27,12 +37,7 @@ static void rows_then(Weights weights, const Tile& t, const LinearOutput& r) {
   }
   alignas(64) int32_t acc[PIXELS * VECTORS * LANES];
   multiply(weights, t, acc);
-  const int vectors = (t.channels + LANES - 1) / LANES;
-  for (int p = 0; p < t.count; ++p)
-    for (int j = 0; j < vectors; ++j) {
-      const int n = t.channels - j * LANES < LANES ? t.channels - j * LANES : LANES;
-      finish_row<THEN>(r, p, j * LANES, n, load_ints(acc + (p * vectors + j) * LANES));
-    }
+  finish_rows_then<THEN>(t, r, acc);
 }
 
 static void multiply_rows(Weights weights, const Tile& t, const LinearOutput& r) {

@@ -63,7 +63,7 @@ void Encoder::run(const Call& call, int threads) {
   const int64_t image_floats = (int64_t)call.tokens * width_, room = (whole_images ? threads : call.images) * image_floats;
   const int64_t in_floats = call.embed ? embedding_->patches.image() : image_floats, out_floats = call.kept * (call.classify ? head_->linear->n() : width_);
   if (x_.size() < (size_t)room) x_.resize(room), qkv_.resize(3 * room), attended_.resize(room);
-  parallel(threads, [&](Member& member) {
+  parallel(isa_, threads, [&](Member& member) {
     Scratch s = scratch(call.tokens);
     if (!whole_images) return run_layers(member, {call, x_.data(), qkv_.data(), attended_.data()}, s);
     const int64_t own = member.index() * image_floats;

@@ -75,8 +75,10 @@ static inline __m512 bytes_to_floats_(__m128i b) { return _mm512_cvtepi32_ps(_mm
 // lookup: of 16 floats those that the low four bits of each lane of i name.
 #define lookup(table, i) ((floats)_mm512_permutexvar_ps((__m512i)(i), _mm512_loadu_ps(table)))
 #include "body.h"
+#if __has_include(<amxint8intrin.h>)  // so new is the compiler, and with it the assembler
+#include "body_tiles.h"
+#endif
 }  // namespace avx512vnni
-
 
 }  // namespace ternary
 #if defined(__clang__)
@@ -90,6 +92,17 @@ const ternary::Kernels* ternary::avx512vnni_kernels() {
                    __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("bmi2");
   return has ? &avx512vnni::table : nullptr;
 }
+
+const ternary::Kernels* ternary::amx_kernels() {
+#if __has_include(<amxint8intrin.h>)
+  static const Kernels table = avx512vnni::with_tiles(avx512vnni::table);
+  static const bool has = avx512vnni_kernels() && avx512vnni::has_tiles();
+  return has ? &table : nullptr;
 #else
+  return nullptr;
+#endif
+}
+#else
+const ternary::Kernels* ternary::amx_kernels() { return nullptr; }
 const ternary::Kernels* ternary::avx512vnni_kernels() { return nullptr; }
 #endif

@@ -9,8 +9,9 @@
 
 namespace ternary {
 
-constexpr int kMaxPixels = 8;     // upper limit of any instruction set's pixels per tile
-constexpr int kMaxChannels = 64;  // upper limit of any instruction set's channels per tile
+constexpr int kMaxPixels = 32;    // upper limits of any instruction set's pixels per tile,
+constexpr int kMaxChannels = 64;  // channels per tile,
+constexpr int kMaxOutputs = 32;   // and pixels that a tile, or the tiles of a Winograd product, write
 
 // How weights are stored. The product's accumulators, and why they cannot overflow:
 //   kTwoBit: four input groups share a byte, two bits each: the last (bits 6-7) in two's complement, the others as w + 2, which
@@ -92,8 +93,8 @@ struct Epilogue {
 
 // Where the pixels of a tile go. Pointers already point at the tile's first channel.
 struct Output {
-  void* out[kMaxPixels * 4];
-  const void* residual[kMaxPixels * 4];  // uint8, or float32 if residual_is_float; ignored unless has_residual
+  void* out[kMaxOutputs];
+  const void* residual[kMaxOutputs];  // uint8, or float32 if residual_is_float; ignored unless has_residual
   bool has_residual, residual_is_float;
   int first_channel;                     // Winograd: added to the pointers; a null pointer is a pixel beyond an odd edge
 };
@@ -126,7 +127,9 @@ struct Kernels {
   int max_vectors;   // vectors of channels per tile
   int max_pixels;    // pixels per tile
   int tiles[2];      // Winograd tiles at a time, of side 4 and 5
-  // acc[count][vectors * lanes], vectors = ceil(channels / lanes)
+  void (*begin)();   // each thread calls these before and after all others
+  void (*end)();
+  // acc[count][vectors * lanes], vectors = ceil(channels / lanes); has room for max_pixels
   void (*multiply)(Weights, const Tile&, int32_t* acc);
   void (*multiply_rows)(Weights, const Tile&, const LinearOutput&);  // the product and what LinearOutput says, in registers where it can be
   // The bytes of `in` whose bit in used[words] is set, one after the other; writes up to 64 beyond them. Returns how many.
@@ -152,6 +155,7 @@ struct Kernels {
   void (*read_memory)(const uint8_t* data, int64_t bytes);                 // benchmark
 };
 
+const Kernels* amx_kernels();
 const Kernels* avx512vnni_kernels();  // nullptr where not compiled in or the processor lacks it
 const Kernels* avx2_kernels();
 const Kernels* portable_kernels();

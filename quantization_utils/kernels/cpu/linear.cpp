@@ -73,7 +73,7 @@ void Linear::run_rows(int64_t rows, int64_t items, int threads, float* out, cons
   const int blocks = (n_ + panels_.block - 1) / panels_.block, most = isa_.max_pixels;
   const int64_t groups = (rows + most - 1) / most;
   const int64_t chunk = std::max<int64_t>(1, std::min<int64_t>(16, groups * blocks / (threads * 8)));
-  parallel(threads, [&](Member& member) {
+  parallel(isa_, threads, [&](Member& member) {
     member.share(items, quantize);
     member.share((groups + chunk - 1) / chunk * blocks, [&](int64_t item) {
       const int block = item % blocks;

@@ -292,7 +292,7 @@ std::vector<double> Network::time_nodes(Plan& plan) {
   using Clock = std::chrono::steady_clock;
   const size_t n = nodes_.size(), front = plan.part ? front_ : 0;
   std::vector<std::vector<Clock::time_point>> left(threads_, std::vector<Clock::time_point>(n + 1, Clock::time_point::max()));
-  parallel(threads_, [&](Member& member) {
+  parallel(isa_, threads_, [&](Member& member) {
     std::vector<Clock::time_point>& times = left[member.index()];
     Member alone(member.index());
     times[0] = Clock::now();

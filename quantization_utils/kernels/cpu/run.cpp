@@ -36,7 +36,7 @@ void Network::run(const float* images, int batch, int height, int width, int thr
   if ((int)scratch_.size() < threads_) scratch_.resize(threads_);
   if (!p.chosen) choose(p, algorithm);
   p.chosen = true;
-  parallel(threads_, [&](Member& member) {
+  parallel(isa_, threads_, [&](Member& member) {
     if (p.part) member.share((batch + p.part - 1) / p.part, [&](int64_t part) { run_part(p, images, part, member); });
     else run_image(p, images, member);
     for (int i = p.part ? front_ : 0; i < (int)nodes_.size(); ++i) run_node(p, i, member);

@@ -67,7 +67,7 @@ void Member::wait(Team::Phase& phase, int64_t items) {
     ++spins < kSpinsBeforeYield ? relax() : std::this_thread::yield();
 }
 
-void parallel(int threads, const std::function<void(Member&)>& body) {
+void parallel(const Kernels& isa, int threads, const std::function<void(Member&)>& body) {
   std::lock_guard<std::mutex> one_at_a_time(*region);
   if (!team) team = new Team;
   team->size = std::max(1, std::min(threads, kMaxThreads));
@@ -76,7 +76,11 @@ void parallel(int threads, const std::function<void(Member&)>& body) {
     for (Team::Counter& next : phase.next) next.value.store(0, std::memory_order_relaxed);
     phase.done.value.store(0, std::memory_order_relaxed);
   }
-  run(*team, body);
+  run(*team, [&](Member& member) {
+    isa.begin();
+    body(member);
+    isa.end();
+  });
 }
 
 }  // namespace ternary
