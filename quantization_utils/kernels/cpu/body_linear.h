@@ -12,16 +12,6 @@ static inline void finish_row(const LinearOutput& r, int p, int channel, int n, 
 }
 
 template <Then THEN>
-static void finish_rows_then(const Tile& t, const LinearOutput& r, const int32_t* acc) {
-  const int vectors = (t.channels + LANES - 1) / LANES;
-  for (int p = 0; p < t.count; ++p)
-    for (int j = 0; j < vectors; ++j) {
-      const int n = t.channels - j * LANES < LANES ? t.channels - j * LANES : LANES;
-      finish_row<THEN>(r, p, j * LANES, n, load_ints(acc + (p * vectors + j) * LANES));
-    }
-}
-
-template <Then THEN>
 static void rows_then(Weights weights, const Tile& t, const LinearOutput& r) {
   if (weights == Weights::kTwoBit && t.channels == VECTORS * LANES) {  // finished in registers, without a branch
     const auto finish_all = [&](int p, int j, vec acc) { finish_row<THEN>(r, p, j * LANES, LANES, acc); };
@@ -37,13 +27,27 @@ static void rows_then(Weights weights, const Tile& t, const LinearOutput& r) {
   }
   alignas(64) int32_t acc[PIXELS * VECTORS * LANES];
   multiply(weights, t, acc);
-  finish_rows_then<THEN>(t, r, acc);
+  const int vectors = (t.channels + LANES - 1) / LANES;
+  for (int p = 0; p < t.count; ++p)
+    for (int j = 0; j < vectors; ++j) {
+      const int n = t.channels - j * LANES < LANES ? t.channels - j * LANES : LANES;
+      finish_row<THEN>(r, p, j * LANES, n, load_ints(acc + (p * vectors + j) * LANES));
+    }
 }
 
+// Block by block of channels.
 static void multiply_rows(Weights weights, const Tile& t, const LinearOutput& r) {
-  switch (r.then) {
-    case Then::kStore: return rows_then<Then::kStore>(weights, t, r);
-    case Then::kGelu: return rows_then<Then::kGelu>(weights, t, r);
-    case Then::kAdd: return rows_then<Then::kAdd>(weights, t, r);
+  constexpr int kBlock = VECTORS * LANES;
+  Tile block = t;
+  LinearOutput to = r;
+  for (int left = t.channels; left > 0; left -= kBlock) {
+    block.channels = left < kBlock ? left : kBlock;
+    switch (r.then) {
+      case Then::kStore: rows_then<Then::kStore>(weights, block, to); break;
+      case Then::kGelu: rows_then<Then::kGelu>(weights, block, to); break;
+      case Then::kAdd: rows_then<Then::kAdd>(weights, block, to); break;
+    }
+    block.weights += (int64_t)t.runs * t.groups * kBlock * 4, block.init += kBlock;
+    to.gain += kBlock, to.bias += kBlock, to.out += kBlock;
   }
 }

@@ -14,9 +14,8 @@ constexpr int kMostLanes = 16;   // of any instruction set: rows of scores are p
 
 // A thread's room for a group of rows; both products of a layer's second half fit in the nearest caches.
 struct Encoder::Scratch {
-  std::vector<float> rows, wide, keys, scores, last, pixels;
-  std::vector<uint8_t> codes, image_codes;
-  std::vector<float> row_scale;
+  Floats rows, wide, keys, scores, last, pixels, row_scale;
+  Bytes codes, image_codes;
   int64_t image = -1;  // whose codes and scale are here
   float image_scale = 0;
 };
@@ -59,19 +58,25 @@ void Encoder::run(const Call& call, int threads) {
   if (call.images == 0 || call.tokens == 0 || call.kept == 0) return;
   std::lock_guard<std::mutex> lock(mutex_);
   threads = std::max(1, std::min(threads, kMaxThreads));
-  const bool whole_images = call.images % threads == 0 || call.images >= 4 * threads;
-  const int64_t image_floats = (int64_t)call.tokens * width_, room = (whole_images ? threads : call.images) * image_floats;
+  // Images that a thread takes through all layers at a time: so many that their rows leave few places of the tiles empty.
+  const int most = isa_.max_pixels;
+  int64_t few = 1;
+  while (few < 8 && (few * call.tokens + most - 1) / most * most * 4 > few * call.tokens * 5) few *= 2;
+  const int64_t items = (call.images + few - 1) / few;
+  const bool whole_images = call.images % (few * threads) == 0 || items >= 4 * threads;
+  const int64_t image_floats = (int64_t)call.tokens * width_, room = (whole_images ? few * threads : call.images) * image_floats;
   const int64_t in_floats = call.embed ? embedding_->patches.image() : image_floats, out_floats = call.kept * (call.classify ? head_->linear->n() : width_);
   if (x_.size() < (size_t)room) x_.resize(room), qkv_.resize(3 * room), attended_.resize(room);
   parallel(isa_, threads, [&](Member& member) {
     Scratch s = scratch(call.tokens);
     if (!whole_images) return run_layers(member, {call, x_.data(), qkv_.data(), attended_.data()}, s);
-    const int64_t own = member.index() * image_floats;
-    member.share(call.images, [&](int64_t i) {
+    const int64_t own = member.index() * few * image_floats;
+    member.share(items, [&](int64_t item) {
       Member alone(0);
       s.image = -1;
-      const Call one = {call.in + i * in_floats, 1, call.tokens, call.kept, call.embed, call.classify, call.out + i * out_floats};
-      run_layers(alone, {one, x_.data() + own, qkv_.data() + 3 * own, attended_.data() + own}, s);
+      const int64_t i = item * few;
+      const Call some = {call.in + i * in_floats, std::min(few, call.images - i), call.tokens, call.kept, call.embed, call.classify, call.out + i * out_floats};
+      run_layers(alone, {some, x_.data() + own, qkv_.data() + 3 * own, attended_.data() + own}, s);
     });
   });
 }

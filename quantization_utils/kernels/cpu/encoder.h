@@ -75,7 +75,7 @@ class Encoder {
   std::vector<EncoderLayer> layers_;
   std::unique_ptr<Embedding> embedding_;
   std::unique_ptr<Head> head_;
-  std::vector<float> x_, qkv_, attended_;  // of all rows, or of an image of each thread
+  Floats x_, qkv_, attended_;  // of all rows, or of an image of each thread
   std::mutex mutex_;
 };
 

@@ -131,7 +131,9 @@ struct Kernels {
   void (*end)();
   // acc[count][vectors * lanes], vectors = ceil(channels / lanes); has room for max_pixels
   void (*multiply)(Weights, const Tile&, int32_t* acc);
-  void (*multiply_rows)(Weights, const Tile&, const LinearOutput&);  // the product and what LinearOutput says, in registers where it can be
+  // The product and what LinearOutput says, in registers where it can be. A tile may have more channels than max_vectors: blocks of
+  // panels one after the other. Its pixels stand evenly, max_pixels of them readable.
+  void (*multiply_rows)(Weights, const Tile&, const LinearOutput&);
   // The bytes of `in` whose bit in used[words] is set, one after the other; writes up to 64 beyond them. Returns how many.
   int (*gather)(const uint64_t* used, int words, const uint8_t* in, uint8_t* out);
   // `pixels` rows of acc (vectors * lanes apart) to output.

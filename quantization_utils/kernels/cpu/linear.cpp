@@ -22,10 +22,10 @@ Linear::Linear(const Kernels& isa, int n, int k, const int8_t* codes, const floa
   }
 }
 
-// One block of channels; where the rows are and how many is left open.
-Tile Linear::tile(int block) const {
+// `blocks` blocks of channels, from `block` on; where the rows are and how many is left open.
+Tile Linear::tile(int block, int blocks) const {
   Tile tile;
-  tile.channels = std::min(panels_.block, n_ - block * panels_.block), tile.runs = 1, tile.groups = panels_.groups, tile.run_stride = 0;
+  tile.channels = std::min(blocks * panels_.block, n_ - block * panels_.block), tile.runs = 1, tile.groups = panels_.groups, tile.run_stride = 0;
   tile.weights = panels_.bytes.data() + block * panels_.block_bytes, tile.init = panels_.init.data() + block * panels_.block;
   return tile;
 }
@@ -36,12 +36,10 @@ LinearOutput Linear::output(int block, const float* row_scale, Then then, float*
 }
 
 void Linear::multiply(const uint8_t* codes, const float* row_scale, int rows, Then then, float* out) const {
-  for (int block = 0; block * panels_.block < n_; ++block) {
-    Tile t = tile(block);
-    t.count = rows;
-    for (int p = 0; p < rows; ++p) t.pixels[p] = codes + (int64_t)p * stride_;
-    isa_.multiply_rows(panels_.kind, t, output(block, row_scale, then, out));
-  }
+  Tile t = tile(0, blocks());
+  t.count = rows;
+  for (int p = 0; p < rows; ++p) t.pixels[p] = codes + (int64_t)p * stride_;
+  isa_.multiply_rows(panels_.kind, t, output(0, row_scale, then, out));
 }
 
 void Linear::run(const float* x, int64_t rows, int threads, float* out) {
@@ -69,15 +67,15 @@ void Linear::run_rows(int64_t rows, int64_t items, int threads, float* out, cons
   if (rows == 0) return;
   std::lock_guard<std::mutex> lock(mutex_);
   threads = std::max(1, std::min(threads, kMaxThreads));
-  if ((int64_t)row_scale_.size() < rows) rows_.resize(rows * stride_ + 64), row_scale_.resize(rows);
-  const int blocks = (n_ + panels_.block - 1) / panels_.block, most = isa_.max_pixels;
+  const int blocks = this->blocks(), most = isa_.max_pixels;
+  if ((int64_t)row_scale_.size() < rows) rows_.resize((rows + most) * stride_ + 64), row_scale_.resize(rows);
   const int64_t groups = (rows + most - 1) / most;
   const int64_t chunk = std::max<int64_t>(1, std::min<int64_t>(16, groups * blocks / (threads * 8)));
   parallel(isa_, threads, [&](Member& member) {
     member.share(items, quantize);
     member.share((groups + chunk - 1) / chunk * blocks, [&](int64_t item) {
       const int block = item % blocks;
-      Tile t = tile(block);
+      Tile t = tile(block, 1);
       const int64_t start = item / blocks * chunk * most, end = std::min(rows, start + chunk * most);
       for (int64_t m = start; m < end; m += t.count) {
         t.count = (int)std::min<int64_t>(most, end - m);

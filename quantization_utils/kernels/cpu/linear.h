@@ -27,7 +27,8 @@ class Linear {
   void run(const float* x, int64_t rows, int threads, float* out);
   // A convolution whose kernel is also its stride: `count` images with one scale each, out: count x patches x n.
   void run_patches(const float* images, int64_t count, const Patches& patches, int threads, float* out);
-  // Rows whose codes (of `quantize`) stand stride() bytes apart, at most isa.max_pixels; all channels, rows of out n() apart.
+  // Rows whose codes (of `quantize`) stand stride() bytes apart, at most isa.max_pixels, for so many of which there is room; all
+  // channels, rows of out n() apart.
   void multiply(const uint8_t* codes, const float* row_scale, int rows, Then then, float* out) const;
   float quantize(const float* x, uint8_t* codes) const { return isa_.quantize_row(x, k_, code_max_, codes); }
   int n() const { return n_; }
@@ -38,13 +39,14 @@ class Linear {
  private:
   template <typename Quantize>
   void run_rows(int64_t rows, int64_t items, int threads, float* out, const Quantize& quantize);
-  Tile tile(int block) const;
+  int blocks() const { return (n_ + panels_.block - 1) / panels_.block; }
+  Tile tile(int block, int blocks) const;
   LinearOutput output(int block, const float* row_scale, Then then, float* out) const;
   const Kernels& isa_;
   int n_, k_, stride_, code_max_;
   Panels panels_;
   std::vector<float> gain_, bias_, row_scale_;
-  std::vector<uint8_t> rows_;
+  Bytes rows_;
   std::mutex mutex_;
 };
 

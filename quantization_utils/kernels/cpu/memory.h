@@ -36,5 +36,6 @@ struct HugeAllocator {
 };
 
 typedef std::vector<uint8_t, HugeAllocator<uint8_t>> Bytes;
+typedef std::vector<float, HugeAllocator<float>> Floats;
 
 }  // namespace ternary

@@ -258,6 +258,7 @@ std::shared_ptr<SparsePanels> Network::sparse_panels(int node, const Value& in, 
     p.parts.push_back({(int64_t)p.bytes.size(), dense.groups});
     p.bytes.insert(p.bytes.end(), dense.bytes.begin(), dense.bytes.begin() + (int64_t)dense.groups * lanes * 4);
   }
+  p.bytes.resize(p.bytes.size() + 64);  // tiles of two vectors read as far beyond one
   return slot->second = sparse;
 }
 

@@ -155,7 +155,7 @@ void Network::run_skipping(Plan& plan, int node, Member& member) {
   const SparsePanels& panels = *step.sparse;
   const int lanes = isa_.lanes, vectors = (int)panels.parts.size(), most = isa_.max_pixels;
   const int64_t room = (int64_t)s.c + 128;
-  const std::vector<int32_t> zeros(lanes, 0);
+  const std::vector<int32_t> zeros(kMaxChannels, 0);
   member.share(vectors, [&](int64_t vector) {
     const int64_t first = vector * lanes;
     alignas(64) int32_t acc[kMaxPixels * kMaxChannels];
