@@ -10,7 +10,8 @@ second smallest of nine runs, near the best that the machine can do.
 "flushed": 64 MiB are written between runs, so weights come from memory. The direct limit counts the multiply-adds that
 our engine executes, by the plain algorithm and without padding taps, at the measured rate of the processor: all of the
 model's, but of a ViT's last layer the output of attention and the MLP for the class token only ("model_multiply_adds"
-counts them for all tokens, as other engines may). Appends to results/latency/peers.jsonl.
+counts them for all tokens, as other engines may). Appends to results/latency/peers.jsonl, on a processor with AMX,
+whose int8 engines are others, to peers_amx.jsonl.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ from train_test_utils.record import ROOT, append_record
 
 LEAST_ROUNDS = 12  # that an interval of 95% is of
 KINDS = {"float": peers.FLOAT, "int8": peers.INT8, "2bit": peers.TWO_BIT}
-# What the kernels are built to reach with warm caches: times the best engine of each kind, percent of the direct limit.
+# What the kernels are built to reach with warm caches on a processor whose rate `vpdpbusd` limits: times the best engine
+# of each kind, percent of the direct limit.
 AIMS: dict[tuple[str, int], dict[str, float]] = {
     ("fc", 1): {"float": 12, "int8": 6, "2bit": 1.5, "of_direct_limit_pct": 60},
     ("alexnet", 1): {"float": 10, "int8": 4.5, "of_direct_limit_pct": 100},
@@ -216,9 +218,9 @@ def report(case: str, batch: int, flushed: bool, times: dict[str, np.ndarray], l
     }
 
 
-def forget(case: str, batch: int, flushed: bool) -> None:
-    """Drop the earlier row of the same measurement."""
-    path = ROOT / "results" / "latency" / "peers.jsonl"
+def forget(name: str, case: str, batch: int, flushed: bool) -> None:
+    """Drop the earlier row of the same measurement from results/<name>.jsonl."""
+    path = ROOT / "results" / f"{name}.jsonl"
     if path.exists():
         rows = [line for line in path.read_text().splitlines() if line]
         kept = [
@@ -247,25 +249,25 @@ def main() -> None:
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     limits = machine_limits()
+    name = "latency/peers_amx" if limits["isa"] == "amx" else "latency/peers"
     torch.set_grad_enabled(False)
     for case in args.cases:
         for batch in args.batches:
             act_bits = 8 if case in ("vit", "fc") else args.act_bits
             engines, missing, (work, model_work) = prepare(case, batch, args.engines, act_bits)
-            for name, why in missing.items():
-                print(f"NOT MEASURED in {case}, batch {batch}: {name} ({why})", flush=True)
+            for engine, why in missing.items():
+                print(f"NOT MEASURED in {case}, batch {batch}: {engine} ({why})", flush=True)
             for flushed in [False] if args.no_flushed or batch > 1 else [False, True]:
                 # Warm is what lies in the outer cache again after all the others; a large batch has time for it itself.
                 warm_ups, repetitions = (0, 5) if flushed else (10, 10) if batch == 1 else (1, 2)
                 times = measure(engines, args.rounds, warm_ups, repetitions, flushed, args.seconds)
                 figures = report(case, batch, flushed, times, work / limits["peak_multiply_adds_per_s"] * 1e3)
-                forget(case, batch, flushed)
-                aims = {} if flushed else AIMS.get((case, batch), {})
+                forget(name, case, batch, flushed)
+                aims = {} if flushed or limits["isa"] == "amx" else AIMS.get((case, batch), {})
                 plain = round(figures["of_direct_limit_pct"] * model_work / work, 1)
-                append_record("latency/peers", {**figures, "aims": aims, **limits, "missing": missing,
-                                                "multiply_adds": work, "model_multiply_adds": model_work,
-                                                "of_plain_limit_pct": plain, "act_bits": act_bits},
-                              peers.PACKAGES)  # fmt: skip
+                append_record(name, {**figures, "aims": aims, **limits, "missing": missing, "multiply_adds": work,
+                                     "model_multiply_adds": model_work, "of_plain_limit_pct": plain,
+                                     "act_bits": act_bits}, peers.PACKAGES)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ from train_test_utils.checkpoint import load_weights
 from train_test_utils.record import ROOT, append_record
 
 FRACTIONS = (0.0, 0.3, 0.5, 0.7, 0.9)
-LANES = {"avx512vnni": 16, "avx2": 8, "portable": 4}
+LANES = {"amx": 16, "avx512vnni": 16, "avx2": 8, "portable": 4}
 WORTH_MEASURING = 0.125  # as the kernels do: with fewer zero blocks they do not try to skip
 
 

@@ -1,8 +1,8 @@
 """Kernels of packed models: a reference that defines the results, and C++ for the CPU that equals it bit for bit.
 
 Backends: "reference" (PyTorch, any device), "cpu" (C++, the best instruction set of this processor) or one of its
-instruction sets by name ("cpu-avx512vnni", "cpu-avx2", "cpu-portable"), and "auto": "cpu" where the model lies on the
-CPU and the kernels can be compiled, else "reference".
+instruction sets by name ("cpu-amx", "cpu-avx512vnni", "cpu-avx2", "cpu-portable"), and "auto": "cpu" where the model
+lies on the CPU and the kernels can be compiled, else "reference".
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Packed networks and layers on the C++ kernels: a whole network is one operator call and one parallel region.
 
-Threads follow torch.get_num_threads(). Environment: TERNARY_ISA (avx512vnni, avx2 or portable) forces an instruction
-set; TERNARY_ALGORITHM forces how nodes are computed that have a choice (winograd: 3×3 convolutions; skipping: linear
-layers, without their zero blocks; direct: none), which else is measured for each node and batch size at the first call.
-Neither changes a result: all are exact.
+Threads follow torch.get_num_threads(). Environment: TERNARY_ISA (amx, avx512vnni, avx2 or portable) forces an
+instruction set; TERNARY_ALGORITHM forces how nodes are computed that have a choice (winograd: 3×3 convolutions;
+skipping: linear layers, without their zero blocks; direct: none), which else is measured for each node and batch size
+at the first call. Neither changes a result: all are exact.
 
 C++ keeps what was made of a model under a number, which torch.export writes into the program: an exported program lives
 as long as the packed model that it was made of, and in its process; anywhere else it raises a ValueError.
