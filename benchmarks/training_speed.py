@@ -1,0 +1,127 @@
+"""How fast rows train, and which share of the time a GPU is busy: does it wait for data or for Python?
+
+    python3 benchmarks/training_speed.py resnet_18 --only float qat_all --dataset cifar10 [--steps 100]
+
+After the model's name come the options of its script. Each row is trained for three rounds of `--steps` steps, as its
+script trains it, but from weights drawn anew. The first round warms up and compiles, the second is timed, and of the
+third PyTorch's profiler tells when the GPU computes: busy is that time over the second round's, which no profiler slows
+down. Appends a line for each row to results/training/speed.jsonl, with the minutes that its full recipe takes at this
+rate and those that the whole table would take, were all its rows as slow: training alone, for one data set and seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch import nn
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from models import build
+from train_test_utils.cli import Arguments, parse_arguments
+from train_test_utils.data import load_dataset
+from train_test_utils.dataset import ImageDataset
+from train_test_utils.record import append_record, device_name
+from train_test_utils.rows import Row, calibration_images, choose
+from train_test_utils.train import Setup, train
+
+
+def covered(spans: Iterable[tuple[float, float]]) -> float:
+    """Length of the union of intervals (start, end): kernels of two streams at a time count once."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
+
+
+class Stopwatch:
+    """Called after each round: what the second one took and how long the device computed in the third."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.rounds, self.began = device, 0, 0.0
+        self.seconds, self.busy_seconds = 0.0, None if device.type == "cpu" else 0.0
+        self.profiler = profile(activities=[ProfilerActivity.CUDA])
+
+    def __call__(self, record: dict[str, Any]) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.rounds += 1
+        if self.rounds == 2:
+            self.seconds = time.perf_counter() - self.began
+        if self.busy_seconds is not None and self.rounds == 2:
+            self.profiler.start()
+        if self.busy_seconds is not None and self.rounds == 3:
+            self.profiler.stop()
+            on_device = [e for e in self.profiler.events() or [] if e.device_type == DeviceType.CUDA]
+            self.busy_seconds = covered((e.time_range.start, e.time_range.end) for e in on_device) / 1e6
+        self.began = time.perf_counter()
+
+
+def fresh(model_name: str, options: dict[str, Any], row: Row | None, data: ImageDataset) -> nn.Module:
+    """A model with the row's layers and weights drawn anew."""
+    torch.manual_seed(0)
+    model = build(model_name, len(data.class_names), **options).to(data.train.images.device).eval()
+    for transform in row.transforms if row else ():
+        model = getattr(transform, "structure", transform)(model, calibration_images(data.train.images, 0), 0)
+    return model
+
+
+def measure(model_name: str, row: Row, data: ImageDataset, arguments: Arguments, steps: int) -> dict[str, Any]:
+    """A row's line, but for the table's minutes."""
+    assert row.recipe is not None
+    batch = row.recipe.batch_size
+    part = replace(data, train=data.train[torch.arange(min(len(data.train), steps * batch))])
+    steps = row.recipe.steps_per_epoch(len(part.train))
+    watch = Stopwatch(arguments.device)
+    teacher = fresh(model_name, arguments.options, None, data) if row.recipe.distill else None
+    train(
+        fresh(model_name, arguments.options, row, data), part, replace(row.recipe, epochs=3), title=row.name,
+        setup=Setup(arguments.device, arguments.precision, arguments.compile), teacher=teacher, on_epoch=watch,
+    )  # fmt: skip
+    speed = steps * batch / watch.seconds
+    return {
+        "model": model_name, "dataset": data.name, "options": arguments.options, "row": row.name, "steps": steps,
+        "images_per_s": round(speed, 1),
+        "busy_pct": None if watch.busy_seconds is None else round(100 * watch.busy_seconds / watch.seconds, 1),
+        "full_recipe_minutes": round(row.recipe.epochs * len(data.train) / speed / 60, 2),
+        "trained_on": device_name(arguments.device), "precision": str(arguments.precision),
+        "compiled": arguments.compile,
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", choices=["alexnet", "resnet_18", "vit"])
+    parser.add_argument("--steps", type=int, default=100)
+    given, words = parser.parse_known_args()
+    arguments = parse_arguments(given.model, words)
+    script = importlib.import_module(f"{given.model}_experiments")
+    table = script.rows(arguments.options) if hasattr(script, "rows") else script.ROWS
+    epochs = sum(row.recipe.epochs for row in table if row.recipe)
+    for name in arguments.dataset:
+        data = load_dataset(name, arguments.data_dir).to(arguments.device)
+        rows = [row for row in choose(table, arguments.only) if row.recipe]
+        lines = [measure(given.model, row, data, arguments, given.steps) for row in rows]
+        slowest = min(line["images_per_s"] for line in lines)
+        for line in lines:
+            line["table_minutes"] = round(epochs * len(data.train) / slowest / 60, 1)
+            append_record("training/speed", line)
+            busy = "" if line["busy_pct"] is None else f", device busy {line['busy_pct']:.1f}% of the time"
+            print(f"{line['row']:<34}{line['images_per_s']:>10,.0f} images/s, full recipe "
+                  f"{line['full_recipe_minutes']:,.1f} minutes{busy}")  # fmt: skip
+        print(f"the whole table of {name}: {lines[0]['table_minutes']:,.0f} minutes at most")
+
+
+if __name__ == "__main__":
+    main()
