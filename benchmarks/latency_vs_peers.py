@@ -40,8 +40,8 @@ from train_test_utils.record import ROOT, append_record
 
 LEAST_ROUNDS = 12  # that an interval of 95% is of
 KINDS = {"float": peers.FLOAT, "int8": peers.INT8, "2bit": peers.TWO_BIT}
-# What the kernels are built to reach with warm caches on a processor without matrix units: times the best engine of each
-# kind, percent of the direct limit.
+# What the kernels are built to reach with warm caches and without matrix units: times the best engine of each kind,
+# percent of the direct limit.
 AIMS: dict[tuple[str, int], dict[str, float]] = {
     ("fc", 1): {"float": 12, "int8": 6, "2bit": 1.5, "of_direct_limit_pct": 60},
     ("alexnet", 1): {"float": 10, "int8": 4.5, "of_direct_limit_pct": 100},
