@@ -53,7 +53,7 @@ static inline void unpack_tiles(const uint8_t* w, int vectors, int groups, uint8
     if (g < groups) {
       EACH_VECTOR(codes[j] = load_weights(w + j * kTileBytes); __builtin_prefetch(w + j * kTileBytes + kTilePrefetchBytes);)
     } else {
-      EACH_VECTOR(codes[j] = (vec)(ints{} + (W == Weights::kTwoBit ? 0x2A2A2A2A : 0));)
+      EACH_VECTOR(codes[j] = (vec)(ints{} + (W == Weights::kTwoBit ? kTwoBitZeros * 0x01010101 : 0));)
     }
     const auto store = [&](int j, int row, vec v) { *(vec*)to[j][row] = v; };
     if constexpr (W == Weights::kTwoBit) {
@@ -72,7 +72,7 @@ struct Pair {
   const int32_t* init;
 };
 
-// The accumulators of t's pixels and of one pair of vectors after the other. pair(q) says which; store(q) takes tiles 0 and 1, and if
+// The accumulators of t's pixels and of one pair of vectors after the other. pair_of(q) says which; store(q) takes tiles 0 and 1, and if
 // there are more than 16 pixels 2 and 3; meanwhile(q, step, steps) has time for other work while tiles are being multiplied.
 template <Weights W, typename PairOf, typename Store, typename Meanwhile>
 static inline void tile_products(const Tile& t, bool readable, int pairs, const PairOf& pair_of, const Store& store, const Meanwhile& meanwhile) {
