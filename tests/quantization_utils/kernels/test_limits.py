@@ -34,15 +34,16 @@ def extremes(bits: int | str, pixels: int) -> tuple[list[Node], Tensor]:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("bits", "pixels"), [("ternary", 514), ("ternary", 515), ("ternary", 32896), (8, 259)])
-def test_largest_accumulators_do_not_overflow(backend: str, bits: int | str, pixels: int) -> None:
+@pytest.mark.parametrize("rows", [1, 5])  # few rows go another way than many
+def test_largest_accumulators_do_not_overflow(backend: str, bits: int | str, pixels: int, rows: int) -> None:
     """As many inputs as two bits hold, signed bytes (515: the first that two bits do not), 8-bit weights."""
     nodes, image = extremes(bits, pixels)
     top = (1 if bits == "ternary" else 127) * 255 * 256 * pixels
-    assert check(nodes, image, backend).tolist() == [torch.tensor([top, -top]).float().tolist()]
+    images = image.expand(rows, 1, 1, pixels)
+    assert check(nodes, images, backend).tolist() == [torch.tensor([top, -top]).float().tolist()] * rows
     linear = kernels.make_linear(nodes[1].codes, torch.ones(2), None, 8, backend)
-    assert linear(image.expand(1, 256, 1, pixels).reshape(1, -1)).tolist() == (
-        reference.Linear(nodes[1].codes, torch.ones(2), None, 8)(torch.ones(1, 256 * pixels)).tolist()
-    )
+    x = torch.ones(rows, 256 * pixels)
+    assert torch.equal(linear(x), reference.Linear(nodes[1].codes, torch.ones(2), None, 8)(x))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
