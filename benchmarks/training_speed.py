@@ -12,6 +12,7 @@ rate and those that the whole table would take, were all its rows as slow: train
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib
 import sys
 import time
@@ -23,7 +24,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
@@ -32,7 +32,7 @@ from train_test_utils.cli import Arguments, parse_arguments
 from train_test_utils.data import load_dataset
 from train_test_utils.dataset import ImageDataset
 from train_test_utils.record import append_record, device_name
-from train_test_utils.rows import Row, calibration_images, choose
+from train_test_utils.rows import Row, choose, transformed
 from train_test_utils.train import Setup, train
 
 
@@ -68,15 +68,6 @@ class Stopwatch:
         self.began = time.perf_counter()
 
 
-def fresh(model_name: str, options: dict[str, Any], row: Row | None, data: ImageDataset) -> nn.Module:
-    """A model with the row's layers and weights drawn anew."""
-    torch.manual_seed(0)
-    model = build(model_name, len(data.class_names), **options).to(data.train.images.device).eval()
-    for transform in row.transforms if row else ():
-        model = getattr(transform, "structure", transform)(model, calibration_images(data.train.images, 0), 0)
-    return model
-
-
 def measure(model_name: str, row: Row, data: ImageDataset, arguments: Arguments, steps: int) -> dict[str, Any]:
     """A row's line, but for the table's minutes."""
     assert row.recipe is not None
@@ -84,9 +75,12 @@ def measure(model_name: str, row: Row, data: ImageDataset, arguments: Arguments,
     part = replace(data, train=data.train[torch.arange(min(len(data.train), steps * batch))])
     steps = row.recipe.steps_per_epoch(len(part.train))
     watch = Stopwatch(arguments.device)
-    teacher = fresh(model_name, arguments.options, None, data) if row.recipe.distill else None
+    torch.manual_seed(0)
+    parent = build(model_name, len(data.class_names), **arguments.options)
+    model = transformed(row, copy.deepcopy(parent), data.train.images, seed=0, structure_only=True)
+    teacher = parent.to(arguments.device).eval() if row.recipe.distill else None
     train(
-        fresh(model_name, arguments.options, row, data), part, replace(row.recipe, epochs=3), title=row.name,
+        model, part, replace(row.recipe, epochs=3), title=row.name,
         setup=Setup(arguments.device, arguments.precision, arguments.compile), teacher=teacher, on_epoch=watch,
     )  # fmt: skip
     speed = steps * batch / watch.seconds

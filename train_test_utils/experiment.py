@@ -33,7 +33,6 @@ from .record import commit, device_name, versions
 from .report import print_table, write_report
 from .row_folder import claim, locked
 from .rows import (
-    CALIBRATION_IMAGES,
     Row,
     calibration_images,
     choose,
@@ -43,6 +42,7 @@ from .rows import (
     format_rows,
     is_named,
     pruned_text,
+    transformed,
 )
 from .train import NonFiniteLoss, Setup, train
 
@@ -216,14 +216,7 @@ class Run:
         return build(self.model_name, len(self.data.class_names), **self.options)
 
     def transformed(self, model: nn.Module, structure_only: bool = False) -> nn.Module:
-        """`structure_only`: weights will be loaded, so a transformation that can may leave its work undone."""
-        train_images = self.data.train.images
-        model = model.to(train_images.device).eval()
-        for transform in self.row.transforms:
-            images = calibration_images(train_images, self.seed, getattr(transform, "images", CALIBRATION_IMAGES))
-            transform = getattr(transform, "structure", transform) if structure_only else transform
-            model = transform(model, images, self.seed)
-        return model
+        return transformed(self.row, model, self.data.train.images, self.seed, structure_only)
 
     def trained(self) -> nn.Module:
         """This row's model as it was trained (its structure rebuilt, its weights from the checkpoint)."""

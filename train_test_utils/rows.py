@@ -151,6 +151,21 @@ def _hash_of_folder(folder: str) -> str:
     return digest.hexdigest()[:16]
 
 
+def transformed(
+    row: Row, model: nn.Module, train_images: Tensor, seed: int, structure_only: bool = False
+) -> nn.Module:
+    """What the row's transformations make of its parent's model, on the device of the training images uint8.
+
+    `structure_only`: weights will be loaded or do not matter, so a transformation that can leaves its work undone.
+    """
+    model = model.to(train_images.device).eval()
+    for transform in row.transforms:
+        images = calibration_images(train_images, seed, getattr(transform, "images", CALIBRATION_IMAGES))
+        transform = getattr(transform, "structure", transform) if structure_only else transform
+        model = transform(model, images, seed)
+    return model
+
+
 def pruned_text(row: Row) -> str:
     """What a row prunes, in words; empty if nothing."""
     return "; ".join(str(t) for t in row.transforms if isinstance(t, Prune))
