@@ -1,9 +1,6 @@
 // Part of isa_avx512vnni.cpp: products on AMX's tiles, 16 pixels x 16 channels x 64 inputs an instruction. A row of a tile of
 // weights is what one plane of one vector of panels (kernels.h) is already: 16 channels x 4 inputs. So panels, accumulators and
 // their bounds are the same, and 2-bit weights are unpacked a few tiles at a time into the nearest cache.
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
 #define LOAD_TILE(T, FROM, STRIDE) __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #T : : "r"(FROM), "r"((int64_t)(STRIDE)) : "memory")
 #define STORE_TILE(T, TO, STRIDE) __asm__ volatile("tilestored %%tmm" #T ", (%0,%1,1)" : : "r"(TO), "r"((int64_t)(STRIDE)) : "memory")
@@ -225,15 +222,6 @@ static Kernels with_tiles(Kernels k) {
   k.name = "amx", k.max_pixels = 2 * kTileRows, k.begin = begin_tiles, k.end = end_tiles;
   k.multiply = multiply_tiles, k.multiply_rows = multiply_rows_tiles, k.peak_multiply_adds = peak_multiply_adds_tiles;
   return k;
-}
-
-// Whether the processor has tiles and the system lets this process use them, which it has to be asked.
-static bool has_tiles() {
-  unsigned a, b, c, d;
-  constexpr unsigned kTiles = 1u << 24, kInt8Products = 1u << 25;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kTiles) || !(d & kInt8Products)) return false;
-  constexpr long kAskForState = 0x1023, kTileData = 18;
-  return syscall(SYS_arch_prctl, kAskForState, kTileData) == 0;
 }
 
 #undef LOAD_TILE

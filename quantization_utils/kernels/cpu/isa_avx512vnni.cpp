@@ -3,6 +3,12 @@
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
+#if defined(__linux__) && __has_include(<amxint8intrin.h>)  // so new is the compiler, and with it the assembler
+#define TERNARY_TILES
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("bmi2,popcnt,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"))), apply_to = function)
 #else
@@ -75,7 +81,7 @@ static inline __m512 bytes_to_floats_(__m128i b) { return _mm512_cvtepi32_ps(_mm
 // lookup: of 16 floats those that the low four bits of each lane of i name.
 #define lookup(table, i) ((floats)_mm512_permutexvar_ps((__m512i)(i), _mm512_loadu_ps(table)))
 #include "body.h"
-#if __has_include(<amxint8intrin.h>)  // so new is the compiler, and with it the assembler
+#ifdef TERNARY_TILES
 #include "body_tiles.h"
 #endif
 }  // namespace avx512vnni
@@ -93,15 +99,25 @@ const ternary::Kernels* ternary::avx512vnni_kernels() {
   return has ? &avx512vnni::table : nullptr;
 }
 
-const ternary::Kernels* ternary::amx_kernels() {
-#if __has_include(<amxint8intrin.h>)
-  static const Kernels table = avx512vnni::with_tiles(avx512vnni::table);
-  static const bool has = avx512vnni_kernels() && avx512vnni::has_tiles();
-  return has ? &table : nullptr;
-#else
-  return nullptr;
-#endif
+#ifdef TERNARY_TILES
+// Whether the processor has tiles and the system lets this process use them, which it has to be asked.
+static bool has_tiles() {
+  unsigned a, b, c, d;
+  constexpr unsigned kTiles = 1u << 24, kInt8Products = 1u << 25;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kTiles) || !(d & kInt8Products)) return false;
+  constexpr long kAskForState = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kAskForState, kTileData) == 0;
 }
+
+const ternary::Kernels* ternary::amx_kernels() {
+  static const bool has = avx512vnni_kernels() && has_tiles();
+  if (!has) return nullptr;
+  static const Kernels table = avx512vnni::with_tiles(avx512vnni::table);
+  return &table;
+}
+#else
+const ternary::Kernels* ternary::amx_kernels() { return nullptr; }
+#endif
 #else
 const ternary::Kernels* ternary::amx_kernels() { return nullptr; }
 const ternary::Kernels* ternary::avx512vnni_kernels() { return nullptr; }
