@@ -4,7 +4,7 @@
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
 #if defined(__linux__) && __has_include(<amxint8intrin.h>)  // so new is the compiler, and with it the assembler
-#define TERNARY_TILES
+#define TERNARY_AMX
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -81,7 +81,7 @@ static inline __m512 bytes_to_floats_(__m128i b) { return _mm512_cvtepi32_ps(_mm
 // lookup: of 16 floats those that the low four bits of each lane of i name.
 #define lookup(table, i) ((floats)_mm512_permutexvar_ps((__m512i)(i), _mm512_loadu_ps(table)))
 #include "body.h"
-#ifdef TERNARY_TILES
+#ifdef TERNARY_AMX
 #include "body_tiles.h"
 #endif
 }  // namespace avx512vnni
@@ -99,7 +99,7 @@ const ternary::Kernels* ternary::avx512vnni_kernels() {
   return has ? &avx512vnni::table : nullptr;
 }
 
-#ifdef TERNARY_TILES
+#ifdef TERNARY_AMX
 // Whether the processor has tiles and the system lets this process use them, which it has to be asked.
 static bool has_tiles() {
   unsigned a, b, c, d;

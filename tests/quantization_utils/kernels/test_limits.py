@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import platform
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from quantization_utils import kernels
-from quantization_utils.kernels import reference
+from quantization_utils.kernels import cpu, reference
 from quantization_utils.nodes import Node
 from quantization_utils.storage_checks import MAX_NODES
 from tests.nodes import BACKENDS, check, conv, images_of
@@ -20,6 +22,14 @@ pytestmark = pytest.mark.skipif("cpu" not in kernels.available_backends(), reaso
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists() or platform.machine() != "x86_64", reason="Linux on x86 only")
+def test_every_instruction_set_that_the_processor_has_can_be_chosen() -> None:
+    """One that got lost in compiling would be missed by nobody: the next best runs."""
+    flags = set(Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split())
+    needed = {"amx": {"amx_int8", "avx512_vnni"}, "avx512vnni": {"avx512_vnni"}, "avx2": {"avx2"}, "portable": set()}
+    assert cpu.isas() == tuple(isa for isa in cpu.ISAS if needed[isa] <= flags)
 
 
 def extremes(bits: int | str, pixels: int) -> tuple[list[Node], Tensor]:
