@@ -23,6 +23,8 @@ from torch import Tensor, nn
 
 Run = Callable[[], Any]
 
+FILES = tempfile.TemporaryDirectory()  # of the engines that take files; half a gigabyte a network, gone at the end
+
 
 def torch_fp32(model: nn.Module, x: Tensor) -> Run:
     return lambda: model(x)
@@ -47,7 +49,7 @@ def torch_bf16_compiled(model: nn.Module, x: Tensor) -> Run:
 
 def to_onnx(model: nn.Module, x: Tensor) -> str:
     """The model as an ONNX file for batches of x's shape; returns its path."""
-    path = str(Path(tempfile.mkdtemp()) / "model.onnx")
+    path = str(Path(tempfile.mkdtemp(dir=FILES.name)) / "model.onnx")
     # Plain tensors in, so that layers of 4-d images stay NCHW whatever the memory format of x.
     program = torch.onnx.export(model, (x.contiguous(),), dynamo=True, opset_version=18, verbose=False)
     program.save(path)
@@ -176,7 +178,7 @@ def _two_bit(model: nn.Module, x: Tensor) -> str:
                               [helper.make_tensor_value_info(value, TensorProto.FLOAT, shape)],
                               initializers)  # fmt: skip
     opsets = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]
-    path = str(Path(tempfile.mkdtemp()) / "two_bit.onnx")
+    path = str(Path(tempfile.mkdtemp(dir=FILES.name)) / "two_bit.onnx")
     save(helper.make_model(graph, opset_imports=opsets, ir_version=10), path)
     return path
 
