@@ -70,6 +70,7 @@ ROWS = [
     Row("qat_all_running_statistics", "float", [QAT],               replace(FINETUNE, statistics_images=0)),
     *[Row(f"qat_all_distilled_{share}_{t}", "float", [QAT], replace(FINETUNE, distill=share / 100, temperature=t))
       for share, t in ((50, 1), (50, 4), (90, 4))],  # percent of the loss, temperature
+    Row("qat_all_calibrated_distilled", "float", [CALIBRATED],  replace(FINETUNE, distill=0.5, temperature=4)),
     Row("float_l2_filters_50",  "float",     [Prune(l2_filters, 0.5, only=nn.Conv2d)],      SHORT),
     *[Row(f"qat_all_{score.__name__}_{p}", "float", [Prune(score, p / 100, only=nn.Conv2d), QAT], SHORT)
       for score in (random, l1, l2_filters, l1_global) for p in (30, 50, 70, 90)],
