@@ -48,6 +48,11 @@ class Recipe:
     clip_norm: float | None = None  # largest gradient norm
     statistics_images: int = 0  # training images, unaltered, that batch norm's statistics are taken from at the end
 
+    def __str__(self) -> str:
+        ramped = f", {self.ramp:.0%} ramp" if self.ramp else ""
+        distilled = f", {self.distill:.0%} distilled at T={self.temperature:g}" if self.distill else ""
+        return f"{self.epochs:g} epochs{ramped}{distilled}"
+
     def steps(self, images: int, budget: float = 1.0) -> int:
         """Optimizer steps for a training split of `images`, scaled by `budget`; at least one."""
         return max(1, round(self.epochs * self.steps_per_epoch(images) * budget))

@@ -173,11 +173,10 @@ def pruned_text(row: Row) -> str:
 
 def format_rows(model_name: str, rows: Sequence[Row]) -> str:
     """The table of rows for `--list`."""
-    lines = [f"{model_name}: {len(rows)} rows", f"{'row':<34} {'starts from':<14} {'trained':<12} transformed by"]
+    lines = [f"{model_name}: {len(rows)} rows", f"{'row':<34} {'starts from':<15} {'trained':<31} transformed by"]
     for row in rows:
-        trained = "-" if row.recipe is None else f"{row.recipe.epochs:g} epochs"
         transforms = " → ".join(str(t) for t in row.transforms) or "-"
-        lines.append(f"{row.name:<34} {row.parent or '-':<14} {trained:<12} {transforms}")
+        lines.append(f"{row.name:<34} {row.parent or '-':<15} {row.recipe or '-'!s:<31} {transforms}")
     lines.append(f"{sum(row.recipe.epochs for row in rows if row.recipe):g} epochs in all, for a data set and a seed")
     return "\n".join(lines)
 

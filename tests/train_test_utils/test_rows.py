@@ -84,6 +84,12 @@ def test_the_table_of_rows():
     assert lines[-1] == "12 epochs in all, for a data set and a seed"
 
 
+def test_the_table_of_rows_tells_recipes_apart():
+    recipe = Recipe(epochs=3, lr=0.1, ramp=0.3, distill=0.5, temperature=4)
+    line = format_rows("alexnet", [Row("x", None, [], recipe)]).splitlines()[2]
+    assert "3 epochs, 30% ramp, 50% distilled at T=4" in line
+
+
 def test_a_description_is_json_and_every_field_is_in_it():
     told = describe(ROWS[-1])
     assert json.loads(json.dumps(told)) == told
