@@ -29,23 +29,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from quantization_utils.network import PackedNetwork
-from quantization_utils.nodes import Node
+from quantization_utils.nodes import IMAGE, Node
 from quantization_utils.storage import load_model, save_model
 from train_test_utils.record import append_record
 
 
 def version_of_model(seed: int, width: int) -> PackedNetwork:
-    """A packed network with random codes: two linear layers, `width` wide, width² ternary weights in the second."""
+    """A packed network with random codes, `width` wide: a convolution over the whole image, two linear layers."""
     generator = torch.Generator().manual_seed(seed)
 
-    def linear(source: int, inputs: int, outputs: int, out_max: int | None) -> Node:
-        codes = torch.randint(-1, 2, (outputs, inputs), generator=generator, dtype=torch.int8)
-        return Node("linear", source, codes=codes, gain=torch.full((outputs,), 1e-3), bias=torch.zeros(outputs),
-                    relu=out_max is not None, out_max=out_max)  # fmt: skip
+    def node(op: str, source: int, shape: tuple[int, ...], out_max: int | None) -> Node:
+        codes = torch.randint(-1, 2, shape, generator=generator, dtype=torch.int8)
+        return Node(op, source, codes=codes, gain=torch.full(shape[:1], 1e-3), bias=torch.zeros(shape[0]),
+                    kernel=shape[2:] or (1, 1), relu=out_max is not None, out_max=out_max)  # fmt: skip
 
-    return PackedNetwork(
-        [linear(-1, 3 * 32 * 32, width, 255), linear(0, width, width, 255), linear(1, width, 10, None)]
-    )
+    first = node("conv", IMAGE, (width, 3, 32, 32), 255)
+    return PackedNetwork([first, node("linear", 0, (width, width), 255), node("linear", 1, (10, width), None)])
 
 
 def kill_while_saving(kills: int, folder: Path, width: int, seed: int = 0) -> dict[str, Any]:

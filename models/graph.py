@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
+import torch
 from torch import fx, nn
 from torch.nn.utils import parametrize
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+ADDITIONS = (operator.add, operator.iadd, torch.add)
+PASSES = (nn.Identity, nn.Dropout, nn.Dropout2d)  # in evaluation they put out what they read
 
 
 class ChainTracer(fx.Tracer):

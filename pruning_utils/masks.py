@@ -95,10 +95,8 @@ def strip_masks_(model: nn.Module) -> nn.Module:
 
 def effective_weight(layer: nn.Module) -> Tensor:
     """The weight a layer computes with, detached: of a ternary layer codes · scale, of any other its weight."""
-    if hasattr(layer, "quantized_weight"):
-        codes, scale_N = layer.quantized_weight()  # type: ignore[operator]
-        return codes.float() * scale_N.view(-1, *[1] * (codes.dim() - 1))
-    return layer.weight.detach()  # type: ignore[operator, return-value]
+    weight = layer.effective_weight() if hasattr(layer, "effective_weight") else layer.weight  # type: ignore[operator]
+    return weight.detach()  # type: ignore[union-attr, operator, return-value]
 
 
 def zero_fraction(model: nn.Module, only: Selection = None) -> float:

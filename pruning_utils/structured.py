@@ -10,13 +10,10 @@ from __future__ import annotations
 
 from torch import Tensor, fx, nn
 
-from models.graph import module_of, trace
+from models.graph import BATCH_NORMS, PASSES, module_of, trace
 from models.select import select_layers
 
 from .masks import apply_mask_
-
-PASSES_CHANNELS = (nn.Identity, nn.Dropout, nn.Dropout2d)
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
 
 def mask_filters_(layer: nn.Module, kept_N: Tensor, batch_norms: list[nn.Module]) -> None:
@@ -49,7 +46,7 @@ def _readers(model: nn.Module, node: fx.Node) -> list[nn.Module]:
     modules: list[nn.Module] = []
     for user in node.users:
         module = module_of(model, user)
-        if isinstance(module, PASSES_CHANNELS):
+        if isinstance(module, PASSES):
             modules += _readers(model, user)
         elif module is not None:
             modules.append(module)

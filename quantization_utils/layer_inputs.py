@@ -6,7 +6,6 @@ Post-training methods look at two networks side by side, the float one and the o
 from __future__ import annotations
 
 import contextlib
-import operator
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,10 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from models.graph import module_of, trace
-
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
-ADDITIONS = (operator.add, operator.iadd, torch.add)
+from models.graph import ADDITIONS, BATCH_NORMS, module_of, trace
 
 
 class _Reached(Exception):
@@ -153,7 +149,7 @@ def replayable_blocks(model: nn.Module, layers: list[str], images: Tensor) -> li
     stream = Stream(model, images, len(images))
     for name, _ in found:
         stream.enter(name)
-        replayed, wanted = stream.calls[0].args[:1], true_inputs[name]
+        replayed, wanted = stream.calls[0].args[:1] if stream.calls else (), true_inputs.get(name)
         if not replayed or not isinstance(wanted, Tensor) or not torch.allclose(replayed[0], wanted, equal_nan=True):
             return [("", layers)]
         stream.leave()

@@ -6,14 +6,13 @@ ternary codes do not change.
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from models.graph import module_of, trace
+from models.graph import ADDITIONS, BATCH_NORMS, PASSES, module_of, trace
 from models.normalize import Normalize
 
 from . import kernels
@@ -72,6 +71,7 @@ class _Value:
 
     index: int | None = None
     step: float = 1.0
+    normalize: Normalize | None = None  # of the image, to be folded into the layer that reads it
     open: Node | None = None  # gain and bias in float64, in real units
 
 
@@ -110,7 +110,6 @@ class _Builder:
     def __init__(self, model: nn.Module) -> None:
         self.model, self.nodes = model, list[Node]()
         self.values: dict[fx.Node, _Value] = {}
-        self.normalize: Normalize | None = None
 
     def build(self, graph: fx.Graph) -> list[Node]:
         for fx_node in graph.nodes:
@@ -130,18 +129,19 @@ class _Builder:
     def step(self, fx_node: fx.Node) -> _Value:
         if fx_node.kwargs or not fx_node.args:
             raise NotANetwork(f"{fx_node.target} is not called with values alone")
-        if fx_node.target in (operator.add, operator.iadd, torch.add):
+        if fx_node.target in ADDITIONS:
             return self.add(*map(self.value, fx_node.args))
         module, source = module_of(self.model, fx_node), fx_node.args[0]
         value = self.value(source)
         if isinstance(module, Normalize):
-            self.normalize = module
-            return value
+            if value.index != IMAGE or value.normalize is not None:
+                raise NotANetwork("a normalisation that does not read the image")
+            return replace(value, normalize=module)
         if isinstance(module, (BitConv2d, BitLinear)):
             return self.layer(module, value)
-        if isinstance(module, (nn.BatchNorm2d, nn.BatchNorm1d)):
+        if isinstance(module, BATCH_NORMS):
             return self.batch_norm(module, value)
-        if isinstance(module, (nn.Dropout, nn.Identity, nn.Flatten)):
+        if isinstance(module, (nn.Flatten, *PASSES)):
             return value
         if isinstance(module, nn.MaxPool2d) and value.index is not None:
             if module.ceil_mode or _pair(module.dilation) != (1, 1):
@@ -170,22 +170,8 @@ class _Builder:
             node = replace(node, op="conv", kernel=_pair(module.kernel_size), stride=_pair(module.stride),
                            padding=_pair(module.padding))  # fmt: skip
             if value.index == IMAGE:
-                gain_N, bias_N, node.pad_values = self.fold_normalization(codes, scale_N, bias_N)
+                gain_N, bias_N, node.pad_values = _fold_normalization(value.normalize, codes, scale_N, bias_N)
         return _Value(open=replace(node, gain=gain_N, bias=bias_N))
-
-    def fold_normalization(
-        self, codes: Tensor, scale_N: Tensor, bias_N: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Gain and bias of the first convolution for raw pixels p = 0 … 255, where its input was (p - mean_c) / std."""
-        if self.normalize is None:
-            return scale_N.double() / 255, bias_N, None
-        mean = self.normalize.mean
-        if len(set(self.normalize.std)) > 1 or any(m != int(m) or not 0 <= m <= 255 for m in mean):
-            raise NotANetwork("a normalisation that is not in whole pixels with one standard deviation")
-        gain_N = scale_N.double() / self.normalize.std[0]
-        mean_C = torch.tensor(mean, dtype=torch.float64, device=codes.device).expand(codes.shape[1])
-        offset_N = (codes.double().sum((2, 3)) * mean_C).sum(1)
-        return gain_N, bias_N - gain_N * offset_N, mean_C.to(torch.uint8)
 
     def batch_norm(self, module: nn.BatchNorm1d | nn.BatchNorm2d, value: _Value) -> _Value:
         if value.open is None or not module.affine or module.running_mean is None or module.running_var is None:
@@ -193,6 +179,8 @@ class _Builder:
         if value.open.residual is not None:  # whose gain is one number, where a batch norm has one a channel
             raise NotANetwork("a batch norm behind an addition")
         assert value.open.gain is not None and value.open.bias is not None
+        if module.num_features != len(value.open.gain):  # flattened pixels, say
+            raise NotANetwork("a batch norm of other channels than its layer's")
         # Weight and bias may be parametrized (a pruned filter's are masked): attribute access sees the masked values.
         factor_N = module.weight.detach().double() / (module.running_var.double() + module.eps).sqrt()
         bias_N = (value.open.bias - module.running_mean.double()) * factor_N + module.bias.detach().double()
@@ -236,6 +224,21 @@ class _Builder:
             raise NotANetwork("something else than a convolution, which takes in the normalisation, reads the image")
         self.nodes.append(node)
         return _Value(len(self.nodes) - 1, step)
+
+
+def _fold_normalization(
+    normalize: Normalize | None, codes: Tensor, scale_N: Tensor, bias_N: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gain and bias of the first convolution for raw pixels p = 0 … 255, where its input was (p - mean_c) / std."""
+    if normalize is None:
+        return scale_N.double() / 255, bias_N, None
+    mean = normalize.mean
+    if len(set(normalize.std)) > 1 or any(m != int(m) or not 0 <= m <= 255 for m in mean):
+        raise NotANetwork("a normalisation that is not in whole pixels with one standard deviation")
+    gain_N = scale_N.double() / normalize.std[0]
+    mean_C = torch.tensor(mean, dtype=torch.float64, device=codes.device).expand(codes.shape[1])
+    offset_N = (codes.double().sum((2, 3)) * mean_C).sum(1)
+    return gain_N, bias_N - gain_N * offset_N, mean_C.to(torch.uint8)
 
 
 def _pair(value: Any) -> tuple[int, int]:

@@ -3,36 +3,38 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from .bit_layers import PackedConv2d, PackedLinear
-from .network import PackedNetwork
 
+PACKED = (PackedLinear, PackedConv2d)
 MAX_CHANGED = 0.0005  # share of images whose class may change
 STRETCH = 32  # a thousand images are too few to see that share, so logits are moved this much further
+WORTH_HALVING = 32  # numbers: for fewer, the note in the file that they are float32 takes more than half of them saves
 MAX_RELATIVE_ERROR = 2**-10  # float16 rounds by at most 2^-11 unless a value is too small or too large for it
 
 
 @torch.no_grad()
 def with_float16_scales(model: nn.Module, images: Tensor, batch_size: int = 256) -> nn.Module:
-    """Return a copy of a packed model whose scales, gains and biases are float16 numbers, in float32 tensors.
+    """Return a copy of a packed model whose scales and biases are float16 numbers, in float32 tensors.
 
-    All are tried at once, then scales alone and biases alone. What changes the classes of too many `images`
+    Both are tried at once, then scales alone and biases alone. What changes the classes of too many `images`
     (B, 3, H, W) stays as it was: near zero their number grows in proportion to how far logits move, so `MAX_CHANGED`
     is held if at most `STRETCH` times that share changes when logits move `STRETCH` times as far. Codes are shared with
-    the model, which is not changed. A model without packed layers is returned as it is.
+    the model, which is not changed. A model without packed layers is returned as it is; a `PackedNetwork`, too, whose
+    next activations are rounded at other places if a gain is another by a hair.
     """
+    if not any(isinstance(m, PACKED) for m in model.modules()):
+        return model
     logits = _logits(model, images, batch_size)
-    for names in (("scale", "gain", "bias"), ("scale", "gain"), ("bias",)):
-        candidate, rounded = _rounded(model, names)
-        if rounded:
-            moved = logits + STRETCH * (_logits(candidate, images, batch_size) - logits)
-            changed = (moved.argmax(1) != logits.argmax(1)).double().mean().item()
-            if changed <= STRETCH * MAX_CHANGED:
-                return candidate
+    for names in (("scale", "bias"), ("scale",), ("bias",)):
+        candidate = _rounded(model, names)
+        moved = logits + STRETCH * (_logits(candidate, images, batch_size) - logits)
+        changed = (moved.argmax(1) != logits.argmax(1)).double().mean().item()
+        if changed <= STRETCH * MAX_CHANGED:
+            return candidate
     return model
 
 
@@ -44,30 +46,20 @@ def _logits(model: nn.Module, images: Tensor, batch_size: int) -> Tensor:
     return logits
 
 
-def _rounded(model: nn.Module, names: tuple[str, ...]) -> tuple[nn.Module, bool]:
-    """A copy with the named tensors of its packed layers rounded, and whether anything was."""
-    if isinstance(model, PackedNetwork):
-        nodes = [replace(node) for node in model.nodes]
-        for node in nodes:
-            for name in set(names) - {"scale"}:
-                setattr(node, name, _round(getattr(node, name), name))
-        return PackedNetwork(nodes, model.constructor, model.backend, model.image_shape), True
-    layers = [m for m in model.modules() if isinstance(m, (PackedLinear, PackedConv2d))]
-    if not layers:
-        return model, False
-    memo = {id(tensor): tensor for layer in layers for tensor in [layer.codes]}  # the large part is shared, not copied
-    new = copy.deepcopy(model, memo)
+def _rounded(model: nn.Module, names: tuple[str, ...]) -> nn.Module:
+    """A copy with the named tensors of its packed layers rounded."""
+    layers = [m for m in model.modules() if isinstance(m, PACKED)]
+    new = copy.deepcopy(model, {id(layer.codes): layer.codes for layer in layers})  # the large part is shared
     for layer in new.modules():
-        if isinstance(layer, (PackedLinear, PackedConv2d)):
+        if isinstance(layer, PACKED):
             for name in names:
-                if name != "gain":
-                    setattr(layer, name, _round(getattr(layer, name), name))
-    return new, True
+                setattr(layer, name, _round(getattr(layer, name), name))
+    return new
 
 
 def _round(tensor: Tensor | None, name: str) -> Tensor | None:
-    if tensor is None:
-        return None
+    if tensor is None or tensor.numel() < WORTH_HALVING:
+        return tensor
     rounded = tensor.half().float()
     good = bool(rounded.isfinite().all())
     if name != "bias":  # a bias near zero may lose its last digits; a scale may not

@@ -22,7 +22,7 @@ from .file_format import VERSION, ModelFileError, Stored, dump_json, parse_json,
 from .network import PackedNetwork
 from .packing import Bits, pack_codes, unpack_codes
 from .rebuilding import normalization_of, rebuild
-from .scale_rounding import with_float16_scales
+from .scale_rounding import WORTH_HALVING, with_float16_scales
 from .storage_checks import (
     DTYPE_OF,
     NODE_DEFAULTS,
@@ -52,9 +52,9 @@ def save_model(
     """Write a packed or float model to one file, atomically; return its length in bytes. The model is not changed.
 
     `metadata`: JSON values that travel along: training provenance, measured accuracy; "classes", if there, is a list of
-    their names. What `load_model` returns can be given back. `calibration_images` (B, 3, H, W): scales, gains and
-    biases are stored as float16 where that changes next to no class (`scale_rounding`); without images they stay
-    float32. Saving a loaded file gives the same bytes.
+    their names. What `load_model` returns can be given back. `calibration_images` (B, 3, H, W): scales and biases of
+    packed layers are stored as float16 where that changes next to no class (`scale_rounding`); without images they stay
+    float32, as gains and biases of a `PackedNetwork` do. Saving a loaded file gives the same bytes.
 
     Raises:
         ValueError: the model is not packed yet, or cannot be rebuilt from `model.constructor`; metadata is not JSON.
@@ -182,21 +182,20 @@ def _to_record(name: str, item: tuple[Tensor, Bits | None]) -> Record:
     if tensor.dtype not in SAFETENSORS_DTYPE:
         raise ValueError(f"tensor {name!r} is {tensor.dtype}, which a file cannot hold")
     dtype = DTYPE_OF[SAFETENSORS_DTYPE[tensor.dtype]]
-    stored = tensor.half() if _is_float16(tensor) else tensor
+    stored = tensor.half() if is_float16(tensor) else tensor
     data = stored.view(-1).view(torch.uint8).numpy() if stored.numel() else b""
     return Record(Stored(SAFETENSORS_DTYPE[stored.dtype], tuple(stored.shape), data), tuple(tensor.shape), dtype)
 
 
-def _is_float16(tensor: Tensor) -> bool:
+def is_float16(tensor: Tensor) -> bool:
     """Whether a float32 tensor survives float16 bit for bit; a few values usually tell."""
 
     def survives(part: Tensor) -> bool:
         return torch.equal(part.half().float().view(torch.int32), part.view(torch.int32))
 
-    # For fewer than 32 numbers the note that they are float32 takes more than half of them saves.
     return (
         tensor.dtype == torch.float32
-        and tensor.numel() >= 32
+        and tensor.numel() >= WORTH_HALVING
         and survives(tensor.view(-1)[:64])
         and survives(tensor.view(-1))
     )

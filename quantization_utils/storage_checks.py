@@ -167,6 +167,7 @@ def check_network(network: Any, records: Mapping[str, Record], classes: int | No
         used |= {f"nodes.{index}.{t}" for t in held}
         for tensor, record in held.items():
             require(record.dtype == NODE_DTYPES[tensor], f"tensor 'nodes.{index}.{tensor}' is {record.dtype}")
+        require(node.input != IMAGE or node.op == "conv", f"{where} reads the image and is no convolution")
         require(integer[node.input], f"{where} reads node {node.input}, which puts out no codes")
         shapes[index] = _output_shape(node, {t: r.shape for t, r in held.items()}, shapes[node.input], where)
         if node.op in ("conv", "linear"):

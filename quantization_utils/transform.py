@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
-from models.graph import module_of, put_module, replace_module, trace
+from models.graph import PASSES, module_of, put_module, replace_module, trace
 from models.normalize import Normalize
 from models.select import Selection, select_layers
 
@@ -168,7 +168,7 @@ def _insert_static_quantizers(model: nn.Module) -> dict[str, Quantized]:
 
 def _producer(model: nn.Module, fx_node: Any) -> fx.Node:
     """The node whose values `fx_node` passes on: back through pools, flattening, dropout."""
-    while isinstance(module_of(model, fx_node), (nn.MaxPool2d, nn.Flatten, nn.Dropout, nn.Identity)):
+    while isinstance(module_of(model, fx_node), (nn.MaxPool2d, nn.Flatten, *PASSES)):
         fx_node = fx_node.all_input_nodes[0]
     return fx_node
 

@@ -21,34 +21,13 @@ from quantization_utils.network import PackedNetwork
 from quantization_utils.nodes import IMAGE
 from quantization_utils.packed_encoder import layer_by_layer
 from quantization_utils.packing import Bits, entropy_bits
-from quantization_utils.storage import _is_float16  # the writer's own rule, so that the bound is one of that very file
+from quantization_utils.storage import is_float16
 
 LOG2_3 = math.log2(3)
 CPU_BATCH_MACS = 2e10  # of the large batch on a CPU: a few tenths of a second a call
 
 
 # Time
-
-
-def latency(
-    model: nn.Module, image_size: int = 32, batch: int = 1, *, device: torch.device | str = "cpu",
-    seconds: float = 1.0, repeats: int = 200, threads: int | None = None,
-) -> dict[str, float]:  # fmt: skip
-    """{"p50_ms", "p90_ms"}: median and 90th percentile of one call with `batch` images.
-
-    As many calls as fit into `seconds`, at most `repeats`, at least three. `threads`: None leaves torch's number.
-    """
-    times = _times([model], _images(batch, image_size, device), seconds, repeats, threads)[0]
-    return {"p50_ms": 1e3 * _quantile(times, 0.5), "p90_ms": 1e3 * _quantile(times, 0.9)}
-
-
-def throughput(
-    model: nn.Module, image_size: int = 32, batch: int = 256, *, device: torch.device | str = "cpu",
-    seconds: float = 1.0, threads: int | None = None,
-) -> float:  # fmt: skip
-    """Images per second at a large batch (median call)."""
-    times = _times([model], _images(batch, image_size, device), seconds, 200, threads)[0]
-    return batch / _quantile(times, 0.5)
 
 
 def latency_beside(
@@ -215,7 +194,7 @@ def ideal_bytes(model: nn.Module) -> int:
         if tensor.dtype == torch.int8:
             bits += entropy_bits(tensor)
         else:
-            bits += 8 * tensor.nbytes / (2 if _is_float16(tensor.contiguous()) else 1)
+            bits += 8 * tensor.nbytes / (2 if is_float16(tensor.contiguous()) else 1)
     return math.ceil(bits / 8)
 
 

@@ -36,7 +36,7 @@ class Recipe:
     lr: float  # peak, for the whole batch
     optimizer: Callable[[ParameterGroups, float], torch.optim.Optimizer] = sgd
     batch_size: int = 128
-    weight_decay: float = 5e-4  # on matrices and kernels only; never on biases, norms and activation steps
+    weight_decay: float = 5e-4  # on matrices, kernels and embeddings; never on biases, norms and activation steps
     warmup: float = 0.1
     label_smoothing: float = 0.0
     ema: float | None = None  # decay per step of the averaged weights that are the result; None: the last weights

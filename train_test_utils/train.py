@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from collections.abc import Callable
@@ -22,10 +21,10 @@ from quantization_utils.bit_layers import BitConv2d, BitLinear
 from . import distributed
 from .checkpoint import first_line, load_state, save_state
 from .data import augment, epoch_order, to_float
-from .dataset import ImageDataset
+from .dataset import ImageDataset, Split
 from .recipe import Recipe
 
-LOOK_EVERY = 20  # steps between two looks at the loss: each makes a GPU wait
+LOOK_EVERY = 20  # steps between two looks at the loss, where states are saved, too: each makes a GPU wait
 
 
 class NonFiniteLoss(ValueError):
@@ -105,23 +104,12 @@ def train(
         for layer in bit_layers:
             layer.quantized_part = recipe.quantized_part_at(step, steps)
 
-        images = to_float(
-            augment(
-                train_split.images[batch], crop_padding=recipe.crop_padding, flip=dataset.flip, cutout=recipe.cutout
-            )
-        ).contiguous(memory_format=torch.channels_last)
-        labels = train_split.labels[batch]
+        images, labels = _augmented(dataset, batch, recipe), train_split.labels[batch]
         with autocast:
             logits = runner(images)
             teacher_logits = _soft_targets(teacher, images)
         loss = _loss(logits.float(), labels, teacher_logits, recipe)
-        optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
-        if recipe.clip_norm is not None:
-            scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
-        scaler.step(optimizer)
-        scaler.update()
+        _step(loss, model, optimizer, scaler, recipe)
         if averaged is not None:
             averaged.update_parameters(model)
 
@@ -132,8 +120,8 @@ def train(
         sums[:3] += distributed.summed(figures)
         sums[3] = torch.where(torch.isfinite(figures[0]) | (sums[3] >= 0), sums[3], step)
         last_of_epoch = position == steps_per_epoch - 1 or step == steps - 1
-        due = state_path is not None and time.monotonic() - saved_at > setup.checkpoint_seconds
-        if step % LOOK_EVERY == 0 or last_of_epoch or due:
+        looks = step % LOOK_EVERY == 0 or last_of_epoch
+        if looks:  # all processes at the same steps, so that they stop together
             record = _look(sums, position + 1, epoch + 1, lr, state_path)
             shown = {"loss": f"{record['train_loss']:.3f}", "acc": f"{record['train_accuracy_pct']:.1f}%"}
             progress.set_postfix(shown, refresh=False, lr=f"{lr:.2g}")
@@ -142,7 +130,7 @@ def train(
             on_epoch(record | {"step": step + 1, "train_seconds": round(time.monotonic() - began, 3)})
             sums.fill_(0)
             sums[3] = -1
-        if due and rank == 0:
+        if looks and rank == 0 and state_path and time.monotonic() - saved_at > setup.checkpoint_seconds:
             reached = {"step": step + 1, "sums": sums, "seconds": time.monotonic() - began}
             save_state(reached | {k: v.state_dict() for k, v in parts.items()}, state_path)
             saved_at = time.monotonic()
@@ -152,12 +140,8 @@ def train(
         layer.quantized_part = 1.0  # whatever part of its way a ramp has come
     if averaged is not None:
         model.load_state_dict(averaged.module.state_dict())
-    if recipe.statistics_images:  # running averages lag behind weights that move: far, after few steps
-        torch.manual_seed(seed)  # dropout; a run may have been interrupted after its last step
-        chosen = epoch_order(len(train_split), seed, 0, device)[: recipe.statistics_images]
-        if len(chosen) % recipe.batch_size == 1 < len(chosen):
-            chosen = chosen[:-1]  # one image alone has no variance
-        update_bn((to_float(train_split.images[batch]) for batch in chosen.split(recipe.batch_size)), model)
+    if recipe.statistics_images:
+        _estimate_statistics(model, train_split, recipe, seed)
     return model.eval()
 
 
@@ -174,6 +158,35 @@ def _resume(parts: dict[str, Any], path: Path | None, device: torch.device) -> t
         raise ValueError(
             f"{path} is not the state of this training ({first_line(error)}): delete it to start the row anew"
         ) from error
+
+
+def _augmented(dataset: ImageDataset, batch: Tensor, recipe: Recipe) -> Tensor:
+    """The training images of these numbers, altered at random, float32 in [0, 1]."""
+    images = augment(
+        dataset.train.images[batch], crop_padding=recipe.crop_padding, flip=dataset.flip, cutout=recipe.cutout
+    )
+    return to_float(images).contiguous(memory_format=torch.channels_last)
+
+
+def _step(
+    loss: Tensor, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, recipe: Recipe
+) -> None:
+    optimizer.zero_grad(set_to_none=True)
+    scaler.scale(loss).backward()
+    if recipe.clip_norm is not None:
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
+    scaler.step(optimizer)
+    scaler.update()
+
+
+def _estimate_statistics(model: nn.Module, split: Split, recipe: Recipe, seed: int) -> None:
+    """Batch norm's statistics anew: running averages lag behind weights that move, far after few steps."""
+    torch.manual_seed(seed)  # dropout; a run may have been interrupted after its last step
+    chosen = epoch_order(len(split), seed, 0, split.images.device)[: recipe.statistics_images]
+    if len(chosen) % recipe.batch_size == 1 < len(chosen):
+        chosen = chosen[:-1]  # one image alone has no variance
+    update_bn((to_float(split.images[batch]) for batch in chosen.split(recipe.batch_size)), model)
 
 
 def _soft_targets(teacher: nn.Module | None, images: Tensor) -> Tensor | None:
@@ -197,7 +210,7 @@ def _loss(logits: Tensor, labels: Tensor, teacher_logits: Tensor | None, recipe:
 
 def _look(sums: Tensor, batches: int, epoch: int, lr: float, state_path: Path | None) -> dict[str, Any]:
     loss, correct, images, bad_step = sums.tolist()
-    if bad_step >= 0 or not math.isfinite(loss):
+    if bad_step >= 0:
         saved = state_path is not None and state_path.exists()
         kept = f"the last good state is {state_path}" if saved else "nothing was saved yet"
         step = int(bad_step)

@@ -155,7 +155,24 @@ class Twice(nn.Module):
         return self.last(self.first(self.first(x)))
 
 
-@pytest.mark.parametrize("kind", [Dense, Twice])
+class Holder(nn.Module):
+    """Holds a layer and never runs itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+
+class AroundHolders(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = Holder(), Holder()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last.layer(self.first.layer(x))
+
+
+@pytest.mark.parametrize("kind", [Dense, Twice, AroundHolders])
 def test_blocks_that_cannot_be_replayed_are_one(kind: type[nn.Module]) -> None:
     model, x = kind(), torch.randn(2, 4)
     names = list(execution_order(model, x))

@@ -129,8 +129,8 @@ def test_shortcuts_are_residuals_and_projections_nodes_of_their_own():
 def spoil(which: str) -> nn.Module:
     """A calibrated chain that cannot be a list of nodes."""
     model = make("alexnet_like")
-    if which == "a grouped convolution":
-        model[5] = nn.Conv2d(8, 13, 3, padding=1, groups=1, dilation=1, bias=False, padding_mode="reflect")
+    if which == "reflected padding":
+        model[5] = nn.Conv2d(8, 13, 3, padding=1, bias=False, padding_mode="reflect")
         model.eval()
     if which == "a float layer":
         return calibrate_(quantize_(model, keep=["1"]), images(8))
@@ -145,14 +145,14 @@ def spoil(which: str) -> nn.Module:
 
 @pytest.mark.parametrize(
     "which",
-    ["a float layer", "no calibration", "a normalisation that is not in whole pixels", "a grouped convolution",
+    ["a float layer", "no calibration", "a normalisation that is not in whole pixels", "reflected padding",
      "a weight-only layer"],
 )  # fmt: skip
 def test_what_is_not_a_network_is_packed_layer_by_layer(which):
     model = spoil(which)
     with pytest.raises(NotANetwork):
         to_nodes(model)
-    if which != "a grouped convolution":  # its reflected padding cannot be packed at all
+    if which != "reflected padding":  # which cannot be packed at all
         assert not isinstance(pack_(model), PackedNetwork)
 
 
@@ -189,6 +189,8 @@ class Joint(nn.Module):
         (nn.AdaptiveAvgPool2d(2), 2),
         *((Joint(name), 16) for name in JOINTS if name != "a sum"),
         (nn.Sequential(nn.Conv2d(8, 8, 1, padding=1), nn.ReLU()), 18),
+        (nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=2), nn.ReLU()), 16),
+        (nn.Sequential(nn.Conv2d(8, 8, 3, padding=2, dilation=2), nn.ReLU()), 16),
     ],
     ids=str,
 )
@@ -209,6 +211,25 @@ def test_a_chain_for_images_of_another_size_is_packed_layer_by_layer():
     batch = torch.rand(4, 3, 20, 20)
     expected = calibrate_(quantize_(model), batch)(batch)
     torch.testing.assert_close(pack_(model)(batch), expected, rtol=0, atol=1e-4)
+
+
+NOT_FOLDED = {
+    "two normalisations": [Normalize(), Normalize((10, 10, 10), (5, 5, 5)), nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten()],
+    "a normalisation later on": [nn.Conv2d(3, 3, 3), nn.ReLU(), Normalize((1, 1, 1), (5, 5, 5)), nn.Flatten()],
+    "a batch norm of flattened pixels": [Normalize(), nn.Conv2d(3, 4, 25), nn.Flatten(), nn.BatchNorm1d(256), nn.ReLU()],
+}
+
+
+@pytest.mark.parametrize("layers", NOT_FOLDED.values(), ids=NOT_FOLDED)
+def test_what_does_not_fold_is_not_lost(layers):
+    torch.manual_seed(0)
+    inputs = nn.Sequential(*layers).eval()(images(2)).shape[1]
+    model = nn.Sequential(*layers, nn.Linear(inputs, 5)).eval()
+    batch = images(8)
+    expected = calibrate_(quantize_(model), batch)(batch)
+    packed = pack_(model)
+    assert not isinstance(packed, PackedNetwork)
+    torch.testing.assert_close(packed(batch), expected, rtol=0, atol=1e-4)
 
 
 def test_transformers_are_not_chains():

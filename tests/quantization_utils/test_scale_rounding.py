@@ -16,10 +16,12 @@ FINE = 1 + 2.0**-13  # float16 takes it for 1
 
 
 def two_classes(scale: list[float], bias: list[float], codes: tuple[int, int] = (1, 1)) -> nn.Module:
-    """The logits of a picture x are codes[i] · scale[i] · x[0] + bias[i]."""
-    codes_NK = torch.zeros(2, 3 * 32 * 32, dtype=torch.int8)
-    codes_NK[:, 0] = torch.tensor(codes)
-    return nn.Sequential(nn.Flatten(), PackedLinear(codes_NK, torch.tensor(scale), torch.tensor(bias), "ternary", None))
+    """Two logits of a picture x are codes[i] · scale[i] · x[0] + bias[i]; thirty never are the largest."""
+    codes_NK = torch.zeros(32, 3 * 32 * 32, dtype=torch.int8)
+    codes_NK[:2, 0] = torch.tensor(codes)
+    scale_N, bias_N = torch.ones(32), torch.full((32,), -100.0)
+    scale_N[:2], bias_N[:2] = torch.tensor(scale), torch.tensor(bias)
+    return nn.Sequential(nn.Flatten(), PackedLinear(codes_NK, scale_N, bias_N, "ternary", None))
 
 
 def is_float16(tensor: Tensor) -> bool:
@@ -40,7 +42,7 @@ def test_what_classes_hang_on_stays_as_it_was(scale, bias, scale_rounded, bias_r
     model = two_classes(scale, bias)
     rounded = with_float16_scales(model, 0.5 + images(64) / 2)
     assert (is_float16(rounded[1].scale), is_float16(rounded[1].bias)) == (scale_rounded, bias_rounded)
-    assert torch.equal(model[1].scale, torch.tensor(scale)) and torch.equal(model[1].bias, torch.tensor(bias))
+    assert torch.equal(model[1].scale[:2], torch.tensor(scale)) and torch.equal(model[1].bias[:2], torch.tensor(bias))
     assert rounded[1].codes.data_ptr() == model[1].codes.data_ptr()
 
 
@@ -55,15 +57,16 @@ def test_a_few_images_near_to_changing_are_allowed(near):
 
 
 @pytest.mark.parametrize("kind", ["alexnet_like", "resnet_like"])
-def test_of_a_network_gains_and_biases_are_rounded(kind):
-    torch.manual_seed(1)
-    x = images(32)
-    model = pack_(calibrate_(quantize_(make(kind)), x))
-    assert isinstance(model, PackedNetwork)
-    rounded = with_float16_scales(model, x[:2])
-    changed = [(old, new) for old, new in zip(model.nodes, rounded.nodes, strict=True) if old.gain is not new.gain]
-    assert changed and all(is_float16(new.gain) and not is_float16(old.gain) for old, new in changed)
-    assert all(old.codes is new.codes for old, new in changed)
+def test_a_network_is_returned(kind):
+    model = pack_(calibrate_(quantize_(make(kind)), images(32)))
+    assert isinstance(model, PackedNetwork) and with_float16_scales(model, images(2)) is model
+
+
+def test_few_numbers_stay_as_they_are():
+    """Half of them would be no shorter in the file."""
+    layer = PackedLinear(torch.ones(31, 3072, dtype=torch.int8), torch.full((31,), FINE), None, "ternary", None)
+    rounded = with_float16_scales(nn.Sequential(nn.Flatten(), layer), images(2))
+    assert torch.equal(rounded[1].scale, layer.scale)
 
 
 def test_a_float_model_is_returned():

@@ -71,6 +71,7 @@ def test_an_interrupted_run_ends_in_the_same_bits(recipe, saves, tmp_path, monke
         if done == saves:
             raise Stop
 
+    monkeypatch.setattr(train_module, "LOOK_EVERY", 1)  # and with it a state after every step
     monkeypatch.setattr(train_module, "save_state", save_and_stop)
     begun: list[dict] = []
     with pytest.raises(Stop):
@@ -83,7 +84,8 @@ def test_an_interrupted_run_ends_in_the_same_bits(recipe, saves, tmp_path, monke
     assert without_time[0] == without_time[1]
 
 
-def test_a_run_broken_off_between_epochs(tmp_path):
+def test_a_run_broken_off_between_epochs(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_module, "LOOK_EVERY", 1)
     data, path = dataset(), tmp_path / "last.pt"
     whole = train(model(), data, PLAIN, Setup(CPU))
 
@@ -146,7 +148,8 @@ class Bomb(nn.Module):
         return self.linear(x.mean((2, 3))) * (math.nan if self.left < 0 else 1.0)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path):
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_module, "LOOK_EVERY", 1)
     path = tmp_path / "last.pt"
     with pytest.raises(NonFiniteLoss, match=f"not finite at step 3; the last good state is {path}"):
         train(Bomb(3), dataset(), PLAIN, Setup(CPU, checkpoint_seconds=-1), state_path=path)
