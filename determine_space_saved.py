@@ -11,6 +11,7 @@ training.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -22,7 +23,7 @@ from models import build
 from quantization_utils import calibrate_, pack_, quantize_
 from quantization_utils.inspection import FileReport, gzip_float_bytes, inspect_file
 from quantization_utils.storage import ModelFileError, save_model
-from train_test_utils.cli import sentence
+from train_test_utils.cli import Parser, sentence
 
 VIT_B_16 = {
     "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072,
@@ -114,7 +115,7 @@ def print_file(path: str) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", help="packed model files; none: the models of the study")
     parser.add_argument("--layers", action="store_true", help="a line for each layer (always shown for files)")
     parser.add_argument("--record", action="store_true", help="append the sizes to results/files/sizes.jsonl")
@@ -126,6 +127,8 @@ def main(arguments: list[str] | None = None) -> int:
                 record(reports)
         for path in options.files:
             print_file(path)
+    except BrokenPipeError:  # whoever reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ModelFileError, OSError) as error:
         print(f"determine_space_saved.py: {sentence(error)}", file=sys.stderr)
         return 2

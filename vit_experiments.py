@@ -70,10 +70,9 @@ def rows(options: dict) -> list[Row]:
     ]  # fmt: skip
 
 
+OPTIONS = {"checkpoint": "google/vit-base-patch16-224-in21k"}  # of the model, unless --options says otherwise
+QUICK_OPTIONS = {"checkpoint": None, "width": 128, "depth": 4}
 QUICK = ("float", "ptq_linear", "ptq_all", "qat_all", "qat_linear_l1_50", "qat_linear_l2_filters_50")
 
 if __name__ == "__main__":
-    main(
-        "vit", rows, QUICK, quick_options={"checkpoint": None, "width": 128, "depth": 4},
-        checkpoint="google/vit-base-patch16-224-in21k",
-    )  # fmt: skip
+    main("vit", rows, QUICK, QUICK_OPTIONS, **OPTIONS)

@@ -11,17 +11,18 @@ second smallest of nine runs, near the best that the machine can do.
 our engine executes, by the plain algorithm and without padding taps, at the measured rate of the processor: all of the
 model's, but of a ViT's last layer the output of attention and the MLP for the class token only ("model_multiply_adds"
 counts them for all tokens, as other engines may). Appends to results/latency/peers.jsonl, on a processor with AMX,
-whose int8 engines are others, to peers_amx.jsonl.
+whose int8 engines are others, to peers_amx.jsonl; of lines with the same case, batch and "flushed" the READMEs' tables
+show the last.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import json
 import os
 import random
 import sys
+import tempfile
 import time
 import traceback
 import warnings
@@ -36,7 +37,7 @@ from torch import Tensor, nn
 
 from benchmarks import peers
 from benchmarks.limits import machine_limits
-from train_test_utils.record import ROOT, append_record
+from train_test_utils.record import append_record
 
 LEAST_ROUNDS = 12  # that an interval of 95% is of
 KINDS = {"float": peers.FLOAT, "int8": peers.INT8, "2bit": peers.TWO_BIT}
@@ -109,6 +110,17 @@ def multiply_adds(model: nn.Module, x: Tensor) -> tuple[int, int]:
     return executed, total
 
 
+def build(builder: peers.Builder, case: str, model: nn.Module, x: Tensor, folder: Path) -> peers.Run:
+    """The engine, which has run once; PyTorch gets convolution networks in the layout that it is faster in."""
+    channels_last = case in ("alexnet", "resnet_18") and "torch" in builder.__name__
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    if x.dim() == 4:
+        model, x = copy.deepcopy(model).to(memory_format=layout), x.contiguous(memory_format=layout)
+    run = builder(model, x, folder)
+    run()
+    return run
+
+
 def prepare(
     case: str, batch: int, wanted: list[str], act_bits: int
 ) -> tuple[dict[str, peers.Run], dict[str, str], tuple[int, int]]:
@@ -118,30 +130,23 @@ def prepare(
     packed = packed_model(model, case, act_bits)
     engines: dict[str, peers.Run] = {"ours": lambda: packed(x)}
     missing: dict[str, str] = {}
-    for builder in (b for kind in KINDS.values() for b in kind):
-        if builder in peers.TWO_BIT and case != "fc":
-            continue
-        if builder is peers.ort_int8_dynamic and case not in ("vit", "fc"):
-            continue  # dynamic quantization is for transformers; convolutions have the static engine
-        if wanted and builder.__name__ not in wanted:
-            missing[builder.__name__] = "not asked for"
-            continue
-        try:
-            layout = (
-                torch.channels_last
-                if case in ("alexnet", "resnet_18") and "torch" in builder.__name__
-                else torch.contiguous_format
-            )
-            adapted = copy.deepcopy(model).to(memory_format=layout) if x.dim() == 4 else model
-            run = builder(adapted, x.contiguous(memory_format=layout) if x.dim() == 4 else x)
-            run()
-            engines[builder.__name__] = run
-        except Exception as error:  # an engine that is absent or fails is a line in the table, not the end of it
-            missing[builder.__name__] = (
-                f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error) else ''}"
-            )
-            if os.environ.get("DEBUG"):
-                traceback.print_exc()
+    with tempfile.TemporaryDirectory() as folder:
+        for builder in (b for kind in KINDS.values() for b in kind):
+            if builder in peers.TWO_BIT and case != "fc":
+                continue
+            if builder is peers.ort_int8_dynamic and case not in ("vit", "fc"):
+                continue  # dynamic quantization is for transformers; convolutions have the static engine
+            if wanted and builder.__name__ not in wanted:
+                missing[builder.__name__] = "not asked for"
+                continue
+            try:
+                engines[builder.__name__] = build(builder, case, model, x, Path(folder))
+            except Exception as error:  # an engine that is absent or fails is a line in the table, not the end of it
+                missing[builder.__name__] = (
+                    f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error) else ''}"
+                )
+                if os.environ.get("DEBUG"):
+                    traceback.print_exc()
     return engines, missing, multiply_adds(model, x)
 
 
@@ -218,19 +223,6 @@ def report(case: str, batch: int, flushed: bool, times: dict[str, np.ndarray], l
     }
 
 
-def forget(name: str, case: str, batch: int, flushed: bool) -> None:
-    """Drop the earlier row of the same measurement from results/<name>.jsonl."""
-    path = ROOT / "results" / f"{name}.jsonl"
-    if path.exists():
-        rows = [line for line in path.read_text().splitlines() if line]
-        kept = [
-            line
-            for line in rows
-            if [json.loads(line)[key] for key in ("case", "batch", "flushed")] != [case, batch, flushed]
-        ]
-        path.write_text("".join(line + "\n" for line in kept))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -262,7 +254,6 @@ def main() -> None:
                 warm_ups, repetitions = (0, 5) if flushed else (10, 10) if batch == 1 else (1, 2)
                 times = measure(engines, args.rounds, warm_ups, repetitions, flushed, args.seconds)
                 figures = report(case, batch, flushed, times, work / limits["peak_multiply_adds_per_s"] * 1e3)
-                forget(name, case, batch, flushed)
                 aims = {} if flushed or limits["isa"] == "amx" else AIMS.get((case, batch), {})
                 plain = round(figures["of_direct_limit_pct"] * model_work / work, 1)
                 append_record(name, {**figures, "aims": aims, **limits, "missing": missing, "multiply_adds": work,

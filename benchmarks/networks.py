@@ -8,7 +8,8 @@
 The direct limit of a node is its multiply-adds at the measured rate of the processor, or its 2-bit weights at the
 measured reading rate, whichever is longer; Winograd needs 2.25 (stride 2: 1.44) times fewer multiply-adds and may pass
 it. The time of a node is the second smallest of nine runs of the network, near the best that the machine can do;
-latency_vs_peers.py takes medians. Writes results/latency/<the table's name>.jsonl anew.
+latency_vs_peers.py takes medians. Appends to results/latency/<the table's name>.jsonl; of lines that measure the same
+the tables show the last.
 
 A block is one input of as many output channels as a vector register has lanes: the least that a kernel can skip. Of
 each kind of layer, the one of a network with the most of them is shown. Weights are those of the networks in runs/
@@ -221,7 +222,6 @@ def main() -> None:
     parser.add_argument("what", choices=["layers", "pruned", "zero_blocks", "overhead"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 32])
     args = parser.parse_args()
-    (ROOT / "results" / "latency" / f"{args.what}.jsonl").unlink(missing_ok=True)
     if args.what == "zero_blocks":
         zero_blocks(args.batches)
     else:

@@ -10,13 +10,15 @@ at random or in whole filters.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import resource
 import statistics
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -60,26 +62,22 @@ def measured(work: Any) -> dict[str, float]:
     return {"seconds": seconds, "peak_mb": peak[0] - start_mb}
 
 
-def _save(path: str, results: Any) -> None:
+def _save(path: str) -> dict[str, Any]:
     torch.manual_seed(0)
     model = quantize_(build("vit", 10, config=VIT_B_16).eval())
     packing = measured(lambda: pack_(model))
-    results.put({"pack_": packing, "save_model": measured(lambda: save_model(model, path))})
+    return {"pack_": packing, "save_model": measured(lambda: save_model(model, path))}
 
 
-def _load(path: str, results: Any) -> None:
+def _load(path: str) -> dict[str, Any]:
     build("vit", 2, depth=1, width=64)  # imports transformers
-    results.put({"load_model": measured(lambda: load_model(path))})
+    return {"load_model": measured(lambda: load_model(path))}
 
 
-def in_a_process(work: Any, path: str) -> dict[str, Any]:
-    context = multiprocessing.get_context("spawn")
-    results = context.SimpleQueue()
-    process = context.Process(target=work, args=(path, results))
-    process.start()
-    figures = results.get()
-    process.join()
-    return figures
+def in_a_process(work: Callable[[str], dict[str, Any]], path: str) -> dict[str, Any]:
+    """work(path) in a process of its own. Raises BrokenProcessPool if that is killed, say for want of memory."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(work, path).result()
 
 
 def vit_b_16(repeats: int, folder: str) -> dict[str, Any]:

@@ -6,13 +6,15 @@ calibration.
 
 Tried and left out: MNN 3.6.1's quantizer and OpenVINO 2026.4's compiler of 2-bit constants abort the process on these
 networks; ncnn's package has no tool that makes an int8 model.
+
+Engines that read a file get the model's one export in `folder`, and have read it when they are built: a folder is for
+one model and one shape of images, and can go when the last engine is built.
 """
 
 from __future__ import annotations
 
 import copy
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,38 +24,38 @@ import torch
 from torch import Tensor, nn
 
 Run = Callable[[], Any]
+Builder = Callable[[nn.Module, Tensor, Path], Run]
 
-FILES = tempfile.TemporaryDirectory()  # of the engines that take files; half a gigabyte a network, gone at the end
 
-
-def torch_fp32(model: nn.Module, x: Tensor) -> Run:
+def torch_fp32(model: nn.Module, x: Tensor, folder: Path) -> Run:
     return lambda: model(x)
 
 
-def torch_bf16(model: nn.Module, x: Tensor) -> Run:
+def torch_bf16(model: nn.Module, x: Tensor, folder: Path) -> Run:
     """The model itself in bf16 (autocast would convert the weights at every call); images arrive as float32."""
     half = copy.deepcopy(model).to(torch.bfloat16)
     return lambda: half(x.to(torch.bfloat16))
 
 
-def torch_fp32_compiled(model: nn.Module, x: Tensor) -> Run:
+def torch_fp32_compiled(model: nn.Module, x: Tensor, folder: Path) -> Run:
     torch._inductor.config.freezing = True
-    return torch_fp32(torch.compile(model), x)
+    return torch_fp32(torch.compile(model), x, folder)
 
 
-def torch_bf16_compiled(model: nn.Module, x: Tensor) -> Run:
+def torch_bf16_compiled(model: nn.Module, x: Tensor, folder: Path) -> Run:
     torch._inductor.config.freezing = True
     compiled = torch.compile(copy.deepcopy(model).to(torch.bfloat16))
     return lambda: compiled(x.to(torch.bfloat16))
 
 
-def to_onnx(model: nn.Module, x: Tensor) -> str:
-    """The model as an ONNX file for batches of x's shape; returns its path."""
-    path = str(Path(tempfile.mkdtemp(dir=FILES.name)) / "model.onnx")
-    # Plain tensors in, so that layers of 4-d images stay NCHW whatever the memory format of x.
-    program = torch.onnx.export(model, (x.contiguous(),), dynamo=True, opset_version=18, verbose=False)
-    program.save(path)
-    return path
+def to_onnx(model: nn.Module, x: Tensor, folder: Path) -> str:
+    """The model as an ONNX file for batches of x's shape, unless it is in `folder` already; returns its path."""
+    path = folder / "model.onnx"
+    if not path.exists():
+        # Plain tensors in, so that layers of 4-d images stay NCHW whatever the memory format of x.
+        program = torch.onnx.export(model, (x.contiguous(),), dynamo=True, opset_version=18, verbose=False)
+        program.save(str(path))
+    return str(path)
 
 
 def _ort_session(path: str, x: Tensor, entries: dict[str, str] | None = None) -> Run:
@@ -69,8 +71,8 @@ def _ort_session(path: str, x: Tensor, entries: dict[str, str] | None = None) ->
     return lambda: session.run(None, feed)
 
 
-def ort_fp32(model: nn.Module, x: Tensor) -> Run:
-    return _ort_session(to_onnx(model, x), x)
+def ort_fp32(model: nn.Module, x: Tensor, folder: Path) -> Run:
+    return _ort_session(to_onnx(model, x, folder), x)
 
 
 class _Reader:
@@ -86,11 +88,11 @@ def calibration(x: Tensor) -> list[np.ndarray]:
     return [torch.rand(x.shape, generator=generator).numpy() for _ in range(max(1, 16 // len(x)))]
 
 
-def ort_int8(model: nn.Module, x: Tensor) -> Run:
+def ort_int8(model: nn.Module, x: Tensor, folder: Path) -> Run:
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    path = to_onnx(model, x)
+    path = to_onnx(model, x, folder)
     ready, out = path.replace(".onnx", ".ready.onnx"), path.replace(".onnx", ".int8.onnx")
     quant_pre_process(path, ready, skip_symbolic_shape=True)
     import onnx
@@ -102,10 +104,10 @@ def ort_int8(model: nn.Module, x: Tensor) -> Run:
     return _ort_session(out, x)
 
 
-def ort_int8_dynamic(model: nn.Module, x: Tensor) -> Run:
+def ort_int8_dynamic(model: nn.Module, x: Tensor, folder: Path) -> Run:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    path = to_onnx(model, x)
+    path = to_onnx(model, x, folder)
     out = path.replace(".onnx", ".dynamic.onnx")
     quantize_dynamic(path, out, per_channel=True, weight_type=QuantType.QInt8)
     return _ort_session(out, x)
@@ -120,41 +122,41 @@ def _openvino(model: Any, x: Tensor, **config: Any) -> Run:
     return lambda: request.infer([data], share_inputs=True)
 
 
-def _to_openvino(model: nn.Module, x: Tensor) -> Any:
+def _to_openvino(model: nn.Module, x: Tensor, folder: Path) -> Any:
     import openvino as ov
 
-    return ov.Core().read_model(to_onnx(model, x))
+    return ov.Core().read_model(to_onnx(model, x, folder))
 
 
-def openvino_fp32(model: nn.Module, x: Tensor) -> Run:
-    return _openvino(_to_openvino(model, x), x, INFERENCE_PRECISION_HINT="f32")
+def openvino_fp32(model: nn.Module, x: Tensor, folder: Path) -> Run:
+    return _openvino(_to_openvino(model, x, folder), x, INFERENCE_PRECISION_HINT="f32")
 
 
-def openvino_default(model: nn.Module, x: Tensor) -> Run:
+def openvino_default(model: nn.Module, x: Tensor, folder: Path) -> Run:
     """Its default: bf16 where the processor has it."""
-    return _openvino(_to_openvino(model, x), x)
+    return _openvino(_to_openvino(model, x, folder), x)
 
 
-def openvino_int8(model: nn.Module, x: Tensor) -> Run:
+def openvino_int8(model: nn.Module, x: Tensor, folder: Path) -> Run:
     os.environ.setdefault("TQDM_DISABLE", "1")
     import nncf
 
     kind = {"model_type": nncf.ModelType.TRANSFORMER} if "ViT" in type(model).__name__ else {}
     data = nncf.Dataset(calibration(x))
-    return _openvino(nncf.quantize(_to_openvino(model, x), data, subset_size=16, **kind), x)
+    return _openvino(nncf.quantize(_to_openvino(model, x, folder), data, subset_size=16, **kind), x)
 
 
-def ort_2bit(model: nn.Module, x: Tensor) -> Run:
+def ort_2bit(model: nn.Module, x: Tensor, folder: Path) -> Run:
     """Only for chains of linear layers and ReLUs: MatMulNBits, 2-bit weights and int8 activations, blocks of 128."""
-    return _ort_session(_two_bit(model, x), x)
+    return _ort_session(_two_bit(model, x, folder), x)
 
 
-def ort_2bit_lut(model: nn.Module, x: Tensor) -> Run:
+def ort_2bit_lut(model: nn.Module, x: Tensor, folder: Path) -> Run:
     """The same by table look-up (T-MAC)."""
-    return _ort_session(_two_bit(model, x), x, {"mlas.use_lut_gemm": "1"})
+    return _ort_session(_two_bit(model, x, folder), x, {"mlas.use_lut_gemm": "1"})
 
 
-def _two_bit(model: nn.Module, x: Tensor) -> str:
+def _two_bit(model: nn.Module, x: Tensor, folder: Path) -> str:
     from onnx import TensorProto, helper, numpy_helper, save
 
     nodes, initializers, value = [], [], "x"
@@ -178,12 +180,12 @@ def _two_bit(model: nn.Module, x: Tensor) -> str:
                               [helper.make_tensor_value_info(value, TensorProto.FLOAT, shape)],
                               initializers)  # fmt: skip
     opsets = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]
-    path = str(Path(tempfile.mkdtemp(dir=FILES.name)) / "two_bit.onnx")
+    path = str(folder / "two_bit.onnx")
     save(helper.make_model(graph, opset_imports=opsets, ir_version=10), path)
     return path
 
 
-def litespark(model: nn.Module, x: Tensor) -> Run:
+def litespark(model: nn.Module, x: Tensor, folder: Path) -> Run:
     """Only for chains of linear layers and ReLUs: ternary weights at 2 bits, int8 activations, one scale a tensor."""
     from litespark_inference.torchless import kernel
     from litespark_inference.torchless.pack import pack_ternary_4_per_byte

@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -94,13 +95,19 @@ def measure(model_name: str, row: Row, data: ImageDataset, arguments: Arguments,
     }  # fmt: skip
 
 
+def with_options_of(script: ModuleType, arguments: Arguments) -> Arguments:
+    """The arguments with the model's options that the script has by default."""
+    quick = getattr(script, "QUICK_OPTIONS", {}) if arguments.quick else {}
+    return replace(arguments, options=getattr(script, "OPTIONS", {}) | quick | arguments.options)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=["alexnet", "resnet_18", "vit"])
     parser.add_argument("--steps", type=int, default=100)
     given, words = parser.parse_known_args()
-    arguments = parse_arguments(given.model, words)
     script = importlib.import_module(f"{given.model}_experiments")
+    arguments = with_options_of(script, parse_arguments(given.model, words))
     table = script.rows(arguments.options) if hasattr(script, "rows") else script.ROWS
     epochs = sum(row.recipe.epochs for row in table if row.recipe)
     for name in arguments.dataset:

@@ -21,8 +21,14 @@ class Normalize(nn.Module):
     std_C11: Tensor
 
     def __init__(self, mean: Sequence[float] = (125, 123, 114), std: Sequence[float] = (63, 63, 63)) -> None:
-        """`mean` and `std` per channel, in units of 1/255."""
+        """`mean` and `std` per channel, in units of 1/255.
+
+        Raises:
+            ValueError: not as many of the one as of the other, or a deviation that is not above 0.
+        """
         super().__init__()
+        if len(mean) != len(std) or not all(s > 0 for s in std):
+            raise ValueError(f"a mean and a deviation above 0 are wanted for each channel, not {mean} and {std}")
         self.mean, self.std = tuple(mean), tuple(std)
         # Not persistent: they are constructor arguments, and travel as such.
         self.register_buffer("mean_C11", torch.tensor(self.mean).view(-1, 1, 1) / 255, persistent=False)

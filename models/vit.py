@@ -75,6 +75,11 @@ def vit(
     """
     if checkpoint is not None and config is not None:
         raise ValueError("a ViT is of a checkpoint or of a config: give one of the two")
+    for name, given in (("mean", mean), ("std", std)):
+        if given is not None and not (isinstance(given, (list, tuple)) and len(given) == 3):
+            raise ValueError(f"{name} is three numbers, one a colour, as in {name}=[0.5,0.5,0.5], not {given!r}")
+    if config is not None and not isinstance(config, dict):
+        raise ValueError(f"config is a dictionary, not {config!r}")
     for name, size in (("width", width), ("depth", depth), ("patch_size", patch_size)):
         if not isinstance(size, int):
             raise ValueError(f"{name} is a whole number, not {size!r}")

@@ -96,7 +96,7 @@ def write_file(path: str | os.PathLike[str], tensors: Mapping[str, Stored], meta
     added to `metadata`.
 
     Raises:
-        OSError: with one sentence, when it cannot be written; what was at `path` is then as it was.
+        OSError: with one sentence, when it cannot be written; it says whether what was at `path` is as it was.
     """
     names = sorted(tensors, key=lambda name: (-ITEM_BYTES[tensors[name].dtype], name))
     own = {"format": FORMAT, "format_version": str(VERSION), HASH_KEY: NO_HASH}
@@ -141,7 +141,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Any]:
         )
     if target.is_dir():
         raise IsADirectoryError(errno.EISDIR, "this is a folder: name a file", str(target))
-    temporary = None
+    temporary, replaced = None, False
     try:
         _remove_abandoned(target)
         temporary, descriptor = _create_locked(target)
@@ -150,11 +150,14 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Any]:
             file.flush()
             os.fsync(descriptor)
             os.replace(temporary, target)
-        temporary = None
+            temporary, replaced = None, True
         _sync_folder(target.parent)
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
-        sentence = f"could not write the file ({reason}); what was there before is unchanged"
+        if replaced:
+            sentence = f"the file is written, but a power cut may lose it: its folder could not be flushed ({reason})"
+        else:
+            sentence = f"could not write the file ({reason}); what was there before is unchanged"
         raise type(error)(error.errno, sentence, str(target)) from error
     finally:
         if temporary is not None:

@@ -19,7 +19,7 @@ and to strings that hold JSON (sorted keys, no spaces, no NaN):
                   "encoding" (below), "shape" of the codes; for a float32 tensor stored as F16 (only when
                   that loses nothing), "dtype": "float32"
   network         kind network: {"image": [C, H, W], "nodes": [...]}; what a node means says `kernels/reference.py`.
-                  A node's members at their defaults are left out (`network.Node`). Its tensors are nodes.<index>.codes,
+                  A node's members at their defaults are left out (`nodes.Node`). Its tensors are nodes.<index>.codes,
                   .gain, .bias, .pad_values
   modules         kind modules: {"packed": {layer: {"act_bits": null or bits}}, "quantized": {module: {"bits"}}}: which
                   linear and convolution layers hold <layer>.codes, .scale (N,), optionally .bias, with weight = codes

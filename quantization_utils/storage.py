@@ -58,7 +58,7 @@ def save_model(
 
     Raises:
         ValueError: the model is not packed yet, or cannot be rebuilt from `model.constructor`; metadata is not JSON.
-        OSError: the file cannot be written; the one that was there is unchanged.
+        OSError: the file cannot be written; it says what is there now.
     """
     model = model if calibration_images is None else with_float16_scales(model, calibration_images)
     tensors, own = _describe_network(model) if isinstance(model, PackedNetwork) else _describe_modules(model)

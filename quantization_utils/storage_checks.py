@@ -37,6 +37,7 @@ class Record:
 
 
 def require(condition: bool, sentence: str) -> None:
+    """Raises ModelFileError with `sentence` unless the condition holds."""
     if not condition:
         raise ModelFileError(sentence)
 

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from models import build
 from models.select import select_layers
@@ -138,7 +139,8 @@ def test_rows_from_end_to_end(finished):
 
 def test_a_second_run_computes_nothing_again(finished, monkeypatch, capsys):
     out, only = finished
-    before = {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")}
+    kept = [*out.rglob("*.safetensors"), *out.rglob("config_hash")]
+    before = [p.stat().st_mtime_ns for p in kept]
     lines = lines_of(out)
 
     def forbidden(*args, **kwargs):
@@ -147,7 +149,7 @@ def test_a_second_run_computes_nothing_again(finished, monkeypatch, capsys):
     for name in ("train", "pack_", "save_weights"):
         monkeypatch.setattr(experiment, name, forbidden)
     assert start(monkeypatch, "vit", *TINY, *only, "--out", str(out)) == 0
-    assert lines_of(out) == lines and {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")} == before
+    assert lines_of(out) == lines and [p.stat().st_mtime_ns for p in kept] == before and len(kept) == 12
     assert capsys.readouterr().out.count("done before") == 4
 
 
@@ -172,16 +174,35 @@ def test_results_that_were_moved_aside_come_back_with_their_configuration(finish
     assert capsys.readouterr().out.count("done before") == 3
 
 
-def test_a_float_file_that_is_gone_is_made_from_its_checkpoint(finished, monkeypatch, capsys):
+@pytest.mark.parametrize("how", ["gone", "cut"])
+def test_a_packed_file_that_is_damaged_is_made_from_its_checkpoint(how, finished, monkeypatch, capsys):
+    """Before anything that is measured beside it."""
     out, _ = finished
     path = out / "vit-digits" / "float-seed3" / "model.safetensors"
     before = path.read_bytes()
-    path.unlink()
-    words = (*TINY, "--only", "ptq_linear", "--out", str(out))
-    assert start(monkeypatch, "vit", *words) == 2
-    assert capsys.readouterr().err.splitlines()[-1].startswith(f"vit_experiments.py: {path} is gone")
-    assert start(monkeypatch, "vit", *words, "--measure-again") == 0
-    assert path.stat().st_size == len(before)
+    path.unlink() if how == "gone" else path.write_bytes(before[:1000])
+    assert start(monkeypatch, "vit", *TINY, "--only", "ptq_all", "--out", str(out)) == 0
+    assert f"{path} is gone or damaged: the row is packed and measured again" in capsys.readouterr().err
+    assert path.stat().st_size == len(before) and lines_of(out)[-1]["row"] == "float"
+
+
+def test_other_images_of_the_same_name(finished, monkeypatch, capsys, tmp_path):
+    out, _ = finished
+    for name in ("a", "b"):
+        (tmp_path / "digits" / name).mkdir(parents=True)
+        for i in range(5):
+            Image.new("RGB", (32, 32), (i, 0, 0)).save(tmp_path / "digits" / name / f"{i}.png")
+    lines, words = lines_of(out), [str(tmp_path / "digits") if w == "digits" else w for w in TINY]
+    assert start(monkeypatch, "vit", *words, "--only", "float", "--out", str(out)) == 2
+    assert "has results of other images that are called digits too: give another --out" in capsys.readouterr().err
+    assert lines_of(out) == lines
+
+
+def test_nothing_is_left_of_what_could_not_begin(monkeypatch, capsys, tmp_path):
+    words = [w if w != "width=64" else "width=65" for w in TINY]
+    assert words != TINY and start(monkeypatch, "vit", *words, "--only", "float", "--out", str(tmp_path / "out")) == 2
+    assert "the width of the compact ViT is a multiple of 64" in capsys.readouterr().err
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_ctrl_c_says_that_the_same_command_continues(monkeypatch, capsys, tmp_path):
@@ -199,7 +220,7 @@ def test_an_output_folder_that_cannot_be(out, monkeypatch, capsys, tmp_path):
     (tmp_path / "a file").touch()
     assert start(monkeypatch, "vit", *TINY, "--only", "float", "--out", str(tmp_path / out)) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"vit_experiments.py: {tmp_path / out}") and "Errno" not in error
+    assert error.startswith("vit_experiments.py: ") and str(tmp_path / out) in error and "Errno" not in error
 
 
 def test_killed_and_started_again_ends_in_the_same_bytes(tmp_path):

@@ -7,28 +7,37 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import nn
 
 from quantization_utils.file_format import replacing
 
 
-def save_weights(model: nn.Module, path: Path) -> None:
-    """Write the model's state as safetensors."""
+def save_weights(model: nn.Module, path: Path, config_hash: str) -> None:
+    """Write the state of a model that was trained with this configuration as safetensors.
+
+    Raises:
+        OSError: the file cannot be written; it says what is there now.
+    """
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
-        file.write(save(state))
+        file.write(save(state, {"config_hash": config_hash}))
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Load what `save_weights` wrote into a model of the same structure.
+def load_weights(model: nn.Module, path: Path, config_hash: str | None = None) -> None:
+    """Load what `save_weights` wrote into a model of the same structure, of this configuration (None: whatever one).
 
     Raises:
-        ValueError: a file that cannot be read, or one of another model.
+        ValueError: a file that cannot be read, or one of another model or configuration.
     """
     try:
-        state = load_file(path)
+        with safe_open(path, "pt") as file:
+            owner = (file.metadata() or {}).get("config_hash", config_hash)  # files did not always say
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no dictionary
+        if config_hash not in (None, owner):
+            raise ValueError(f"it was trained with configuration {owner}, not {config_hash}")
         if other := state.keys() ^ model.state_dict().keys():
             raise ValueError(f"{min(other)} is in one of the two only")
         model.load_state_dict(state)
@@ -42,7 +51,11 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 
 def save_state(state: dict[str, Any], path: Path) -> None:
-    """Write the state of an unfinished training."""
+    """Write the state of an unfinished training.
+
+    Raises:
+        OSError: the file cannot be written; it says what is there now.
+    """
     buffer = io.BytesIO()  # torch.save tells of a full disk in its own ways; a file tells it as OSError
     torch.save(state, buffer)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +64,11 @@ def save_state(state: dict[str, Any], path: Path) -> None:
 
 
 def load_state(path: Path, map_location: torch.device) -> dict[str, Any] | None:
-    """The state of an unfinished training, or None if there is none."""
+    """The state of an unfinished training, or None if there is none.
+
+    Raises:
+        ValueError: a file that cannot be read.
+    """
     if not path.exists():
         return None
     try:

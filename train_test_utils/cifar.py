@@ -127,7 +127,8 @@ def _read_torchvision(source: Source, root: Path) -> tuple[Split, Split, tuple[s
     try:
         train, test = (_torchvision_class(source)(root, train=which) for which in (True, False))
     except Exception as error:  # torchvision raises what its checksums, pickle and the disk do
-        raise ValueError(f"{source.name} in {root} is incomplete or corrupt ({error}): {AGAIN}") from error
+        reason = str(error).removesuffix(" You can use download=True to download it")
+        raise ValueError(f"{source.name} in {root} is incomplete or corrupt ({reason}): {AGAIN}") from error
     splits = (
         Split(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets))
         for part in (train, test)

@@ -82,6 +82,9 @@ def parse_arguments(model_name: str, words: list[str]) -> Arguments:
             raise ValueError(f"--seeds are whole numbers from 0 to 2^32 - 1, not {wrong[0]}")
         if not given.checkpoint_seconds >= 0:
             raise ValueError(f"--checkpoint-seconds is a time from 0 on, not {given.checkpoint_seconds:g}")
+        for option, path in (("--out", given.out), ("--data-dir", given.data_dir)):
+            if path.exists() and not path.is_dir():
+                raise ValueError(f"{option} is a folder, and {path} is a file")
         device = pick_device(given.device)
         options = parse_options(given.options)
         check_options(model_name, options)

@@ -13,10 +13,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 def rank() -> int:
+    """This process's number, from 0; the first one writes and prints."""
     return int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:
+    """How many processes there are."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -32,6 +34,7 @@ def start(device: torch.device) -> torch.device:
 
 
 def stop() -> None:
+    """Leave the process group, if any."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 

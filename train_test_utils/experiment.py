@@ -8,7 +8,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -99,6 +99,8 @@ def run_table(
     folder = arguments.out / f"{model_name}-{dataset.name}"
     folder.mkdir(parents=True, exist_ok=True)
     logbook = Logbook(folder / "rows.jsonl", wandb_mode=arguments.wandb, group=folder.name)
+    if any(line.get("data_fingerprint", dataset.fingerprint) != dataset.fingerprint for line in logbook.rows()):
+        raise ValueError(f"{folder} has results of other images that are called {dataset.name} too: give another --out")
     data = dataset.to(arguments.device)
     table: list[dict[str, Any]] = []
     all_finished = True
@@ -114,7 +116,7 @@ def run_table(
                     line = run.finished_in(logbook)
                     if line is None:
                         line = run.execute(logbook)
-                    elif arguments.measure_again and (is_named(row, arguments.only) or not run.file.exists()):
+                    elif run.is_damaged(line) or (arguments.measure_again and is_named(row, arguments.only)):
                         line = run.measure_again(logbook, line)
                     table.append(line)
                     runs[row.name] = run
@@ -128,6 +130,8 @@ def run_table(
             logbook.close(table, paths)
     finally:
         logbook.finish()
+        with suppress(OSError):
+            folder.rmdir()  # if nothing has come of it
     return all_finished
 
 
@@ -152,7 +156,7 @@ class Run:
         self.file = self.folder / "model.safetensors"
 
     def finished_in(self, logbook: Logbook) -> dict[str, Any] | None:
-        """The row's line if it has been done with this very configuration and its files are still there."""
+        """The row's line if it has been done with this very configuration and its weights are still there."""
         line = logbook.done(self.hash)
         if line is None:
             return None
@@ -162,6 +166,14 @@ class Run:
         if distributed.rank() == 0:
             print(f"{self.row.name}, seed {self.seed}: done before ({line['test_accuracy_pct']:.2f}%)")
         return line
+
+    def is_damaged(self, line: dict[str, Any]) -> bool:
+        """Whether the packed file of a finished row is gone or shorter than it was; its weights can be packed again."""
+        if self.file.exists() and self.file.stat().st_size == line["file_bytes"]:
+            return False
+        if distributed.rank() == 0:
+            print(f"{self.file} is gone or damaged: the row is packed and measured again", file=sys.stderr)
+        return True
 
     def execute(self, logbook: Logbook) -> dict[str, Any]:
         """Do the row and append its line to the logbook."""
@@ -192,7 +204,7 @@ class Run:
                 state_path=self.folder / "last.pt", title=f"{self.row.name} seed {self.seed}", on_epoch=on_epoch,
             )  # fmt: skip
         if distributed.rank() == 0:
-            save_weights(model, self.folder / "checkpoint.safetensors")
+            save_weights(model, self.folder / "checkpoint.safetensors", self.hash)
         return self._record(logbook, model, {"train_seconds": seconds, "transform_seconds": transform_seconds})
 
     def measure_again(self, logbook: Logbook, line: dict[str, Any]) -> dict[str, Any]:
@@ -221,7 +233,7 @@ class Run:
     def trained(self) -> nn.Module:
         """This row's model as it was trained (its structure rebuilt, its weights from the checkpoint)."""
         model = self.transformed(self.start(), structure_only=True)
-        load_weights(model, self.folder / "checkpoint.safetensors")
+        load_weights(model, self.folder / "checkpoint.safetensors", self.hash)
         return model.eval()
 
     def measured(self, model: nn.Module) -> dict[str, Any]:
@@ -256,7 +268,8 @@ class Run:
             "threads": torch.get_num_threads(),
             "backend": backend_of(packed), "budget": args.budget,
             "precision": str(args.precision).removeprefix("torch."),
-            "config_hash": self.hash, "command": "python3 " + shlex.join(sys.argv), "commit": commit(),
+            "config_hash": self.hash, "data_fingerprint": self.data.fingerprint,
+            "command": "python3 " + shlex.join(sys.argv), "commit": commit(),
             "versions": versions("torch", "transformers", "numpy"),
             "finished_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }  # fmt: skip
@@ -266,13 +279,7 @@ class Run:
         origin = self
         while origin.parent is not None:
             origin = origin.parent
-        path = origin.file
-        if not path.exists():
-            raise FileNotFoundError(
-                f"{path} is gone, which {self.row.name} is measured beside: add --measure-again once, and it is packed "
-                "again"
-            )
-        return load_model(path)[0], path
+        return load_model(origin.file)[0], origin.file
 
 
 def backend_of(model: nn.Module) -> str:

@@ -11,17 +11,20 @@ from PIL import Image, ImageOps
 
 from .dataset import IMAGE_SIZE, ImageDataset, Split, every_fifth_of_a_class
 
+TEST_FOLDERS = ("test", "val", "valid", "validation")
+
 
 def load_image_folder(folder: Path) -> ImageDataset:
-    """`<folder>/<class>/<image>`, or the same below `<folder>/train` and `<folder>/test` (or `<folder>/val`).
+    """`<folder>/<class>/<image>`, or the same below `<folder>/train` and `<folder>/test` (or val, valid, validation).
 
     Images are cut to a centred square and resized to 32×32. Without a test folder every fifth image of a class, in the
     order of the file names, is for testing.
 
     Raises:
-        ValueError: fewer than two classes, classes that differ between train and test, or a file that is no image.
+        ValueError: fewer than two classes, classes that differ between train and test, a file that is no image, or a
+            folder of classes called train without one to test with.
     """
-    test_folder = next((folder / name for name in ("test", "val") if (folder / name).is_dir()), None)
+    test_folder = next((folder / name for name in TEST_FOLDERS if (folder / name).is_dir()), None)
     if (folder / "train").is_dir() and test_folder is not None:
         train, names = _read(folder / "train")
         test, test_names = _read(test_folder)
@@ -31,6 +34,8 @@ def load_image_folder(folder: Path) -> ImageDataset:
                 f"the folders of classes in {folder}/train and {test_folder} differ ({differ}): make them the same"
             )
         return ImageDataset(folder.name, names, train, test)
+    if (folder / "train").is_dir() and any(path.is_dir() for path in (folder / "train").iterdir()):
+        raise ValueError(f"{folder}/train has folders of classes, and beside it is no {' or '.join(TEST_FOLDERS)}")
     everything, names = _read(folder)
     is_test = every_fifth_of_a_class(everything.labels)
     for label, name in enumerate(names):

@@ -148,9 +148,9 @@ def _table(head: Sequence[str], body: Sequence[Sequence[str]], left: int) -> str
 
 
 def _notes(notes: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
-    commands = commands_of(rows)
+    command = "\n".join(commands_of(rows))
     text = "\n" + " · ".join(notes) + "\n" if notes else ""
-    return text + "".join(f"\n```\n{command}\n```\n" for command in ["\n".join(commands)] if command)
+    return text + (f"\n```\n{command}\n```\n" if command else "")
 
 
 def _options(name: str, text: str) -> dict[str, list[str]]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from .logbook import append_line, mend
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -61,17 +63,21 @@ def append_record(name: str, figures: dict[str, Any], packages: tuple[str, ...] 
     """Append the figures of the script that runs, with their circumstances, to results/<name>.jsonl; return that path.
 
     `packages`: whose versions matter too, if they are installed.
+
+    Raises:
+        OSError: the line could not be written.
+        ValueError: a figure is not JSON (NaN and infinity are not).
     """
     path = ROOT / "results" / f"{name}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     line = figures | {
-        "commit": commit() or None, "command": " ".join(["python3", *_relative(sys.argv)]),
+        "commit": commit() or None, "command": "python3 " + shlex.join(_relative(sys.argv)),
         "versions": versions("torch", "numpy", "zstandard", "transformers", *packages),
         "device": f"{device_name(torch.device('cpu'))}, {os.cpu_count()} threads",
         "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }  # fmt: skip
-    with open(path, "a") as file:
-        file.write(json.dumps(line) + "\n")
+    mend(path)
+    append_line(path, line)
     return path
 
 

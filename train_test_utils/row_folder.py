@@ -30,8 +30,9 @@ def claim(folder: Path, config_hash: str) -> None:
         if not folder.exists() and _aside(folder, config_hash).exists():
             _aside(folder, config_hash).rename(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        with replacing(mark) as file:
-            file.write(f"{config_hash}\n".encode())
+        if not mark.exists():  # a finished row is shown where nothing can be written any more
+            with replacing(mark) as file:
+                file.write(f"{config_hash}\n".encode())
     distributed.barrier()
 
 

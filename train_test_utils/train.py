@@ -56,6 +56,8 @@ def train(
 ) -> nn.Module:
     """Train `model` in place by `recipe` and return it, in evaluation mode.
 
+    `budget`: factor of the recipe's steps. `teacher`: what a recipe that distils learns from. `state_path`: where the
+    state is saved and continued from. `title`: of the progress bar. `on_epoch`: gets each epoch's figures.
     Every random number depends on (seed, step) or (seed, epoch) alone, so a run that is interrupted and continues from
     `state_path` ends in the same weights, bit for bit, on a CPU with the same number of threads.
 

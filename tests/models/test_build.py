@@ -70,7 +70,10 @@ def test_every_parameter_learns(name):
         (("vit", 10), {"width": 64, "depth": 0}, "a depth of one layer or more, not 0"),
         (("vit", 10), {"width": 64, "depth": 1.5}, "depth is a whole number, not 1.5"),
         (("vit", 10), {"width": 64, "patch_size": 5}, "choose 4 or 8, not 5"),
-        (("vit", 10), {"config": 3}, "vit cannot be built with {'config': 3}"),
+        (("vit", 10), {"config": 3}, "config is a dictionary, not 3"),
+        (("vit", 10), {"config": {"num_hidden_layers": "many"}}, "vit cannot be built with {'config': {'num_hidden"),
+        (("vit", 10), {"mean": [1]}, r"mean is three numbers, one a colour, .* not \[1\]"),
+        (("vit", 10), {"std": [0, 0.5, 0.5]}, r"a mean and a deviation above 0 are wanted for each channel, not .* and \[0, "),
     ],
 )
 def test_mistakes_are_told_in_a_sentence(arguments, options, sentence):

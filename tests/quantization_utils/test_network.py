@@ -214,9 +214,9 @@ def test_a_chain_for_images_of_another_size_is_packed_layer_by_layer():
 
 
 NOT_FOLDED = {
-    "two normalisations": [Normalize(), Normalize((10, 10, 10), (5, 5, 5)), nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten()],
-    "a normalisation later on": [nn.Conv2d(3, 3, 3), nn.ReLU(), Normalize((1, 1, 1), (5, 5, 5)), nn.Flatten()],
-    "a batch norm of flattened pixels": [Normalize(), nn.Conv2d(3, 4, 25), nn.Flatten(), nn.BatchNorm1d(256), nn.ReLU()],
+    "two normalisations": [Normalize(), Normalize((10,) * 3, (5,) * 3), nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten()],
+    "a normalisation later on": [nn.Conv2d(3, 3, 3), nn.ReLU(), Normalize((1,) * 3, (5,) * 3), nn.Flatten()],
+    "a batch norm of pixels": [Normalize(), nn.Conv2d(3, 4, 25), nn.Flatten(), nn.BatchNorm1d(256), nn.ReLU()],
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import hashlib
 import json
 import os
@@ -20,7 +21,7 @@ from benchmarks.fuzz_files import fuzz, small_models
 from benchmarks.kill_while_saving import kill_while_saving, save_on_full_disk
 from models import build
 from pruning_utils import l2_filters, prune_
-from quantization_utils import calibrate_, int8_absmax, pack_, quantize_
+from quantization_utils import calibrate_, file_format, int8_absmax, pack_, quantize_
 from quantization_utils.network import PackedNetwork
 from quantization_utils.storage import ModelFileError, load_model, save_model
 from tests.golden.make_version_1 import images
@@ -55,8 +56,11 @@ def variants():
         return make
 
     def thinned(name, **options):
-        model = prune_(build(name, 10, **options).eval(), l2_filters, 0.5, only=nn.Conv2d)
-        return lambda: pack_(calibrate_(quantize_(model), images()))
+        def make():
+            model = prune_(build(name, 10, **options).eval(), l2_filters, 0.5, only=nn.Conv2d)
+            return pack_(calibrate_(quantize_(model), images()))
+
+        return make
 
     def two_kinds():
         model = build("vit", 10, width=64, depth=1, patch_size=16)
@@ -312,6 +316,24 @@ def test_kills_and_a_full_disk_leave_the_previous_file(tmp_path):
     assert killed["broken"] == killed["leftovers"] == 0 and killed["first"] + killed["second"] == 8
     full = save_on_full_disk(5, tmp_path, width=512, mounted=False)
     assert full["refused"] == full["intact"] == 5 and full["leftovers"] == 0
+
+
+@pytest.mark.parametrize("fails", ["fsync", "_sync_folder"])
+def test_an_error_says_which_file_is_there_now(fails, small, tmp_path, monkeypatch):
+    path = tmp_path / "model"
+    path.write_bytes(b"before")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(file_format if fails == "_sync_folder" else os, fails, full)
+    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)) as caught:
+        save_model(small["alexnet"], path)
+    unchanged = path.read_bytes() == b"before"
+    assert unchanged == (fails == "fsync") == ("what was there before is unchanged" in str(caught.value))
+    assert list(tmp_path.iterdir()) == [path]
+    if not unchanged:
+        load_model(path)
 
 
 def test_a_model_that_no_file_can_rebuild_is_told_why(tmp_path):

@@ -17,10 +17,10 @@ def test_weights_masks_and_steps_come_back(kind, tmp_path):
         return calibrate_(quantize_(prune_(make(kind), l1, 0.5)), images(8))
 
     saved, path = model(), tmp_path / "row" / "checkpoint.safetensors"
-    save_weights(saved, path)
+    save_weights(saved, path, "0123")
     other = model()
     assert any(not torch.equal(t, other.state_dict()[n]) for n, t in saved.state_dict().items())
-    load_weights(other, path)
+    load_weights(other, path, "0123")
     assert all(torch.equal(t, other.state_dict()[n]) for n, t in saved.state_dict().items())
     batch = images(2)
     with torch.no_grad():
@@ -29,8 +29,8 @@ def test_weights_masks_and_steps_come_back(kind, tmp_path):
 
 def test_the_same_weights_are_the_same_bytes(tmp_path):
     model = make("alexnet_like").to(memory_format=torch.channels_last)
-    save_weights(model, tmp_path / "a")
-    save_weights(model, tmp_path / "b")
+    save_weights(model, tmp_path / "a", "0123")
+    save_weights(model, tmp_path / "b", "0123")
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
@@ -42,7 +42,7 @@ def damaged(path, how):
 @pytest.mark.parametrize("how", ["cut", "empty", "text"])
 def test_damage_is_one_sentence_that_says_what_to_do(how, tmp_path):
     weights, state = tmp_path / "checkpoint.safetensors", tmp_path / "last.pt"
-    save_weights(make("alexnet_like"), weights)
+    save_weights(make("alexnet_like"), weights, "0123")
     save_state({"step": 3, "model": make("alexnet_like").state_dict()}, state)
     damaged(weights, how), damaged(state, how)
     with pytest.raises(ValueError, match=r"checkpoint.safetensors is not a checkpoint of this model .*: delete it"):
@@ -53,12 +53,21 @@ def test_damage_is_one_sentence_that_says_what_to_do(how, tmp_path):
 
 def test_a_checkpoint_of_another_model(tmp_path):
     path = tmp_path / "checkpoint.safetensors"
-    save_weights(make("alexnet_like"), path)
+    save_weights(make("alexnet_like"), path, "0123")
     with pytest.raises(ValueError, match="is not a checkpoint of this model") as caught:
         load_weights(make("resnet_like"), path)
     assert "\n" not in str(caught.value)
     with pytest.raises(FileNotFoundError):
         load_weights(make("alexnet_like"), tmp_path / "nothing")
+
+
+def test_a_checkpoint_of_another_row(tmp_path):
+    """Of the same structure: only what was written beside the weights tells."""
+    path = tmp_path / "checkpoint.safetensors"
+    save_weights(make("alexnet_like"), path, "0123")
+    load_weights(make("alexnet_like"), path)
+    with pytest.raises(ValueError, match="it was trained with configuration 0123, not 4567"):
+        load_weights(make("alexnet_like"), path, "4567")
 
 
 def test_state_of_an_unfinished_training(tmp_path):

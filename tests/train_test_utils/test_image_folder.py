@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from train_test_utils.data import load_dataset
+from train_test_utils.image_folder import TEST_FOLDERS
 
 
 def write_images(folder: Path, count: int, shade: int) -> None:
@@ -29,7 +30,7 @@ def test_a_folder_of_class_folders(tmp_path, monkeypatch):
     assert load_dataset("..").name == tmp_path.name
 
 
-@pytest.mark.parametrize("test", ["test", "val"])
+@pytest.mark.parametrize("test", TEST_FOLDERS)
 def test_a_folder_with_its_own_test_split(test, tmp_path):
     for which, count in (("train", 3), (test, 2)):
         for name in ("a", "b"):
@@ -38,6 +39,14 @@ def test_a_folder_with_its_own_test_split(test, tmp_path):
     assert (len(data.train), len(data.test)) == (6, 4)
     write_images(tmp_path / test / "c", 1, 0)
     with pytest.raises(ValueError, match=r"differ \(c\)"):
+        load_dataset(str(tmp_path))
+
+
+def test_a_training_folder_alone_is_not_taken_for_a_class(tmp_path):
+    for name in ("a", "b"):
+        write_images(tmp_path / "train" / name, 5, 0)
+    write_images(tmp_path / "holdout" / "a", 5, 0)
+    with pytest.raises(ValueError, match="train has folders of classes, and beside it is no test or val or valid"):
         load_dataset(str(tmp_path))
 
 

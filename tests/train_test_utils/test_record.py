@@ -1,0 +1,48 @@
+"""Figures of benchmarks: a line of results/ each, as safe as a row's."""
+
+import json
+import shlex
+
+import pytest
+
+from train_test_utils import record
+from train_test_utils.record import append_record
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "ROOT", tmp_path)
+    return tmp_path
+
+
+def test_the_command_can_be_given_again(root, monkeypatch):
+    words = [str(root / "benchmarks" / "kernels.py"), "--only", "qat*", "--data-dir", "my data"]
+    monkeypatch.setattr("sys.argv", words)
+    path = append_record("latency/kernels", {"us": 1.5})
+    assert path == root / "results" / "latency" / "kernels.jsonl"
+    (line,) = map(json.loads, path.read_text().splitlines())
+    assert line["us"] == 1.5 and line["versions"]["torch"]
+    assert line["command"] == "python3 benchmarks/kernels.py --only 'qat*' --data-dir 'my data'"
+    assert shlex.split(line["command"])[2:] == words[1:]
+
+
+def test_a_script_outside_the_checkout_is_given_by_its_name(root, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/elsewhere/kernels.py"])
+    assert json.loads(append_record("kernels", {}).read_text())["command"] == "python3 kernels.py"
+
+
+def test_what_is_not_json_leaves_the_file_as_it_was(root):
+    path = append_record("kernels", {"us": 1.5})
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="JSON"):
+        append_record("kernels", {"us": float("nan")})
+    assert path.read_bytes() == before
+
+
+def test_a_line_that_a_kill_cut_short_does_not_take_the_next_one_with_it(root, capsys):
+    path = append_record("kernels", {"us": 1.5})
+    whole = path.read_bytes()
+    path.write_bytes(whole + whole[:20])
+    append_record("kernels", {"us": 2.5})
+    assert [json.loads(line)["us"] for line in path.read_text().splitlines()] == [1.5, 2.5]
+    assert "cut short" in capsys.readouterr().err
