@@ -8,6 +8,7 @@ import platform
 import shutil
 import sys
 import tempfile
+import threading
 import time
 from functools import cache
 from pathlib import Path
@@ -23,14 +24,17 @@ class BuildError(RuntimeError):
     """The kernels could not be compiled here; the message says why."""
 
 
-@cache
+_LOADING = threading.Lock()  # operators can be registered once, and a cache alone lets two threads through
+
+
 def load() -> None:
     """Load the operators `torch.ops.ternary.*`, compiling them if this source was never compiled on this machine.
 
     Raises:
         BuildError: there is no C++ compiler, or it failed. (Kept: a second call raises without trying again.)
     """
-    error = _load()
+    with _LOADING:
+        error = _load()
     if error:
         raise BuildError(error)
 

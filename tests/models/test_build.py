@@ -73,7 +73,7 @@ def test_every_parameter_learns(name):
         (("vit", 10), {"config": 3}, "config is a dictionary, not 3"),
         (("vit", 10), {"config": {"num_hidden_layers": "many"}}, "vit cannot be built with {'config': {'num_hidden"),
         (("vit", 10), {"mean": [1]}, r"mean is three numbers, one a colour, .* not \[1\]"),
-        (("vit", 10), {"std": [0, 0.5, 0.5]}, r"a mean and a deviation above 0 are wanted for each channel, not .* and \[0, "),
+        (("vit", 10), {"std": [0, 0.5, 0.5]}, r"a deviation above 0 are wanted for each channel, not .* and \[0, "),
     ],
 )
 def test_mistakes_are_told_in_a_sentence(arguments, options, sentence):

@@ -1,7 +1,7 @@
 // The operators, as torch.library sees them. Networks and layers are kept here under a number; Python frees them.
+#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
-#include <torch/torch.h>
 
 #include <algorithm>
 #include <chrono>
@@ -138,6 +138,8 @@ int64_t linear_create(const std::string& isa_name, const at::Tensor& codes, cons
   const auto weights = to_vector<int8_t>(codes, at::kChar);
   const auto scales = to_vector<float>(scale, at::kFloat);
   const auto biases = bias ? to_vector<float>(*bias, at::kFloat) : std::vector<float>();
+  TORCH_CHECK_VALUE(codes.dim() == 2 && scale.numel() == codes.size(0) && (!bias || bias->numel() == codes.size(0)),
+                    "a linear layer has codes (channels, inputs) and one scale and one bias for each channel");
   return refusing([&] {
     return linears().add(std::make_shared<ternary::Linear>(isa(isa_name), codes.size(0), codes.size(1), weights.data(), scales.data(),
                                                            bias ? biases.data() : nullptr, is_ternary, (int)act_bits));

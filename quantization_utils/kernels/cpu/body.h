@@ -6,14 +6,19 @@ typedef int32_t ints __attribute__((vector_size(LANES * 4), aligned(4), may_alia
 typedef uint32_t unsigned_ints __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef float floats __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef uint8_t bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
+typedef uint8_t wide __attribute__((vector_size(LANES * 4), aligned(1), may_alias));
 
 template <auto VALUE>
 struct Constant {
   static constexpr auto value = VALUE;
 };
 
+// The first `size` bytes of a T, at least one.
 template <typename T>
 static inline T load_part(const void* from, int size) {
+#ifdef load_masked
+  return load_masked<T>(from, size);
+#endif
   T value = {};
   __builtin_memcpy(&value, from, size);
   return value;
@@ -22,7 +27,11 @@ static inline T load_part(const void* from, int size) {
 template <typename T>
 static inline void store_part(void* to, T value, int size) {
   if (size == (int)sizeof(T)) __builtin_memcpy(to, &value, sizeof(T));  // one instruction
+#ifdef store_masked
+  else store_masked(to, value, size);
+#else
   else __builtin_memcpy(to, &value, size);
+#endif
 }
 
 #include "body_functions.h"

@@ -11,9 +11,9 @@ struct Finish {
   bool relu;
 };
 
-// One vector of channels of one pixel, of which n are real, with that vector's residual.
-template <Residual R, bool BYTES>
-static inline void finish_vector(const Finish& f, void* out, const void* residual, int n, ints acc, floats gain, floats bias) {
+// Of the first n channels of a vector, before rounding.
+template <Residual R>
+static inline floats finished(const Finish& f, const void* residual, int n, ints acc, floats gain, floats bias) {
   floats y = __builtin_convertvector(acc, floats) * gain;
   y = y + bias;
   if constexpr (R == Residual::kFloats) {
@@ -21,6 +21,13 @@ static inline void finish_vector(const Finish& f, void* out, const void* residua
   } else if constexpr (R == Residual::kBytes) {
     y = y + bytes_to_floats(n == LANES ? *(const bytes*)residual : load_part<bytes>(residual, n)) * f.residual_gain;
   }
+  return y;
+}
+
+// One vector of channels of one pixel, of which n are real, with that vector's residual.
+template <Residual R, bool BYTES>
+static inline void finish_vector(const Finish& f, void* out, const void* residual, int n, ints acc, floats gain, floats bias) {
+  floats y = finished<R>(f, residual, n, acc, gain, bias);
   if constexpr (BYTES) {  // the clamp is the ReLU
     const ints zero = ints{} + kRoundBits;
     ints q = (ints)(y + kRound);
@@ -33,11 +40,34 @@ static inline void finish_vector(const Finish& f, void* out, const void* residua
   }
 }
 
+#ifdef pack_bytes
+// Four whole vectors of channels of all pixels, as finish_vector finishes one, bit for bit: rounding keeps order, so a limit that is
+// an integer can come before it, and packing clamps at 0. (`smaller` takes its second argument where that is not a number, and
+// what is not a number is rounded to the least integer.)
+template <Residual R>
+static inline void finish_four(const Finish& f, const Epilogue& e, const Output& o, const int32_t* acc, int pixels, int vectors, int64_t channel) {
+  const floats top = floats{} + (float)e.out_max;
+  floats gain[4], bias[4];
+  EACH_QUARTER(gain[q] = *(const floats*)(e.gain + channel + q * LANES) * f.unit; bias[q] = *(const floats*)(e.bias + channel + q * LANES);)
+  for (int p = 0; p < pixels; ++p, acc += vectors * LANES) {
+    ints codes[4];
+    EACH_QUARTER(const void* const residual = R == Residual::kNone ? nullptr : (const char*)o.residual[p] + (channel + q * LANES) * (R == Residual::kBytes ? 1 : 4);
+                 codes[q] = rounded(smaller(top, finished<R>(f, residual, LANES, *(const ints*)(acc + q * LANES), gain[q], bias[q])));)
+    *(wide*)((char*)o.out[p] + channel) = (wide)pack_bytes(codes);
+  }
+}
+#endif
+
 template <Residual R, bool BYTES>
 static void finish_kind(const Epilogue& e, const Output& o, const int32_t* acc, int pixels, int channels) {
   const int vectors = (channels + LANES - 1) / LANES;
   const Finish f(e);
-  for (int j = 0; j < vectors; ++j) {
+  int j = 0;
+#ifdef pack_bytes
+  if constexpr (BYTES)
+    for (; (j + 4) * LANES <= channels; j += 4) finish_four<R>(f, e, o, acc + j * LANES, pixels, vectors, j * LANES);
+#endif
+  for (; j < vectors; ++j) {
     const int n = channels - j * LANES < LANES ? channels - j * LANES : LANES;
     const floats gain = *(const floats*)(e.gain + j * LANES) * f.unit, bias = *(const floats*)(e.bias + j * LANES);
     for (int p = 0; p < pixels; ++p) {

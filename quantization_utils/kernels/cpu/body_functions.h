@@ -16,7 +16,7 @@ static inline floats polynomial(floats x, float highest, Rest... rest) {
 // 2^x for x in [-125, 0], 2^-125 below; relative error below 3e-7. x = n + f, a polynomial of degree 5 for 2^f, and n, the low bits
 // of the rounded sum, added to the exponent's (unsigned: beside what is not a number, x may be above 0 and the sum overflow).
 static inline floats power_of_two(floats x) {
-  x = larger(x, floats{} - 125.0f);
+  x = larger(floats{} - 125.0f, x);  // in this order: what is not a number stays so
   const floats shifted = x + kRound, f = x - (shifted - kRound);
   const floats y = polynomial(f, 1.327647174e-3f, 9.675541540e-3f, 5.550713276e-2f, 2.402211972e-1f, 6.931469671e-1f, 1.000000072f);
   return (floats)((unsigned_ints)y + ((unsigned_ints)shifted << 23));

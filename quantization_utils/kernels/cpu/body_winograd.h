@@ -36,7 +36,6 @@ static void transform_channels(const uint8_t* d, int64_t row, int64_t pixel, int
   for (; c < channels; c += 4) transform_patch<SIDE, 4>(d + c, row, pixel, v + c, v_stride);  // channels is a multiple of 4
 }
 
-typedef uint8_t wide __attribute__((vector_size(LANES * 4), aligned(1), may_alias));
 static inline wide load_channels(const uint8_t* from, int n) { return n == LANES * 4 ? *(const wide*)from : load_part<wide>(from, n); }
 
 // Minus kWinogradOffset times the sums of d over the channels of the pixels that kernels.h names, each as the corner that adds

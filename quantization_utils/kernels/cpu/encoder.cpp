@@ -43,6 +43,8 @@ Encoder::Encoder(const Kernels& isa, int heads, float epsilon, std::vector<Encod
     throw std::invalid_argument("the head of an encoder does not fit its layers");
 }
 
+Encoder::~Encoder() = default;
+
 Encoder::Scratch Encoder::scratch(int tokens) const {
   size_t inner = 3 * width_, most = isa_.max_pixels, padded = (tokens + kMostLanes - 1) / kMostLanes * kMostLanes;
   for (const EncoderLayer& l : layers_) inner = std::max<size_t>(inner, l.fc1->n());
@@ -66,9 +68,15 @@ void Encoder::run(const Call& call, int threads) {
   const bool whole_images = call.images % (few * threads) == 0 || items >= 4 * threads;
   const int64_t image_floats = (int64_t)call.tokens * width_, room = (whole_images ? few * threads : call.images) * image_floats;
   const int64_t in_floats = call.embed ? embedding_->patches.image() : image_floats, out_floats = call.kept * (call.classify ? head_->linear->n() : width_);
-  if (x_.size() < (size_t)room) x_.resize(room), qkv_.resize(3 * room), attended_.resize(room);
+  if (x_.size() < (size_t)room) qkv_.resize(3 * room), attended_.resize(room), x_.resize(room);  // x_ last: it says that all are there
+  if (scratch_tokens_ != call.tokens || (int)scratch_.size() < threads) {
+    scratch_.clear();
+    for (int t = 0; t < threads; ++t) scratch_.push_back(scratch(call.tokens));
+    scratch_tokens_ = call.tokens;
+  }
   parallel(isa_, threads, [&](Member& member) {
-    Scratch s = scratch(call.tokens);
+    Scratch& s = scratch_[member.index()];
+    s.image = -1;
     if (!whole_images) return run_layers(member, {call, x_.data(), qkv_.data(), attended_.data()}, s);
     const int64_t own = member.index() * few * image_floats;
     member.share(items, [&](int64_t item) {

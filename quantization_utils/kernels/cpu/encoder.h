@@ -40,6 +40,7 @@ class Encoder {
  public:
   // embedding, head: null where images come, or logits go, another way.
   Encoder(const Kernels& isa, int heads, float epsilon, std::vector<EncoderLayer> layers, std::unique_ptr<Embedding> embedding, std::unique_ptr<Head> head);
+  ~Encoder();
   struct Call {
     const float* in;          // images x tokens x width hidden states; images to embed, planes of pixels in [0, 1]
     int64_t images;
@@ -75,7 +76,9 @@ class Encoder {
   std::vector<EncoderLayer> layers_;
   std::unique_ptr<Embedding> embedding_;
   std::unique_ptr<Head> head_;
-  Floats x_, qkv_, attended_;  // of all rows, or of an image of each thread
+  Floats x_, qkv_, attended_;     // of all rows, or of an image of each thread
+  std::vector<Scratch> scratch_;  // one a thread, for scratch_tokens_
+  int scratch_tokens_ = 0;
   std::mutex mutex_;
 };
 

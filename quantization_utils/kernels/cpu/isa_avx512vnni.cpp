@@ -34,6 +34,18 @@ static inline vec broadcast(const uint8_t* p) {
   __builtin_memcpy(&four, p, 4);
   return _mm512_set1_epi32(four);
 }
+template <typename T>
+static inline T load_masked_(const void* from, int size) {  // memcpy of so many bytes is a call
+  if constexpr (sizeof(T) == 64) return (T)_mm512_maskz_loadu_epi8(~0ull >> (64 - size), from);
+  else return (T)_mm_maskz_loadu_epi8((__mmask16)((1u << size) - 1), from);
+}
+template <typename T>
+static inline void store_masked_(void* to, T value, int size) {
+  if constexpr (sizeof(T) == 64) _mm512_mask_storeu_epi8(to, ~0ull >> (64 - size), (__m512i)value);
+  else _mm_mask_storeu_epi8(to, (__mmask16)((1u << size) - 1), (__m128i)value);
+}
+#define load_masked load_masked_
+#define store_masked store_masked_
 template <int S>
 static inline vec plane(vec codes) {  // shifting 32-bit lanes is fine: the AND drops what crossed a byte's border
   const vec mask = _mm512_set1_epi8((char)0xC0);
@@ -73,6 +85,13 @@ static int gather_(const uint64_t* used, int words, const uint8_t* in, uint8_t* 
 static inline __m512 bytes_to_floats_(__m128i b) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(b)); }
 #define bytes_to_floats(b) ((floats)bytes_to_floats_((__m128i)(b)))
 #define ints_to_bytes(i) ((bytes)_mm512_cvtepi32_epi8((__m512i)(i)))
+// Four vectors of integers of at most 255 as bytes, the first vector's first; what is below 0 becomes 0.
+static inline __m512i pack_bytes_(__m512i a, __m512i b, __m512i c, __m512i d) {
+  const __m512i mixed = _mm512_packus_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d));
+  return _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), mixed);
+}
+#define pack_bytes(v) pack_bytes_((__m512i)v[0], (__m512i)v[1], (__m512i)v[2], (__m512i)v[3])
+#define rounded(f) ((ints)_mm512_cvtps_epi32((__m512)(f)))
 #define multiply_add(a, b, c) ((floats)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c)))
 #define larger(a, b) ((floats)_mm512_max_ps((__m512)(a), (__m512)(b)))  // of the plain comparison GCC makes three instructions
 #define smaller(a, b) ((floats)_mm512_min_ps((__m512)(a), (__m512)(b)))

@@ -1,8 +1,8 @@
 // Memory for weights and activations: zeroed, aligned to cache lines, and in huge pages where there is much of it. 14 MB of
 // weights are 3,300 small pages, more than a processor's translation buffer holds, and every miss is a walk of the tables.
 #pragma once
+#include <cstdint>
 #include <cstdlib>
-#include <cstring>
 #include <new>
 #include <vector>
 

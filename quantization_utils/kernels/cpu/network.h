@@ -105,13 +105,13 @@ struct Step {
   std::shared_ptr<Panels> direct, winograd;
   std::shared_ptr<SparsePanels> sparse;
   Epilogue epilogue{};
-  std::vector<float> gain, bias;             // padded to whole vectors
+  std::vector<float> gain, bias;             // padded to whole blocks
   std::vector<int64_t> in_offset, out_offset, residual_offset;  // per output pixel of one image, in bytes
   double micros[4] = {};                     // measured at planning, of each algorithm
 };
 
 struct Plan {
-  int batch = 0, height = 0, width = 0;
+  int batch = 0, height = 0, width = 0, threads = 0;
   int part = 0;                              // images that a thread takes through the front by itself; 0: threads share all
   std::vector<std::unique_ptr<Plan>> parts;  // the front of so many images, one a thread
   bool chosen = false;                       // algorithms were measured
@@ -126,11 +126,12 @@ class Network {
   Network(const Kernels& isa, std::vector<NodeSpec> nodes, int image_channels);
   // images: float32 planes (batch, channels, height, width); out: float32, as many as out_shape says.
   void run(const float* images, int batch, int height, int width, int threads, const std::string& algorithm, float* out);
-  std::vector<int64_t> out_shape(int batch, int height, int width) const;
+  std::vector<int64_t> out_shape(int batch, int height, int width);
   // One line a node: "node op algorithm direct_us winograd_us skipping_us multiply_adds", for a batch that has run.
   std::string describe(int batch, int height, int width);
 
  private:
+  Plan* found(int batch, int height, int width, int threads = 0) const;  // null: none; threads 0: whatever many
   Plan& plan(int batch, int height, int width);
   int images_a_part(const Plan& plan) const;
   void make_values(Plan& plan) const;
@@ -159,7 +160,7 @@ class Network {
   std::vector<NodeSpec> nodes_;
   int image_channels_;
   int front_;  // nodes before the first linear layer
-  std::map<std::vector<int>, std::unique_ptr<Plan>> plans_;
+  std::vector<std::unique_ptr<Plan>> plans_;  // the last used first
   std::map<std::vector<int>, std::shared_ptr<Panels>> packed_;  // by node, algorithm and input layout; shared by batch sizes
   std::map<std::vector<int>, std::shared_ptr<SparsePanels>> sparse_;            // by node and input layout; null: not worth it
   std::vector<Bytes> scratch_;                                                   // one a thread

@@ -1,6 +1,5 @@
 // Planning: sizes, buffers and weight panels of a network for one image size and batch, and the measured choice per node.
 #include <chrono>
-#include <cstdlib>
 #include <cstring>
 #include <sstream>
 #include <stdexcept>
@@ -10,6 +9,9 @@
 namespace ternary {
 namespace {
 
+// Plans that are kept: each has buffers of its own.
+constexpr size_t kMostPlans = 16;
+
 // The fraction of zero blocks from which skipping is measured: with fewer it never won.
 constexpr double kLeastSkipped = 0.125;
 
@@ -17,6 +19,19 @@ int round_up(int value, int to) { return (value + to - 1) / to * to; }
 
 [[noreturn]] void refuse(int node, const std::string& why) {
   throw std::invalid_argument("node " + std::to_string(node) + " " + why);
+}
+
+// Kernels read as much as a node's numbers say.
+void check_sizes(const NodeSpec& s, int i) {
+  const bool product = s.op == Op::kConv || s.op == Op::kLinear, conv = s.op == Op::kConv;
+  for (int d = 0; d < 2; ++d) {
+    if (s.kernel[d] < 1 || s.stride[d] < 1 || s.padding[d] < 0) refuse(i, "has no such kernel, stride or padding");
+    if (s.op == Op::kMaxPool && 2 * s.padding[d] > s.kernel[d]) refuse(i, "pads more than half of its kernel");
+  }
+  if (product && (int64_t)s.codes.size() != (int64_t)s.n * s.c * (conv ? s.kernel[0] * s.kernel[1] : 1)) refuse(i, "has codes of another shape");
+  if (product && (s.gain.size() != (size_t)s.n || s.bias.size() != (size_t)s.n)) refuse(i, "has not one gain and one bias for each channel");
+  if (s.op == Op::kAvgPool && s.gain.size() != 1) refuse(i, "has not one gain");
+  if (!s.pad_values.empty() && s.pad_values.size() != (size_t)s.c) refuse(i, "pads other channels than it reads");
 }
 
 // Products of one dimension of a convolution's kernel with the image, without those with its padding, over all outputs.
@@ -52,6 +67,7 @@ void transform_kernel(int side, const int8_t* g, int (&v)[3][3], int (&u)[5][5])
 Network::Network(const Kernels& isa, std::vector<NodeSpec> nodes, int image_channels)
     : isa_(isa), nodes_(std::move(nodes)), image_channels_(image_channels) {
   constexpr size_t kMaxNodes = (kMaxPhases - 1) / 2;  // the image takes one phase, a node up to two
+  for (size_t i = 0; i < nodes_.size(); ++i) check_sizes(nodes_[i], (int)i);
   if (nodes_.size() > kMaxNodes) throw std::invalid_argument("a network of more than " + std::to_string(kMaxNodes) + " nodes does not fit in one parallel region");
   front_ = std::find_if(nodes_.begin(), nodes_.end(), [](const NodeSpec& s) { return s.op == Op::kLinear; }) - nodes_.begin();
   for (size_t i = front_; i < nodes_.size(); ++i)  // only the front's last value is used after it
@@ -70,13 +86,22 @@ int Network::images_a_part(const Plan& plan) const {
   return part;
 }
 
+Plan* Network::found(int batch, int height, int width, int threads) const {
+  for (const auto& p : plans_)
+    if (p->batch == batch && p->height == height && p->width == width && (threads == 0 || p->threads == threads)) return p.get();
+  return nullptr;
+}
+
 Plan& Network::plan(int batch, int height, int width) {
-  auto& slot = plans_[{batch, height, width}];
+  if (Plan* known = found(batch, height, width, threads_)) {
+    const auto at = std::find_if(plans_.begin(), plans_.end(), [=](const auto& p) { return p.get() == known; });
+    std::rotate(plans_.begin(), at, at + 1);
+    return *known;
+  }
   auto plan = std::make_unique<Plan>();
-  plan->batch = batch, plan->height = height, plan->width = width;
+  plan->batch = batch, plan->height = height, plan->width = width, plan->threads = threads_;
   make_values(*plan);
   plan->part = images_a_part(*plan);
-  if (slot && slot->part == plan->part && (plan->part == 0 || (int)slot->parts.size() == threads_)) return *slot;
   allocate(*plan, plan->part ? front_ : 0, (int)nodes_.size() + 1);
   for (size_t i = 0; i < nodes_.size(); ++i) make_step(*plan, (int)i);
   for (int thread = 0; plan->part && thread < threads_; ++thread) {
@@ -86,8 +111,9 @@ Plan& Network::plan(int batch, int height, int width) {
     make_values(own);
     allocate(own, 0, front_ + 1);  // its last value goes where the threads share it, but not while algorithms are measured
   }
-  slot = std::move(plan);
-  return *slot;
+  if (plans_.size() == kMostPlans) plans_.pop_back();
+  plans_.insert(plans_.begin(), std::move(plan));
+  return *plans_.front();
 }
 
 // 4 or 5 (kernels.h), or 0: not for this node.
@@ -166,7 +192,7 @@ void Network::allocate(Plan& plan, int first, int end) const {
     if (v < first) continue;
     auto& candidates = free_buffers[key];
     if (candidates.empty()) {
-      const size_t bytes = elements * value.element_bytes() + 128;  // tiles read up to 15 bytes past a run, gathering 63
+      const size_t bytes = elements * value.element_bytes() + 128;  // up to 63 bytes past a run are read: whole tiles, and vectors that gather
       plan.storage.emplace_back(bytes);                                // zeroed
       uint8_t* data = plan.storage.back().data();
       for (int64_t e = 0; pad && e < elements; e += value.cs) std::memcpy(data + e, pad, value.c);
@@ -184,8 +210,8 @@ std::shared_ptr<Panels> Network::winograd_panels(int node, const Value& in, int 
   const NodeSpec& s = nodes_[node];
   auto& slot = packed_[{node, side, in.cs}];
   if (slot) return slot;
-  slot = std::make_shared<Panels>();
-  Panels& p = *slot;
+  auto panels = std::make_shared<Panels>();
+  Panels& p = *panels;
   const int lanes = isa_.lanes, vectors = (s.n + lanes - 1) / lanes;
   p.kind = Weights::kSmall, p.groups = in.cs / 4, p.block = lanes;
   p.block_bytes = (int64_t)5 * in.cs * lanes;
@@ -202,7 +228,7 @@ std::shared_ptr<Panels> Network::winograd_panels(int node, const Value& in, int 
       p.init[n] += 128 * (kWinogradOffset + u[1][1]);  // used where there is an offset
     }
   }
-  return slot;
+  return slot = panels;  // now that it is whole
 }
 
 std::shared_ptr<Panels> Network::panels(int node, const Value& in) {
@@ -355,13 +381,19 @@ void Network::choose(Plan& plan, const std::string& algorithm) {
     step.algorithm = step.micros[(int)other] <= step.micros[(int)plain] ? other : plain;  // unmeasured: the other
     if (step.algorithm == plain) step.winograd.reset(), step.sparse.reset();
   }
+  if (std::none_of(plan.steps.begin(), plan.steps.end(), [](const auto& s) { return s->algorithm == Algorithm::kWinograd; })) plan.shared = Bytes();
 }
 
-std::vector<int64_t> Network::out_shape(int batch, int height, int width) const {
-  Plan plan;
-  plan.batch = batch, plan.height = height, plan.width = width;
-  make_values(plan);
-  const Value& last = plan.values.back();
+std::vector<int64_t> Network::out_shape(int batch, int height, int width) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  Plan made;
+  const Plan* plan = found(batch, height, width);
+  if (!plan) {
+    made.batch = batch, made.height = height, made.width = width;
+    make_values(made);
+    plan = &made;
+  }
+  const Value& last = plan->values.back();
   const Op op = nodes_.back().op;
   if (op == Op::kConv || op == Op::kMaxPool) return {last.n, last.c, last.h, last.w};
   return {last.n, last.c};
@@ -369,7 +401,9 @@ std::vector<int64_t> Network::out_shape(int batch, int height, int width) const 
 
 std::string Network::describe(int batch, int height, int width) {
   std::lock_guard<std::mutex> lock(mutex_);
-  Plan& p = plan(batch, height, width);
+  const Plan* known = found(batch, height, width);
+  if (!known) throw std::invalid_argument("no batch of " + std::to_string(batch) + " images of " + std::to_string(height) + " x " + std::to_string(width) + " has run lately");
+  const Plan& p = *known;
   static const char* ops[] = {"conv", "linear", "max_pool", "avg_pool"};
   static const char* algorithms[] = {"direct", "winograd", "skipping", "pool"};
   std::ostringstream text;

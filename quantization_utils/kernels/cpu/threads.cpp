@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -35,17 +36,17 @@ void start_as_child() { region = new std::mutex, team = nullptr, forked = true; 
 void run_on_new_threads(Team& team, const std::function<void(Member&)>& body) {
   std::vector<std::thread> others;
   for (int index = 1; index < team.size; ++index)
-    others.emplace_back([&team, &body, index] { Member member(team, index); body(member); });
+    try {
+      others.emplace_back([&team, &body, index] { Member member(team, index); body(member); });
+    } catch (const std::system_error&) {
+      break;  // no more to be had: the items are shared among fewer
+    }
   Member self(team, 0);
   body(self);
   for (std::thread& other : others) other.join();
 }
 
 void run(Team& team, const std::function<void(Member&)>& body) {
-  if (team.size == 1) {
-    Member self(team, 0);
-    return body(self);
-  }
 #if defined(_OPENMP)
   if (!forked) {
     // Fewer threads than asked for are fine: the items are shared among those that come.
@@ -68,9 +69,15 @@ void Member::wait(Team::Phase& phase, int64_t items) {
 }
 
 void parallel(const Kernels& isa, int threads, const std::function<void(Member&)>& body) {
+  if (threads <= 1) {  // needs no team, and keeps nobody else from theirs
+    Member alone(0);
+    isa.begin();
+    body(alone);
+    return isa.end();
+  }
   std::lock_guard<std::mutex> one_at_a_time(*region);
   if (!team) team = new Team;
-  team->size = std::max(1, std::min(threads, kMaxThreads));
+  team->size = std::min(threads, kMaxThreads);
   for (Team::Phase& phase : team->phases) {
     if (phase.next[0].value.load(std::memory_order_relaxed) == 0) break;  // phases are used in order, all queues of each
     for (Team::Counter& next : phase.next) next.value.store(0, std::memory_order_relaxed);

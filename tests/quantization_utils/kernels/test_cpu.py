@@ -166,6 +166,23 @@ def test_results_do_not_depend_on_threads() -> None:
         torch.set_num_threads(before)
 
 
+def test_plans_of_the_last_sizes_are_kept_whatever_the_threads() -> None:
+    executor = kernels.make_executor([conv(-1, 8, 3), Node("avg_pool", 0, gain=torch.tensor([0.1]))], "cpu")
+    images, before = images_of(20, 8, 8), torch.get_num_threads()
+    try:
+        for batch, threads in ((2, 2), (1, 1)):
+            torch.set_num_threads(threads)
+            executor(images[:batch])
+    finally:
+        torch.set_num_threads(before)
+    assert executor.plan(2, 8, 8)[0]["direct_us"] > 0 < executor.plan(1, 8, 8)[0]["direct_us"]
+    for batch in range(3, 20):
+        executor(images[:batch])
+    assert executor.plan(19, 8, 8) and executor.plan(4, 8, 8)
+    with pytest.raises(ValueError, match="no batch of 1 images of 8 x 8 has run lately"):
+        executor.plan(1, 8, 8)
+
+
 def test_operators_pass_opcheck_and_compile() -> None:
     nodes = [conv(-1, 16, 3), Node("avg_pool", 0, gain=torch.tensor([0.1]))]
     executor, images = kernels.make_executor(nodes, "cpu"), images_of(2, 8, 8)

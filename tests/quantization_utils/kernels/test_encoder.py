@@ -210,6 +210,18 @@ def test_large_scores_and_constant_tokens(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@torch.no_grad()
+def test_scores_that_are_no_numbers_stay_so(backend: str) -> None:
+    """Of infinite ones of either sign softmax makes none, though queries, keys and values are finite."""
+    model, hidden = packed_vit(), torch.randn(2, 17, 128)
+    for layer in model.network.vit.layers:
+        layer.attention.q_proj.scale *= 1e30
+        layer.attention.k_proj.scale *= 1e30
+    use(model, backend)
+    assert model.encoder(hidden, 17).isnan().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @torch.no_grad()
 def test_what_is_not_finite_reaches_its_whole_image(backend: str, bad: float) -> None:

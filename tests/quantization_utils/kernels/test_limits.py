@@ -14,7 +14,7 @@ from quantization_utils import kernels
 from quantization_utils.kernels import cpu, reference
 from quantization_utils.nodes import Node
 from quantization_utils.storage_checks import MAX_NODES
-from tests.nodes import BACKENDS, check, conv, images_of
+from tests.nodes import BACKENDS, check, codes_of, conv, images_of
 
 pytestmark = pytest.mark.skipif("cpu" not in kernels.available_backends(), reason="no C++ compiler")
 
@@ -106,11 +106,32 @@ def test_codes_that_no_layer_has_are_refused() -> None:
         kernels.make_linear(codes[:, :0], torch.ones(1), None, 8, "cpu")
 
 
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"gain": torch.ones(1)}, "one gain and one bias for each channel"),
+        ({"bias": torch.ones(9)}, "one gain and one bias for each channel"),
+        ({"kernel": (5, 5)}, "codes of another shape"),
+        ({"stride": (0, 1)}, "no such kernel, stride or padding"),
+        ({"pad_values": torch.zeros(1, dtype=torch.uint8)}, "pads other channels than it reads"),
+    ],
+)
+def test_nodes_whose_tensors_do_not_fit_are_refused(changes: dict[str, object], sentence: str) -> None:
+    """Nothing is read beyond the end of a tensor."""
+    with pytest.raises(ValueError, match=sentence):
+        kernels.make_executor([replace(conv(-1, 8, 3), **changes)], "cpu")
+
+
+def test_linear_layers_whose_tensors_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="one scale and one bias for each channel"):
+        kernels.make_linear(codes_of((9, 37)), torch.ones(1), None, 8, "cpu")
+
+
 def test_wrong_shapes_are_named() -> None:
     executor = kernels.make_executor([conv(-1, 8, 3), conv(0, 8, 9)], "cpu")
     with pytest.raises(ValueError, match="expects 9 channels and reads 8"):
         executor(images_of(1, 8, 8))
-    with pytest.raises(ValueError, match="expects 9 channels and reads 8"):
+    with pytest.raises(ValueError, match="no batch of 1 images of 8 x 8 has run lately"):
         executor.plan(1, 8, 8)
     with pytest.raises(ValueError, match="images must be"):
         kernels.make_executor([conv(-1, 8, 3)], "cpu")(images_of(1, 8, 8, channels=4))
