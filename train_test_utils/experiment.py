@@ -61,6 +61,9 @@ def main(
     Exits with code 2 and one sentence on a user's mistake, with 1 if a training diverged (the other rows are done),
     with 130 on Ctrl-C.
     """
+    # PyTorch's own switch, read at the first large allocation: in huge pages AlexNet's 227 MB of weights are read up to
+    # twice as fast where memory is scattered.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     arguments = parse_arguments(model_name, sys.argv[1:])
     commit()  # of the code that is about to run
     options = default_options | ((quick_options or {}) if arguments.quick else {}) | arguments.options
