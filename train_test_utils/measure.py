@@ -83,7 +83,7 @@ def _times(
         while min(map(len, times)) < 3 or (len(times[-1]) < repeats and time.monotonic() - began < 0.9 * seconds):
             for model, own, estimate in zip(models, times, first, strict=True):
                 block = max(1, min(10, round(seconds / 40 / estimate)))
-                if block > 1 or (len(models) > 1 and estimate < seconds / 20):
+                if estimate < seconds / 20:
                     call(model)
                 own.extend(call(model) for _ in range(block))
     return times
