@@ -32,6 +32,9 @@ struct NodeSpec {
   std::vector<uint8_t> pad_values;  // empty: zeros
 };
 
+// Throws std::invalid_argument: what a node is or reads that cannot be run.
+[[noreturn]] void refuse(int node, const std::string& why);
+
 // Weights in the order the tiles read them, for blocks of `block` channels.
 struct Panels {
   Weights kind = Weights::kTwoBit;

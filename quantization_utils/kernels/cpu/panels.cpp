@@ -1,0 +1,109 @@
+// A node's weights in the order in which its kernels read them.
+#include "network.h"
+
+namespace ternary {
+namespace {
+
+// The nine numbers v of one 3x3 kernel, and U, as kernels.h has them (U of stride 2 doubled).
+void transform_kernel(int side, const int8_t* g, int (&v)[3][3], int (&u)[5][5]) {
+  static const int stride1[3][3] = {{2, 0, 0}, {1, 1, 1}, {0, 0, 2}};
+  for (int a = 0; a < 3; ++a)
+    for (int b = 0; b < 3; ++b) {
+      v[a][b] = side == 4 ? 0 : 2 * g[a * 3 + b];
+      for (int i = 0; side == 4 && i < 9; ++i) v[a][b] += stride1[a][i / 3] * g[i] * stride1[b][i % 3];
+    }
+  static const int rows4[4][3] = {{1, 0, 0}, {0, 1, 0}, {1, -1, 1}, {0, 0, 1}};
+  static const int rows5[5][3] = {{1, 0, 0}, {1, 0, 1}, {0, 0, 1}, {0, 1, 0}, {0, 1, 0}};
+  const int(*rows)[3] = side == 4 ? rows4 : rows5;
+  for (int i = 0; i < side; ++i)
+    for (int j = 0; j < side; ++j) {
+      u[i][j] = 0;
+      for (int k = 0; k < 9; ++k) u[i][j] += rows[i][k / 3] * v[k / 3][k % 3] * rows[j][k % 3];
+    }
+}
+
+}  // namespace
+
+std::shared_ptr<Panels> Network::winograd_panels(int node, const Value& in, int side) {
+  const NodeSpec& s = nodes_[node];
+  auto& slot = packed_[{node, side, in.cs}];
+  if (slot) return slot;
+  auto panels = std::make_shared<Panels>();
+  Panels& p = *panels;
+  const int lanes = isa_.lanes, vectors = (s.n + lanes - 1) / lanes;
+  p.kind = Weights::kSmall, p.groups = in.cs / 4, p.block = lanes;
+  p.block_bytes = (int64_t)5 * in.cs * lanes;
+  p.bytes.assign(vectors * p.block_bytes, 0);
+  p.init.resize((size_t)vectors * lanes);
+  for (int n = 0; n < s.n; ++n) {
+    for (int c = 0; c < in.cs; ++c) {
+      int v[3][3] = {}, u[5][5] = {};
+      if (c < s.c) transform_kernel(side, s.codes.data() + ((size_t)n * s.c + c) * 9, v, u);
+      auto pair = [](int low, int high) { return (uint8_t)((kWinogradOffset + low) / 2 + (kWinogradOffset + high) / 2 * 16); };
+      const uint8_t five[5] = {pair(v[0][0], v[2][0]), pair(v[0][2], v[2][2]), pair(v[1][0], v[1][2]), pair(v[0][1], v[2][1]), (uint8_t)(kWinogradOffset + v[1][1])};
+      uint8_t* to = p.bytes.data() + n / lanes * p.block_bytes + (int64_t)c / 4 * 5 * lanes * 4 + n % lanes * 4 + c % 4;
+      for (int i = 0; i < 5; ++i) to[i * lanes * 4] = five[i];
+      p.init[n] += 128 * (kWinogradOffset + u[1][1]);  // used where there is an offset
+    }
+  }
+  return slot = panels;  // now that it is whole
+}
+
+std::shared_ptr<Panels> Network::panels(int node, const Value& in) {
+  const NodeSpec& s = nodes_[node];
+  const bool linear = s.op == Op::kLinear;
+  const int kh = linear ? in.h : s.kernel[0], kw = linear ? in.w : s.kernel[1], c = linear ? in.c : s.c;
+  auto& slot = packed_[{node, kh, kw, in.cs}];
+  if (slot) return slot;
+  const int64_t k = (int64_t)kh * kw * c;
+  Weights kind = storage_of(s.ternary, k);
+  // Signed bytes also where a run leaves a quarter of a group or more empty, as three colours do: fewer multiply-adds.
+  if (s.ternary && kw * in.cs <= 12) kind = Weights::kSmall;
+  if (k > most_inputs(kind)) refuse(node, "has too many inputs for 32-bit accumulators");
+  slot = std::make_shared<Panels>(pack_panels(isa_, kind, s.n, kh, kw * in.cs, [&](int n, int run, int i) {
+    const int x = i / in.cs, ch = i % in.cs;
+    return ch < c ? s.codes[(((size_t)n * c + ch) * kh + run) * kw + x] : 0;
+  }));
+  return slot;
+}
+
+// null: of the blocks of one input and a vector of channels, fewer than `least` (a fraction) are zero.
+std::shared_ptr<SparsePanels> Network::sparse_panels(int node, const Value& in, double least) {
+  const NodeSpec& s = nodes_[node];
+  if (s.op != Op::kLinear || !s.ternary || s.c > most_inputs(Weights::kTwoBit)) return nullptr;
+  const auto [slot, is_new] = sparse_.try_emplace({node, in.h, in.w, in.cs});
+  if (!is_new) return slot->second;
+  auto sparse = std::make_shared<SparsePanels>();
+  SparsePanels& p = *sparse;
+  const int lanes = isa_.lanes, vectors = (s.n + lanes - 1) / lanes, plane = in.h * in.w;
+  p.runs = in.h, p.words = (in.w * in.cs + 63) / 64;
+  p.used.assign((size_t)vectors * p.runs * p.words, 0);
+  std::vector<std::vector<int>> inputs(vectors);  // columns of the codes, in the order in which activations lie
+  int64_t blocks = 0;
+  for (int v = 0; v < vectors; ++v) {
+    const int first = v * lanes, count = std::min(lanes, s.n - first);
+    std::vector<uint8_t> is_read(s.c, 0);
+    for (int n = first; n < first + count; ++n)
+      for (int i = 0; i < s.c; ++i) is_read[i] |= s.codes[(size_t)n * s.c + i] != 0;
+    for (int y = 0; y < in.h; ++y)
+      for (int x = 0; x < in.w; ++x)
+        for (int c = 0; c < in.c; ++c) {
+          const int column = c * plane + y * in.w + x, bit = x * in.cs + c;
+          if (!is_read[column]) continue;
+          inputs[v].push_back(column);
+          p.used[((size_t)v * p.runs + y) * p.words + bit / 64] |= (uint64_t)1 << bit % 64;
+        }
+    blocks += inputs[v].size();
+  }
+  if (blocks > (1 - least) * vectors * s.c) return nullptr;
+  for (int v = 0; v < vectors; ++v) {
+    const Panels dense = pack_panels(isa_, Weights::kTwoBit, std::min(lanes, s.n - v * lanes), 1, (int)inputs[v].size(),
+                                     [&](int n, int, int i) { return s.codes[(size_t)(v * lanes + n) * s.c + inputs[v][i]]; });
+    p.parts.push_back({(int64_t)p.bytes.size(), dense.groups});
+    p.bytes.insert(p.bytes.end(), dense.bytes.begin(), dense.bytes.begin() + (int64_t)dense.groups * lanes * 4);
+  }
+  p.bytes.resize(p.bytes.size() + 64);  // tiles of two vectors read as far beyond one
+  return slot->second = sparse;
+}
+
+}  // namespace ternary
