@@ -24,12 +24,12 @@ p { margin: 6px 0; max-width: 72ch; } .soft { color: var(--soft); font-size: 14p
 .card b { display: block; font-size: 26px; line-height: 1.2; } .card span { color: var(--soft); font-size: 13px; }
 .scroll { overflow-x: auto; margin-top: 12px; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; font-variant-numeric: tabular-nums; }
-th { text-align: right; font-weight: 600; color: var(--soft); border-bottom: 2px solid var(--rule); padding: 6px 10px; white-space: nowrap;
+th { text-align: right; font-weight: 600; color: var(--soft); border-bottom: 2px solid var(--rule); padding: 6px 8px; white-space: nowrap;
   cursor: pointer; user-select: none; vertical-align: bottom; }
 th:last-child, th:first-child, td:first-child { text-align: left; } th:first-child, td:first-child { padding-left: 0; } th:hover { color: var(--ink); }
 th[aria-sort=ascending]::after { content: " ↑"; } th[aria-sort=descending]::after { content: " ↓"; }
-td { text-align: right; border-bottom: 1px solid var(--rule); padding: 5px 10px; white-space: nowrap; }
-td.what { color: var(--soft); text-align: left; white-space: normal; min-width: 280px; font-size: 13px; }
+td { text-align: right; border-bottom: 1px solid var(--rule); padding: 5px 8px; white-space: nowrap; }
+td.what { color: var(--soft); text-align: left; white-space: normal; min-width: 220px; font-size: 13px; }
 tr:hover td { background: var(--tint); } .mark { display: inline-block; width: 10px; height: 10px; margin-right: 8px; border-radius: 2px; }
 img { max-width: 100%; height: auto; margin-top: 8px; } figure { margin: 0; }
 pre { background: var(--tint); border-radius: 8px; padding: 12px 14px; white-space: pre-wrap; font-size: 13px; }
