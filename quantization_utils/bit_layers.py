@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from . import kernels
 from .kernels import reference
-from .quantizers import BLOCK, Quantizer, dequantize, int8_absmax
+from .quantizers import Quantizer, block_length, dequantize, int8_absmax
 
 
 class DynamicQuantizer(nn.Module):
@@ -52,7 +52,7 @@ class _LearnedStep(torch.autograd.Function):
         ctx.save_for_backward(x, step)
         ctx.code_max = code_max
         out = torch.empty_like(x)
-        for x_B, out_B in zip(_blocks(x), _blocks(out), strict=True):
+        for x_B, out_B in zip(*(tensor.split(block_length(x)) for tensor in (x, out)), strict=True):
             out_B.copy_((x_B.float() / step).round_().clamp_(0, code_max).mul_(step))
         return out
 
@@ -60,7 +60,8 @@ class _LearnedStep(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, step = ctx.saved_tensors
         grad_x, grad_step = torch.empty_like(x), torch.zeros_like(step)
-        for x_B, grad_B, grad_x_B in zip(_blocks(x), _blocks(grad), _blocks(grad_x), strict=True):
+        blocks = (tensor.split(block_length(x)) for tensor in (x, grad, grad_x))
+        for x_B, grad_B, grad_x_B in zip(*blocks, strict=True):
             ratio, grad_out = x_B.float() / step, grad_B.float()
             clipped = ratio.clamp(0, ctx.code_max)
             inside = (clipped == ratio).float()
@@ -68,11 +69,6 @@ class _LearnedStep(torch.autograd.Function):
             # d out / d step is round(r) - r inside, 0 below and Q above.
             grad_step += (clipped.round_() - ratio.mul_(inside)).mul_(grad_out).sum()
         return grad_x, grad_step / (x.numel() * ctx.code_max) ** 0.5, None  # 1 / sqrt(number · Q), of a batch
-
-
-def _blocks(x: Tensor) -> tuple[Tensor, ...]:
-    """Parts of a batch: on a CPU so small that what is computed from them stays in a core's cache."""
-    return x.split(len(x) if x.is_cuda else max(1, BLOCK * len(x) // max(1, x.numel())))
 
 
 class StaticQuantizer(nn.Module):
@@ -134,12 +130,17 @@ class _BitLayer(nn.Module):
         return self.quantizer(self.weight.detach())
 
     def effective_weight(self) -> Tensor:
-        """The dequantized weight, with the gradient of the float weight (straight-through)."""
+        """The dequantized weight, with the gradient of the float weight (straight-through).
+
+        Where autocast is on, it has autocast's type: what would be rounded to that in the product is not written twice.
+        """
         if self.fixed is not None:
             return self.fixed
-        weight = self.weight
-        with torch.autocast(weight.device.type, enabled=False):
-            quantized = dequantize(*self.quantized_weight()).to(weight.dtype)
+        weight, device, dtype = self.weight, self.weight.device.type, self.weight.dtype
+        if self.quantized_part == 1.0 and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            quantized = dequantize(*self.quantized_weight(), dtype)
         if self.quantized_part == 1.0:
             # Not weight + (quantized - weight): that rounds, and evaluation must equal the dense ternary layer exactly.
             return _StraightThrough.apply(weight, quantized)
@@ -165,11 +166,12 @@ def fixed_weights(model: nn.Module) -> Iterator[None]:
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, quantized: Tensor) -> Tensor:
+        ctx.dtype = weight.dtype
         return quantized.view_as(quantized)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return grad, None
+        return grad.to(ctx.dtype), None
 
 
 class BitLinear(_BitLayer, nn.Linear):  # type: ignore[misc]

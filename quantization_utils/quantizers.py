@@ -18,7 +18,11 @@ from torch import Tensor
 Quantizer = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 TINY = 1e-12  # smallest scale
-BLOCK = 2**17  # weights of a block of channels: what a quantizer makes of it stays in a core's cache
+
+
+def block_length(x: Tensor) -> int:
+    """So many entries of dimension 0 at once: on a CPU few enough that what is computed of them stays in the cache."""
+    return max(1, len(x) if x.is_cuda else 2**17 * len(x) // max(1, x.numel()))
 
 
 def by_blocks(quantizer: Quantizer) -> Quantizer:
@@ -29,10 +33,10 @@ def by_blocks(quantizer: Quantizer) -> Quantizer:
 
     @functools.wraps(quantizer)
     def blockwise(weight: Tensor) -> tuple[Tensor, Tensor]:
-        channels = max(1, BLOCK // max(1, weight[:1].numel()))
-        if weight.is_cuda or len(weight) <= channels:
+        length = block_length(weight)
+        if len(weight) <= length:
             return quantizer(weight)
-        codes, scale_N = zip(*map(quantizer, weight.split(channels)), strict=True)
+        codes, scale_N = zip(*map(quantizer, weight.split(length)), strict=True)
         return torch.cat(codes), torch.cat(scale_N)
 
     return blockwise
@@ -122,16 +126,20 @@ def int8_absmax(weight: Tensor) -> tuple[Tensor, Tensor]:
 TERNARY = (absmean, absmean_per_tensor, absmean_fitted, absmedian, twn, mse_optimal)
 
 
-def dequantize(codes: Tensor, scale_N: Tensor) -> Tensor:
-    """codes · scale, float32, with the scale of each output channel (dimension 0)."""
-    return codes.float() * scale_N.view(-1, *[1] * (codes.dim() - 1))
+def dequantize(codes: Tensor, scale_N: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """codes · scale, with the scale of each output channel (dimension 0), in float32 and then rounded to `dtype`."""
+    weight, scale = torch.empty_like(codes, dtype=dtype), scale_N.view(-1, *[1] * (codes.dim() - 1))
+    blocks = (tensor.split(block_length(codes)) for tensor in (codes, scale, weight))
+    for codes_B, scale_B, weight_B in zip(*blocks, strict=True):
+        torch.mul(codes_B, scale_B, out=weight_B)
+    return weight
 
 
 def _mean_magnitude(weight_NK: Tensor) -> Tensor:
     """Mean |w| over the nonzero entries of each row (what is pruned has no say), 1 where there is none."""
-    count_N = (weight_NK != 0).sum(1)
-    mean_N = weight_NK.abs().float().sum(1) / count_N.clamp_min(1)
-    return mean_N.clamp_min(TINY).where(count_N > 0, 1.0)
+    count_N = weight_NK.sign().abs().float().sum(1)  # in a third of the time of (weight_NK != 0).sum(1)
+    total_N = weight_NK.abs().float().sum(1)
+    return (total_N / count_N.clamp_min(1)).clamp_min(TINY).where(total_N != 0, 1.0)
 
 
 def _round_to_ternary(weight_NK: Tensor, scale_N: Tensor) -> Tensor:
@@ -143,4 +151,4 @@ def _fitted_scale(weight: Tensor, codes: Tensor) -> Tensor:
     codes_NK = codes.flatten(1).float()
     count_N = codes_NK.abs().sum(1)
     fitted_N = (weight.flatten(1).float() * codes_NK).sum(1) / count_N.clamp_min(1)
-    return fitted_N.clamp_min(TINY).where(count_N > 0, 1.0)
+    return fitted_N.clamp_min(TINY).where((count_N > 0) | fitted_N.isnan(), 1.0)  # what is no number stays visible

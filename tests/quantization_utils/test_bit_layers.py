@@ -285,3 +285,18 @@ def test_a_packed_layer_that_has_run_takes_other_weights(act_bits):
     assert not torch.equal(one(x), two(x))
     one.load_state_dict(two.state_dict())
     assert torch.equal(one(x), two(x))
+
+
+@pytest.mark.parametrize("quantizer", [absmean, absmean_per_tensor])
+def test_the_weight_under_autocast_is_rounded_once_and_its_gradient_stays_float(quantizer):
+    layer = linear(quantizer, k=40)
+    x = torch.randn(6, 40)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer.effective_weight().dtype == torch.bfloat16
+        y = layer(x)
+    dense = dequantize(*layer.quantized_weight()).bfloat16().requires_grad_()
+    expected = F.linear(x.bfloat16(), dense, layer.bias.bfloat16())
+    y.float().square().sum().backward()
+    expected.float().square().sum().backward()
+    assert torch.equal(y, expected)
+    assert layer.weight.grad.dtype == torch.float32 and torch.equal(layer.weight.grad, dense.grad.float())

@@ -16,6 +16,7 @@ from quantization_utils.quantizers import (
     absmean_per_tensor,
     absmedian,
     as_is,
+    block_length,
     dequantize,
     int8_absmax,
     mse_optimal,
@@ -224,8 +225,27 @@ def test_blocks_of_channels_change_nothing(quantizer, shape, monkeypatch):
     weight = torch.randn(*shape)
     weight[1] = 0
     whole = quantizer(weight)
-    monkeypatch.setattr("quantization_utils.quantizers.BLOCK", 2 * weight[0].numel())
+    dense = whole[0] * whole[1].view(-1, *[1] * (weight.dim() - 1))
+    monkeypatch.setattr("quantization_utils.quantizers.block_length", lambda x: 2)
     assert all(torch.equal(a, b) for a, b in zip(quantizer(weight), whole, strict=True))
+    assert torch.equal(dequantize(*whole), dense)
+    assert torch.equal(dequantize(*whole, torch.bfloat16), dense.bfloat16())
+
+
+def test_a_block_is_small_and_never_empty():
+    for shape in [(4096, 9216), (64, 3, 3, 3), (2, 2**20), (0, 5), (5, 0)]:
+        weight = torch.empty(shape, device="meta")
+        length = block_length(weight)
+        assert length == 1 or weight[:1].numel() * length <= 2**17
+        assert weight.split(length)
+
+
+@pytest.mark.parametrize("quantizer", TERNARY)
+def test_a_weight_that_is_not_a_number_is_not_hidden(quantizer):
+    for broken in (torch.nan, torch.inf):
+        weight = torch.randn(3, 8)
+        weight[1] = broken
+        assert not quantizer(weight)[1].isfinite().all()
 
 
 @pytest.mark.parametrize("size", [1e-13, 8e-13, 1e-9])
