@@ -201,7 +201,7 @@ def judge(path: Path, classes: int = 10) -> str:
             return "scales not right"
     try:
         _use_reference(model)
-        logits = model(torch.zeros(1, 3, 32, 32))
+        logits = model(torch.zeros(1, *getattr(model, "image_shape", (3, 32, 32))))  # a forged one may be another
     except Exception as error:
         return f"runs into {type(error).__name__}: {str(error)[:100]}"
     return "sound" if logits.dim() == 2 and len(logits) == 1 else "logits of a wrong shape"
@@ -225,7 +225,7 @@ def fuzz(model: nn.Module, folder: Path, files: int, seed: int, forged_part: flo
     original = folder / "original.safetensors"
     save_model(model, original, {"classes": [str(i) for i in range(10)], "accuracy_pct": 90.5})
     data, path = original.read_bytes(), folder / "mutated.safetensors"
-    outcomes: Counter[str] = Counter()
+    outcomes = Counter(refused=0, sound=0, failure=0)
     kinds: Counter[str] = Counter()
     failures, slowest = [], 0.0
     while sum(outcomes.values()) < files:

@@ -11,8 +11,8 @@ second smallest of nine runs, near the best that the machine can do.
 our engine executes, by the plain algorithm and without padding taps, at the measured rate of the processor: all of the
 model's, but of a ViT's last layer the output of attention and the MLP for the class token only ("model_multiply_adds"
 counts them for all tokens, as other engines may). Appends to results/latency/peers.jsonl, on a processor with AMX,
-whose int8 engines are others, to peers_amx.jsonl; of lines with the same case, batch and "flushed" the READMEs' tables
-show the last.
+whose int8 engines are others, to peers_amx.jsonl, unless engines are left out or their packages are missing; of lines
+with the same case, batch and "flushed" the READMEs' tables show the last.
 """
 
 from __future__ import annotations
@@ -249,6 +249,9 @@ def main() -> None:
             engines, missing, (work, model_work) = prepare(case, batch, args.engines, act_bits)
             for engine, why in missing.items():
                 print(f"NOT MEASURED in {case}, batch {batch}: {engine} ({why})", flush=True)
+            complete = not any(why.startswith(("not asked for", "ModuleNotFoundError")) for why in missing.values())
+            if not complete:
+                print("NOT RECORDED: that needs every engine of benchmarks/requirements.txt", flush=True)
             for flushed in [False] if args.no_flushed or batch > 1 else [False, True]:
                 # Warm is what lies in the outer cache again after all the others; a large batch has time for it itself.
                 warm_ups, repetitions = (0, 5) if flushed else (10, 10) if batch == 1 else (1, 2)
@@ -256,6 +259,8 @@ def main() -> None:
                 figures = report(case, batch, flushed, times, work / limits["peak_multiply_adds_per_s"] * 1e3)
                 aims = {} if flushed or limits["isa"] == "amx" else AIMS.get((case, batch), {})
                 plain = round(figures["of_direct_limit_pct"] * model_work / work, 1)
+                if not complete:
+                    continue
                 append_record(name, {**figures, "aims": aims, **limits, "missing": missing, "multiply_adds": work,
                                      "model_multiply_adds": model_work, "of_plain_limit_pct": plain,
                                      "act_bits": act_bits}, peers.PACKAGES)  # fmt: skip

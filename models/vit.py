@@ -53,9 +53,9 @@ ESSENTIAL = (
 def vit(
     num_classes: int,
     checkpoint: str | None = None,
-    width: int = 384,
-    depth: int = 12,
-    patch_size: int = 4,
+    width: int | None = None,
+    depth: int | None = None,
+    patch_size: int | None = None,
     config: dict[str, Any] | None = None,
     mean: list[float] | None = None,
     std: list[float] | None = None,
@@ -63,26 +63,33 @@ def vit(
     """A Vision Transformer.
 
     `checkpoint`: name on the Hub or local folder, loaded with its weights and a new head of `num_classes`; images are
-    resized to its size. Otherwise a compact ViT of `width` (64 a head), `depth` layers, for 32×32 images in
-    `patch_size` patches, from scratch. `config`, `mean`, `std`: a complete `ViTConfig` as a dictionary and the
+    resized to its size. Otherwise a compact ViT of `width` (384; 64 a head), `depth` (12) layers, for 32×32 images in
+    patches of `patch_size` (4), from scratch. `config`, `mean`, `std`: a complete `ViTConfig` as a dictionary and the
     normalisation (by default the checkpoint's), as a saved file records them; they rebuild the structure of any of the
     two without weights.
 
     Raises:
         FileNotFoundError: the checkpoint is neither a folder nor to be had from the Hub.
-        ValueError: a checkpoint of another kind of model or with weights missing, an unknown key of `config`, or sizes
-            that make no compact ViT.
+        ValueError: a checkpoint of another kind of model or with files missing or damaged, an unknown key of `config`,
+            sizes that make no compact ViT, or sizes for a ViT that has its own.
     """
     if checkpoint is not None and config is not None:
         raise ValueError("a ViT is of a checkpoint or of a config: give one of the two")
+    if checkpoint is not None and not isinstance(checkpoint, str):
+        raise ValueError(f"checkpoint is a name on the Hub, a local folder or none, not {checkpoint!r}")
     for name, given in (("mean", mean), ("std", std)):
-        if given is not None and not (isinstance(given, (list, tuple)) and len(given) == 3):
+        if given is not None and not (
+            isinstance(given, (list, tuple)) and len(given) == 3 and all(isinstance(v, (int, float)) for v in given)
+        ):
             raise ValueError(f"{name} is three numbers, one a colour, as in {name}=[0.5,0.5,0.5], not {given!r}")
     if config is not None and not isinstance(config, dict):
         raise ValueError(f"config is a dictionary, not {config!r}")
     for name, size in (("width", width), ("depth", depth), ("patch_size", patch_size)):
-        if not isinstance(size, int):
+        if size is not None and not isinstance(size, int):
             raise ValueError(f"{name} is a whole number, not {size!r}")
+        if size is not None and (checkpoint is not None or config is not None):
+            owner = f"the checkpoint {checkpoint!r}" if checkpoint is not None else "a config"
+            raise ValueError(f"{owner} has a {name} of its own: for the compact ViT add checkpoint=none")
     # Imported here: it takes seconds, and the other models do not need it.
     from transformers import ViTConfig, ViTForImageClassification
 
@@ -95,6 +102,9 @@ def vit(
             raise ValueError(f"a ViT's config has no {unknown[0]!r} here: give {', '.join(ESSENTIAL)}")
         network = ViTForImageClassification(ViTConfig(**(config | {"num_labels": num_classes})))  # type: ignore[arg-type]
     else:
+        width, depth, patch_size = (384 if width is None else width), (12 if depth is None else depth), (
+            4 if patch_size is None else patch_size
+        )
         if width < 1 or width % 64:
             raise ValueError(f"the width of the compact ViT is a multiple of 64 (one attention head), not {width}")
         if depth < 1:
@@ -167,6 +177,8 @@ def _from_checkpoint(checkpoint: str, num_classes: int) -> tuple[nn.Module, list
     try:
         processor = AutoImageProcessor.from_pretrained(checkpoint)
         mean, std = list(processor.image_mean), list(processor.image_std)
-    except (OSError, ValueError):  # a folder written by `save_pretrained` has no image processor
+    except (OSError, ValueError) as error:  # a folder that a model's `save_pretrained` wrote has no image processor
+        if any(Path(checkpoint).glob("*processor_config.json")):
+            raise ValueError(f"the image processor of {checkpoint!r} is damaged ({_said(error)})") from error
         mean, std = [0.5] * 3, [0.5] * 3
     return network, mean, std

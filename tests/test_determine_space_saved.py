@@ -64,3 +64,9 @@ def test_bad_files_are_one_sentence_and_exit_code_2(content, tmp_path, capsys):
     assert determine_space_saved.main([str(path)]) == 2
     error = capsys.readouterr().err
     assert str(path) in error and error.count("\n") == 1
+
+
+def test_files_are_not_recorded_as_the_study(capsys):
+    with pytest.raises(SystemExit) as stop:
+        determine_space_saved.main(["--record", str(GOLDEN)])
+    assert stop.value.code == 2 and "leave the files out" in capsys.readouterr().err

@@ -75,7 +75,7 @@ def parse_arguments(model_name: str, words: list[str]) -> Arguments:
     try:
         budget = given.budget if given.budget is not None else (0.04 if given.quick else 1.0)
         if not 0 < budget <= 100:
-            raise ValueError(f"--budget is a fraction above 0, 1 for the full recipes, not {budget:g}")
+            raise ValueError(f"--budget is from above 0 to 100, 1 for the full recipes, not {budget:g}")
         if not 0 <= given.holdout < 1:
             raise ValueError(f"--holdout is a fraction in [0, 1), 0 for the test split, not {given.holdout:g}")
         if wrong := [seed for seed in given.seeds if not 0 <= seed < 2**32]:
@@ -96,8 +96,8 @@ def parse_arguments(model_name: str, words: list[str]) -> Arguments:
             precision=pick_precision(given.precision, device),
             compile=can_compile(device), out=given.out, wandb=given.wandb, options=options,
         )  # fmt: skip
-    except ValueError as error:
-        parser.error(str(error))
+    except (ValueError, OSError) as error:
+        parser.error(sentence(error))
 
 
 def sentence(error: Exception) -> str:

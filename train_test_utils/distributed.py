@@ -14,12 +14,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 def rank() -> int:
     """This process's number, from 0; the first one writes and prints."""
-    return int(os.environ.get("RANK", "0"))
+    return int(os.environ.get("RANK", "0")) if world_size() > 1 else 0
 
 
 def world_size() -> int:
     """How many processes there are."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def launcher() -> str:
+    """The beginning of the command that starts as many processes."""
+    return "python3" if world_size() == 1 else f"torchrun --nproc_per_node={world_size()}"
 
 
 def start(device: torch.device) -> torch.device:

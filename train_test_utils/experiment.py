@@ -167,6 +167,7 @@ class Run:
         if not (self.folder / "checkpoint.safetensors").exists():
             return None
         if distributed.rank() == 0:
+            (self.folder / "last.pt").unlink(missing_ok=True)  # left by a kill just after the row was recorded
             print(f"{self.row.name}, seed {self.seed}: done before ({line['test_accuracy_pct']:.2f}%)")
         return line
 
@@ -272,7 +273,7 @@ class Run:
             "backend": backend_of(packed), "budget": args.budget,
             "precision": str(args.precision).removeprefix("torch."),
             "config_hash": self.hash, "data_fingerprint": self.data.fingerprint,
-            "command": "python3 " + shlex.join(sys.argv), "commit": commit(),
+            "command": f"{distributed.launcher()} {shlex.join(sys.argv)}", "commit": commit(),
             "versions": versions("torch", "transformers", "numpy"),
             "finished_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }  # fmt: skip

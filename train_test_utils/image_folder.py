@@ -54,7 +54,7 @@ def _read(folder: Path) -> tuple[Split, tuple[str, ...]]:
         (path, label)
         for label, c in enumerate(classes)
         for path in sorted(c.rglob("*"))
-        if path.suffix.lower() in EXTENSIONS
+        if path.suffix.lower() in EXTENSIONS and not path.name.startswith(".")
     ]
     missing = [c.name for label, c in enumerate(classes) if all(at != label for _, at in files)]
     if missing:
@@ -73,6 +73,9 @@ EXTENSIONS = frozenset(Image.registered_extensions())
 def _decode(path: Path) -> np.ndarray:
     try:
         with Image.open(path) as image:
-            return np.asarray(ImageOps.fit(image.convert("RGB"), (IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC))
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I"):  # 16 bits, which Pillow would cut off at 255
+                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+            return np.asarray(ImageOps.fit(upright.convert("RGB"), (IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC))
     except Exception as error:  # Pillow raises types of its own: a DecompressionBombError is no OSError
         raise ValueError(f"{path} cannot be read as an image ({error}): repair or remove it") from error

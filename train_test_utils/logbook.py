@@ -41,15 +41,19 @@ def read_rows(path: str | os.PathLike[str], warn: bool = True) -> list[dict[str,
 def append_line(path: Path, record: Mapping[str, Any]) -> None:
     """Append one JSON line and force it to the disk; on an error (no space left) the file is as it was.
 
+    Behind a line that another process, killed, left without its end, it starts a line of its own.
+
     Raises:
         OSError: the line could not be written.
         ValueError: the record is not JSON (NaN and infinity are not).
     """
     line = json.dumps(record, allow_nan=False).encode() + b"\n"
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)  # two scripts may share a table
         before = os.fstat(descriptor).st_size
+        if before and os.pread(descriptor, 1, before - 1) != b"\n":
+            line = b"\n" + line
         try:
             if os.write(descriptor, line) != len(line):
                 raise OSError(errno.ENOSPC, "no space left for a line", os.fspath(path))

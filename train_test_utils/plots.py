@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
-from .table import Line, float_line, is_reduced, significant
+from .table import Line, columns_of, float_line, is_reduced, significant
 
 INK, FAINT = "#222222", "#8a8a8a"
 FAMILIES = {"float": (INK, "D"), "ptq": ("#D55E00", "s"), "qat": ("#0072B2", "o")}  # by the beginning of a row's name
@@ -62,10 +62,10 @@ def draw_size(lines: Sequence[Line], folder: Path) -> Picture | None:
                       markerfacecolor="white" if pruned else colour, alpha=0.75 if pruned else 1, linestyle="",
                       zorder=3)  # fmt: skip
         if not pruned:
-            labels.append((x, y, line.name, colour))
+            labels.append((x, y, line.label, colour))
     _size_axis(axes, [p.mean("file_bytes") or 0.0 for p in points])
     axes.margins(y=0.1)
-    _accuracy_axis(axes)
+    _accuracy_axis(axes, _accuracy_of(lines))
     reference = float_line(points, points[0])
     if reference is not None:
         axes.axhline(
@@ -81,16 +81,16 @@ def draw_size(lines: Sequence[Line], folder: Path) -> Picture | None:
 
 def draw_pruning(lines: Sequence[Line], folder: Path) -> Picture | None:
     """Accuracy against the pruned share: a panel for each quantization, a curve for each score."""
-    groups: dict[str, dict[str, list[Line]]] = {}
+    groups: dict[tuple[str, str], dict[str, list[Line]]] = {}  # quantization, conditions -> score -> lines
     for line in lines:
         if line.pruning is not None and line.mean("test_accuracy_pct") is not None:
             base, score, _ = line.pruning
-            groups.setdefault(base, {}).setdefault(score, []).append(line)
+            groups.setdefault((base, line.conditions), {}).setdefault(score, []).append(line)
     if not groups:
         return None
     figure, panels = _figure(1.2 + 3.9 * len(groups), 4.2, len(groups))
-    for axes, (base, by_score) in zip(panels, groups.items(), strict=True):
-        start = next((p for p in lines if p.name == base), None)
+    for axes, ((base, conditions), by_score) in zip(panels, groups.items(), strict=True):
+        start = next((p for p in lines if (p.name, p.conditions) == (base, conditions)), None)
         start_y = start.mean("test_accuracy_pct") if start else None
         ends = []
         for score, members in by_score.items():
@@ -106,10 +106,11 @@ def draw_pruning(lines: Sequence[Line], folder: Path) -> Picture | None:
             ends.append((xs[-1], ys[-1], score, colour))
         if start_y is not None:
             axes.plot(0, start_y, marker=family(base)[1], color=family(base)[0], markersize=8, zorder=4)
-        axes.set_title(base, loc="left", fontsize=11, fontweight="bold", color=family(base)[0])
+        title = f"{base}\n{conditions}" if conditions else base
+        axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=family(base)[0])
         axes.set_xlabel("pruned (%)")
         axes.set_xlim(-4, 100)
-        _accuracy_axis(axes, "" if axes is not panels[0] else "test accuracy (%)")
+        _accuracy_axis(axes, "" if axes is not panels[0] else _accuracy_of(lines))
     _same_limits(panels)
     for axes, by_score in zip(panels, groups.values(), strict=True):
         _end_labels(axes, [_end(score, members) for score, members in by_score.items()])
@@ -142,7 +143,7 @@ def draw_latency(lines: Sequence[Line], folder: Path) -> Picture | None:
         axes.plot(own, y, marker=marker, color=colour, markersize=8, zorder=3)
         text = f"{significant(own)} ms" + (f"   {significant(beside / own)}×" if beside else "")
         axes.annotate(text, (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=9, color=INK)
-    axes.set_yticks(range(len(shown)), [line.name for line in shown])
+    axes.set_yticks(range(len(shown)), [line.label for line in shown])
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(len(shown) - 0.4, -0.6)
     axes.set_xlim(left=0)
@@ -215,7 +216,11 @@ def _figure(width: float, height: float, panels: int = 1) -> tuple[Figure, list[
     return figure, list(grid[0])
 
 
-def _accuracy_axis(axes: Axes, label: str = "test accuracy (%)") -> None:
+def _accuracy_of(lines: Sequence[Line]) -> str:
+    return f"{columns_of(lines)[0].title} (%)"
+
+
+def _accuracy_axis(axes: Axes, label: str) -> None:
     axes.set_ylabel(label)
     low, high = axes.get_ylim()
     if high - low < 1:  # one row, or equal ones: no false precision
@@ -225,7 +230,7 @@ def _accuracy_axis(axes: Axes, label: str = "test accuracy (%)") -> None:
 
 def _size_axis(axes: Axes, sizes: Sequence[float]) -> None:
     steps = [m * 10.0**e for e in range(2, 12) for m in (1, 2, 5)]
-    low, high = min(sizes) / 1.5, max(sizes) * 1.5
+    low, high = min(sizes) / 2, max(sizes) * 2  # wide enough for one of the steps, which are at most 2.5 apart
     axes.set_xlim(low, high)
     axes.set_xticks([s for s in steps if low <= s <= high])
     axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v / 1e6:g} MB" if v >= 1e5 else f"{v / 1e3:g} kB"))

@@ -67,6 +67,7 @@ def markdown(name: str, options: str, results: Path) -> str:
         groups = [[row for row in rows if _first(str(row.get("row")), given["only"]) == p] for p in given["only"]]
         rows = [row for group in groups for row in group]
     if "last" in given:
+        _check_fields(rows, given["last"])
         rows = list({tuple(str(_get(row, f)) for f in given["last"]): row for row in rows}.values())
     for field in given.get("each", ()):
         rows = [{**row, **member} for row in rows for member in _members(row.get(field, ()))]
@@ -90,7 +91,10 @@ def _first(name: str, patterns: Sequence[str]) -> str | None:
 def _experiments(rows: Sequence[Mapping[str, Any]], titles: Sequence[str] | None) -> str:
     lines = lines_of(rows)
     several = len({line.budget for line in lines}) > 1
-    columns = [column for column in columns_of(lines) if titles is None or _name(column) in titles]
+    known = {_name(column): column for column in columns_of(lines)}
+    if unknown := sorted(set(titles or ()) - set(known)):
+        raise ValueError(f"these rows have no column {unknown[0]!r}: choose from {', '.join(known)}")
+    columns = [known[title] for title in titles or known]
     head = ["row", *(["budget"] if several else []), *(column.title for column in columns)]
     body = [
         [f"`{line.name}`", *([f"{line.budget:g}"] if several else []), *(column.cell(line) for column in columns)]
@@ -114,13 +118,17 @@ def _anything(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None) 
         columns = [k for k in dict.fromkeys(k for r in rows for k in r) if k not in BESIDE and not _nested(rows, k)]
     titles = [c.partition(":")[2] or c.rpartition(".")[2] for c in columns]
     columns = [c.partition(":")[0] for c in columns]
-    missing = [c for c in columns if all(_get(row, c) is None for row in rows)]
-    if missing:
-        raise ValueError(f"no line has the field {missing[0]!r}")
+    _check_fields(rows, columns)
     body = [[_text(_get(row, c), c) for c in columns] for row in rows]
     numbers = [all(isinstance(_get(row, c), (int, float, type(None))) for row in rows) for c in columns]
     left = next((i for i, number in enumerate(numbers) if number), len(numbers))
     return _table([title.replace("_", " ") for title in titles], body, left) + _notes(_circumstances(rows), rows)
+
+
+def _check_fields(rows: Sequence[Mapping[str, Any]], fields: Sequence[str]) -> None:
+    missing = [field for field in fields if all(_get(row, field) is None for row in rows)]
+    if missing:
+        raise ValueError(f"no line has the field {missing[0]!r}")
 
 
 def _circumstances(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -17,16 +17,15 @@ from typing import Any
 from .cli import sentence
 from .logbook import read_curves, read_rows
 from .readme_tables import with_tables
-from .table import Line, circumstances, columns_of, is_reduced, lines_of
+from .table import circumstances, columns_of, is_reduced, lines_of
 
 
 def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The table as text: a line for each row, seeds averaged, what the figures depend on below."""
     lines = lines_of(rows)
-    several = len({line.budget for line in lines}) > 1
     columns = [column for column in columns_of(lines) if column.title != "images/s"]  # so that a line fits a terminal
     head = ["row", *(column.title for column in columns)]
-    body = [[_name(line, several), *(column.cell(line) for column in columns)] for line in lines]
+    body = [[line.label, *(column.cell(line) for column in columns)] for line in lines]
     widths = [max(len(cells[i]) for cells in [head, *body]) for i in range(len(head))]
 
     def aligned(cells: Sequence[str]) -> str:
@@ -70,10 +69,6 @@ def write_report(rows: Sequence[Mapping[str, Any]], out_dir: str | Path) -> list
     return [path, *(picture.path for picture in pictures)]
 
 
-def _name(line: Line, with_budget: bool) -> str:
-    return f"{line.name} (budget {line.budget:g})" if with_budget else line.name
-
-
 def _wrapped(notes: Sequence[str], width: int) -> list[str]:
     """Notes joined by " · ", broken between them."""
     texts = [""]
@@ -93,6 +88,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--readme", type=Path, help="put tables between the markers of this Markdown file")
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if the file is out of date")
     given = parser.parse_args(arguments)
+    if given.check and given.readme is None:
+        parser.error("--check is for the tables of a Markdown file: name it with --readme")
     try:
         if given.readme is None:
             rows = read_rows(given.folder / "rows.jsonl")

@@ -76,9 +76,10 @@ def page(lines: Sequence[Line], pictures: Sequence[Picture]) -> str:
 def headline_line(lines: Sequence[Line]) -> Line | None:
     """The line to begin with: qat_all, else ptq_all, else the first whose weights are all ternary and not pruned.
 
-    Not the most accurate one: that would be a choice made on the test split.
+    Of several budgets that of the largest. Not the most accurate line: that would be a choice made on the test split.
     """
     ternary = [line for line in lines if (line.mean("weight_bits") or 32) < 1.586 and line.pruning is None]
+    ternary.sort(key=lambda line: -line.budget)
     return next(
         (line for name in ("qat_all", "ptq_all") for line in ternary if line.name == name),
         ternary[0] if ternary else None,
@@ -98,14 +99,8 @@ def _headline(lines: Sequence[Line]) -> str:
     )
     cards = []
     if accuracy is not None and float_accuracy is not None:
-        cards.append(
-            (
-                f"{accuracy:.2f}%",
-                f"test accuracy; float {float_accuracy:.2f}% ({accuracy - float_accuracy:+.2f} points)".replace(
-                    "-", "−"
-                ),
-            )
-        )
+        points = f"{accuracy - float_accuracy:+.2f} points".replace("-", "−")
+        cards.append((f"{accuracy:.2f}%", f"{columns_of(lines)[0].title}; float {float_accuracy:.2f}% ({points})"))
     if size and smaller:
         cards.append((megabytes(size), f"file on disk, {significant(smaller)}× smaller than float"))
     if latency and faster:
@@ -113,7 +108,7 @@ def _headline(lines: Sequence[Line]) -> str:
     boxes = "".join(
         f'<div class="card"><b>{escape(value)}</b><span>{escape(text)}</span></div>' for value, text in cards
     )
-    return f'<p>Every weight at 1.58 bits: <b>{escape(shown.name)}</b>.</p><div class="cards">{boxes}</div>'
+    return f'<p>Every weight at 1.58 bits: <b>{escape(shown.label)}</b>.</p><div class="cards">{boxes}</div>'
 
 
 def _badges(lines: Sequence[Line]) -> str:
@@ -126,7 +121,7 @@ def _badges(lines: Sequence[Line]) -> str:
 
 
 def _table(lines: Sequence[Line]) -> str:
-    several, columns = len({line.budget for line in lines}) > 1, columns_of(lines)
+    columns = columns_of(lines)
     heads = [
         ("row", "click a heading to sort"),
         *((c.title, c.meaning) for c in columns),
@@ -135,9 +130,9 @@ def _table(lines: Sequence[Line]) -> str:
     head = "".join(f'<th tabindex="0" title="{escape(meaning)}">{escape(title)}</th>' for title, meaning in heads)
     rows = []
     for line in lines:
-        name = escape(line.name) + (f' <span class="badge">budget {line.budget:g}</span>' if several else "")
+        name = escape(line.name) + (f' <span class="badge">{escape(line.conditions)}</span>' if line.conditions else "")
         cells = [
-            f'<td data-v="{escape(line.name)}"><span class="mark" style="background:{family(line.name)[0]}"></span>{name}</td>'
+            f'<td data-v="{escape(line.label)}"><span class="mark" style="background:{family(line.name)[0]}"></span>{name}</td>'
         ]
         for column in columns:
             mean = line.mean(column.field)

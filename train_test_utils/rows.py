@@ -41,7 +41,7 @@ class Ternary:
         return model if self.act_bits is None else calibrate_(model, images)
 
     def __str__(self) -> str:
-        which = "all layers" if self.only is None else _selection(self.only)
+        which = selected(self.only, self.keep)
         acts = "float activations" if self.act_bits is None else f"{self.act_bits}-bit activations"
         kind = "8-bit" if self.quantizer is int8_absmax else "ternary"
         return f"{kind} {self.quantizer.__name__} ({which}, {acts})"
@@ -60,8 +60,8 @@ class Prune:
 
     def __str__(self) -> str:
         what = "filters" if getattr(self.score, "granularity", "weight") == "filter" else "single weights"
-        where = "all layers" if self.only is None else _selection(self.only)
-        return f"{self.amount:.0%} of {what} of {where} by {self.score.__name__}"
+        where = selected(self.only)
+        return f"{100 * self.amount:g}% of {what} of {where} by {self.score.__name__}"
 
 
 @dataclass(frozen=True)
@@ -139,8 +139,9 @@ def config_hash(config: dict[str, Any]) -> str:
 
 
 def folder_hashes(options: dict[str, Any]) -> dict[str, str]:
-    """Of the options that name a folder (a checkpoint's): a hash over its files' names and contents."""
-    return {key: _hash_of_folder(value) for key, value in options.items() if isinstance(value, str) and isdir(value)}
+    """Of a checkpoint that is a folder: a hash over its files' names and contents."""
+    folder = options.get("checkpoint")
+    return {"checkpoint": _hash_of_folder(folder)} if isinstance(folder, str) and isdir(folder) else {}
 
 
 @cache
@@ -181,10 +182,12 @@ def format_rows(model_name: str, rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def _selection(only: Selection) -> str:
+def selected(only: Selection, keep: Sequence[str] = ()) -> str:
+    """Which layers, in words: "all layers", "convolutions without 0 and 3"."""
     chosen = (only,) if isinstance(only, (type, str)) or only is None else tuple(only)
-    words = {nn.Linear: "linear layers", nn.Conv2d: "convolutions"}
-    return " and ".join(words.get(c, getattr(c, "__name__", str(c))) for c in chosen)  # type: ignore[call-overload]
+    words = {None: "all layers", nn.Linear: "linear layers", nn.Conv2d: "convolutions"}
+    which = " and ".join(words.get(c, getattr(c, "__name__", str(c))) for c in chosen)  # type: ignore[call-overload]
+    return f"{which} without {' and '.join(keep)}" if keep else which
 
 
 def calibration_images(images_u8: Tensor, seed: int, count: int = CALIBRATION_IMAGES) -> Tensor:

@@ -21,10 +21,16 @@ class Line:
     """One line of a table: the rows of all seeds that share model, data set, options, budget and name."""
 
     rows: tuple[Mapping[str, Any], ...]
+    conditions: str = ""  # budget and options, where the lines beside it have others
 
     @property
     def name(self) -> str:
         return str(self.rows[-1].get("row", "?"))
+
+    @property
+    def label(self) -> str:
+        """The name, told apart from the same row under other conditions."""
+        return f"{self.name} ({self.conditions})" if self.conditions else self.name
 
     @property
     def seeds(self) -> tuple[Any, ...]:
@@ -72,7 +78,14 @@ def lines_of(rows: Sequence[Mapping[str, Any]]) -> list[Line]:
     latest: dict[tuple[str, ...], dict[Any, Mapping[str, Any]]] = {}
     for row in rows:
         latest.setdefault(_key(row), {})[row.get("seed")] = row
-    return [Line(tuple(by_seed.values())) for by_seed in latest.values()]
+    lines = [Line(tuple(by_seed.values())) for by_seed in latest.values()]
+    several = [field for field in ("budget", "options") if len({str(line.rows[-1].get(field)) for line in lines}) > 1]
+    return [replace(line, conditions=_conditions(line.rows[-1], several)) for line in lines]
+
+
+def _conditions(row: Mapping[str, Any], fields: Iterable[str]) -> str:
+    texts = [f"budget {row.get('budget') or 1:g}" if f == "budget" else _plain(row.get(f) or {}) for f in fields]
+    return ", ".join(text for text in texts if text)
 
 
 def float_line(lines: Sequence[Line], like: Line) -> Line | None:
@@ -175,7 +188,7 @@ def commands_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     for row in rows:
         if not row.get("command"):
             continue
-        program, *options = re.split(r" (?=--)", row["command"])
+        program, *options = _options(row["command"])
         given = next((shlex.split(o)[1:] for o in options if o.startswith("--only ")), ["*"])
         name = str(row.get("row"))
         patterns = [p for p in given if "row" not in row or fnmatchcase(name, p)] or [name]  # a parent is not named
@@ -189,10 +202,23 @@ def commands_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             seeds_of.setdefault(frozenset(_widest(patterns_of_seed)), []).append(seed)
         for seeds in seeds_of.values():
             only = _widest(by_seed[seeds[0]])
-            choice = [] if seeds == ["0"] else ["--seeds", *sorted(seeds)]
+            choice = [] if seeds == ["0"] else ["--seeds", *sorted(seeds, key=int)]
             choice += [] if only == ["*"] else ["--only", *map(shlex.quote, only)]
             commands.append(" ".join([*words, *choice]))
     return commands
+
+
+def _options(command: str) -> list[str]:
+    """The program, then each option with its values: ["python3 x.py", "--seeds 0 1", "--out 'a folder'"]."""
+    words = shlex.split(command)
+    script = next((i for i, word in enumerate(words) if word.endswith(".py")), 0)  # options before it are a launcher's
+    options = [words[: script + 1]]
+    for word in words[script + 1 :]:
+        if word.startswith("--"):
+            options.append(word.split("=", 1))
+        else:
+            options[-1].append(word)
+    return [shlex.join(words) for words in options]
 
 
 def _widest(patterns: Iterable[str]) -> list[str]:

@@ -15,7 +15,7 @@ from quantization_utils.quantizers import Quantizer, as_is
 from quantization_utils.reconstruction import DEFAULT as DEFAULT_RECONSTRUCTION
 from quantization_utils.reconstruction import Reconstruction
 
-from .rows import CALIBRATION_IMAGES
+from .rows import CALIBRATION_IMAGES, selected
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class CalibratedTernary:
 
     def __str__(self) -> str:
         acts = "float activations" if self.act_bits is None else f"{self.act_bits}-bit activations"
-        ends = f", {' and '.join(self.keep)} float" if self.keep else ""
+        which = "" if self.only is None and not self.keep else f"{selected(self.only, self.keep)}, "
         more = f"from {self.images:,} images, " if self.images != CALIBRATION_IMAGES else ""
-        return f"ternary by {self.settings} ({more}{acts}{ends})"
+        return f"ternary by {self.settings} ({which}{more}{acts})"
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ class Mirror:
         self._wandb = _import_wandb()
         if self._wandb is None:
             self.mode = "disabled"
-        elif mode == "online" and not has_key():
+        elif mode == "online" and not has_key(self._wandb):
             self._go_offline("no key (wandb login)")
 
     def start(self, name: str, config: Mapping[str, Any], job_type: str | None = None) -> None:
@@ -114,7 +114,7 @@ class Mirror:
         if self.mode == "offline":
             self._runs_offline += 1
         else:
-            self._urls.append(str(self._run.url))
+            self._guarded(lambda: self._urls.append(str(self._run.url)))
 
     def _init(self, name: str, config: dict[str, Any], job_type: str) -> Any:
         wanted = {
@@ -157,18 +157,20 @@ class Mirror:
             print(f"                     upload them: wandb sync {shlex.quote(str(place))}/offline-run-*")
 
 
-def has_key() -> bool:
+def has_key(wandb: Any) -> bool:
     """Whether W&B can log in without asking: its environment variables, or an entry for its host in the netrc file."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    home = Path.home()
+    given = os.environ.get("WANDB_BASE_URL")
+    server = urlsplit(given or getattr(wandb.Settings(), "base_url", ""))
+    # The default server has had two names, and a login under the old one still counts.
+    hosts = {server.netloc, server.hostname} | (set() if given else {"api.wandb.ai"})
     named = os.environ.get("NETRC")
-    for path in [Path(named)] if named else [home / ".netrc", home / "_netrc"]:
+    for name in [named] if named else ["~/.netrc", "~/_netrc"]:
         try:
-            if netrc.netrc(path).hosts.get(host):
+            if hosts & set(netrc.netrc(os.path.expanduser(name)).hosts):
                 return True
-        except (OSError, netrc.NetrcParseError):
+        except (OSError, ValueError, netrc.NetrcParseError):  # not there, no text, no netrc
             continue
     return False
 

@@ -120,3 +120,23 @@ def test_weights_that_are_missing_or_misshaped_are_not_made_up(network, folder):
         save_file(changed, folder / "model.safetensors", {"format": "pt"})
         with pytest.raises(ValueError, match=f"has no weights for .*{some.rpartition('.')[2]}.*: name a whole ViT"):
             build("vit", 6, checkpoint=str(folder))
+
+
+@pytest.mark.parametrize("size", ["width", "depth", "patch_size"])
+def test_sizes_of_the_compact_vit_beside_a_checkpoint_are_not_ignored(size, folder):
+    with pytest.raises(ValueError, match=f"has a {size} of its own: for the compact ViT add checkpoint=none"):
+        build("vit", 6, checkpoint=str(folder), **{size: 64})
+
+
+def test_a_damaged_image_processor_is_not_replaced_by_a_guess(folder):
+    ViTImageProcessor(image_mean=[0.4, 0.5, 0.6]).save_pretrained(folder)
+    file = folder / "preprocessor_config.json"
+    file.write_text(file.read_text()[:40])
+    with pytest.raises(ValueError, match="image processor of .* is damaged"):
+        build("vit", 6, checkpoint=str(folder))
+
+
+@pytest.mark.parametrize("option, wrong", [("checkpoint", 0), ("mean", ["a", "b", "c"])])
+def test_options_of_a_wrong_kind_are_a_sentence_of_our_own(option, wrong):
+    with pytest.raises(ValueError, match=f"^{option} is "):
+        build("vit", 6, **{option: wrong})

@@ -77,3 +77,11 @@ def test_alone_everything_does_nothing():
     with distributed.first_alone():
         assert torch.equal(distributed.summed(torch.ones(2)), torch.ones(2))
     assert distributed.rank() == 0 and distributed.world_size() == 1
+
+
+def test_a_rank_alone_makes_no_second_process(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("RANK", "1")
+    assert distributed.rank() == 0 and distributed.launcher() == "python3"
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert distributed.rank() == 1 and distributed.launcher() == "torchrun --nproc_per_node=4"

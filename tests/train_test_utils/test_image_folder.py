@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -66,3 +67,20 @@ def test_folders_that_are_no_data_set(tmp_path, monkeypatch):
         load_dataset(str(tmp_path / "one"))
     with pytest.raises(ValueError, match="unknown data set 'cifar11': choose cifar10, cifar100, digits"):
         load_dataset("cifar11")
+
+
+def test_photographs_stand_upright_deep_greys_keep_their_shade_and_shadow_files_are_left_out(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for i in range(5):
+            Image.fromarray(np.full((8, 8), 20_000, np.uint16)).save(tmp_path / name / f"{i}.png")
+        (tmp_path / name / "._0.png").write_bytes(b"of macOS")
+    turned = Image.new("RGB", (40, 40))
+    turned.paste((255, 0, 0), (0, 0, 40, 20))  # the top, which orientation 6 turns to the right
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "a" / "4.png", exif=exif)
+    data = load_dataset(str(tmp_path))
+    assert data.train.images.unique().tolist() == [20_000 >> 8]
+    (upright,) = data.test.images[data.test.labels == 0]
+    assert upright[0, :, 20:].min() > 200 > 50 > upright[0, :, :12].max()

@@ -119,6 +119,7 @@ def test_curves_of_an_interrupted_row_continue_without_repetition(tmp_path):
 def test_only_the_first_process_writes(tmp_path, monkeypatch):
     book(tmp_path).row({"row": "float", "config_hash": "a"})
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     other = book(tmp_path)
     other.start_row("x-seed0", {})
     other.epoch({"epoch": 1})
@@ -128,3 +129,11 @@ def test_only_the_first_process_writes(tmp_path, monkeypatch):
     assert other.done("a") == {"row": "float", "config_hash": "a"}
     assert len(read_rows(tmp_path / "rows.jsonl")) == 1
     assert json.dumps(sorted(os.listdir(tmp_path))) == '["rows.jsonl"]'
+
+
+def test_a_line_behind_one_that_another_process_left_torn_is_not_lost(tmp_path):
+    mine = book(tmp_path)
+    with open(tmp_path / "rows.jsonl", "ab") as other:
+        other.write(b'{"row": "torn by ano')
+    mine.row({"row": "two", "config_hash": "x"})
+    assert mine.done("x") == {"row": "two", "config_hash": "x"}

@@ -4,9 +4,13 @@ import json
 import re
 
 import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from train_test_utils.plots import spread
+from train_test_utils.plots import _size_axis, draw_all, draw_pruning, spread
 from train_test_utils.report import format_table, main, print_table, write_report
+from train_test_utils.report_page import headline_line, page
+from train_test_utils.table import lines_of
 
 
 def rows(seeds=(0, 1), budget=0.02):
@@ -97,3 +101,40 @@ def test_the_page_can_be_written_again_from_the_command_line(tmp_path, capsys):
 ])  # fmt: skip
 def test_labels_are_moved_apart_and_no_further(wanted, low, high, expected):
     assert spread(wanted, 1.0, low, high) == pytest.approx(expected)
+
+
+def test_what_is_shown_first_is_of_the_largest_budget(tmp_path):
+    lines = lines_of([*rows(budget=0.02), *rows(budget=1.0)])
+    assert headline_line(lines).label == "qat_all (budget 1)"
+    text = page(lines, [])
+    assert "<b>qat_all (budget 1)</b>" in text and 'qat_all <span class="badge">budget 0.02</span>' in text
+
+
+def test_pruned_rows_of_two_budgets_are_two_curves(tmp_path, monkeypatch):
+    curves = []
+    monkeypatch.setattr(Axes, "errorbar", lambda axes, xs, ys, *_, **__: curves.append((axes.get_title("left"), xs)))
+    draw_pruning(lines_of([*rows(budget=0.02), *rows(budget=1.0)]), tmp_path)
+    assert [xs for _, xs in curves] == [(0, 30, 90)] * 4
+
+
+def test_held_out_figures_are_not_called_test_accuracy(tmp_path, monkeypatch):
+    held_out = lines_of([row | {"dataset": "digits-heldout0.1"} for row in rows()])
+    assert "held-out accuracy; float" in page(held_out, []) and "test accuracy" not in page(held_out, [])
+    titles = []
+    monkeypatch.setattr(Axes, "set_ylabel", lambda axes, label, *_, **__: titles.append(label))
+    draw_all(held_out, {}, tmp_path)
+    assert titles and not [title for title in titles if "test" in title]
+
+
+@pytest.mark.parametrize("size", [2.1e6, 31e6, 44_760_208])
+def test_an_axis_of_one_size_has_a_tick(size):
+    axes = Figure().subplots()
+    axes.set_xscale("log")
+    _size_axis(axes, [size])
+    assert len(axes.get_xticks()) > 0
+
+
+def test_check_is_for_a_markdown_file(tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        main(["--check", str(tmp_path)])
+    assert stop.value.code == 2 and list(tmp_path.iterdir()) == []

@@ -26,6 +26,7 @@ from train_test_utils.rows import (
     format_rows,
     pruned_text,
 )
+from train_test_utils.transforms import CalibratedTernary
 
 RECIPE = Recipe(epochs=3, lr=0.1)
 QAT = Ternary(absmean, act_bits=8)
@@ -113,7 +114,7 @@ def test_the_hash_changes_with_everything_in_a_row():
 def test_the_hash_of_a_folder_changes_with_its_files(tmp_path):
     def found():
         _hash_of_folder.cache_clear()
-        return folder_hashes({"checkpoint": str(tmp_path), "other": "not/a/folder", "depth": 3, "none": None})
+        return folder_hashes({"checkpoint": str(tmp_path), "stem": str(tmp_path), "depth": 3, "none": None})
 
     (tmp_path / "a").write_text("1")
     hashes = [found(), found()]
@@ -142,3 +143,9 @@ def test_a_row_that_starts_from_none_before_it(rows):
 def test_functions_without_a_name_cannot_describe_a_row():
     with pytest.raises(ValueError, match="has no name to tell it by"):
         describe(Row("a", None, [lambda model, images, seed: model], None))
+
+
+def test_texts_say_which_layers_and_exactly_how_much():
+    assert str(Prune(l1, 0.125)).startswith("12.5% of single weights of all layers")
+    assert "convolutions without 0" in str(Ternary(only=nn.Conv2d, keep=("0",)))
+    assert "linear layers" in str(CalibratedTernary(only=nn.Linear)) and "layers" not in str(CalibratedTernary())

@@ -117,3 +117,18 @@ def test_what_was_measured_on_held_out_images_is_not_called_test_accuracy():
     held_out, tested = lines_of([row(dataset="cifar10-heldout0.2"), row()])
     assert columns_of([held_out])[0].title == "held-out accuracy" and columns_of([tested]) == COLUMNS
     assert [c.title for c in columns_of([held_out])[1:]] == [c.title for c in COLUMNS[1:]]
+
+
+def test_the_same_row_under_other_conditions_has_another_label():
+    alone = lines_of([row(budget=0.1, options={"stem": "maxpool"})])
+    assert [line.label for line in alone] == ["qat_all"]
+    lines = lines_of([row(), row(budget=0.1), row(options={"stem": "maxpool"})])
+    assert [line.label for line in lines] == [
+        "qat_all (budget 1)", "qat_all (budget 0.1)", "qat_all (budget 1, stem=maxpool)"
+    ]  # fmt: skip
+
+
+def test_commands_keep_quoted_words_launchers_and_the_order_of_seeds():
+    command = "torchrun --nproc_per_node=4 x.py --out 'my --dir' --budget=0.1 --seeds {0} --only=qat_all"
+    joined = commands_of([row(seed=seed, command=command.format(seed)) for seed in (10, 2)])
+    assert joined == ["torchrun --nproc_per_node=4 x.py --budget 0.1 --out 'my --dir' --seeds 2 10 --only qat_all"]

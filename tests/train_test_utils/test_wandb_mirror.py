@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import types
-from pathlib import Path
 
 import pytest
 
@@ -122,18 +121,38 @@ def test_whatever_wandb_raises_is_said_once(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("environment, found", [
     ({}, False), ({"WANDB_API_KEY": "k"}, True), ({"NETRC": "api.wandb.ai"}, True), ({"NETRC": "elsewhere.org"}, False),
+    ({"NETRC": "default.org"}, True), ({"NETRC": "api.wandb.ai", "WANDB_BASE_URL": "https://my.host:8080"}, False),
     ({"NETRC": "my.host", "WANDB_BASE_URL": "https://my.host:8080"}, True),
+    ({"NETRC": "my.host:8080", "WANDB_BASE_URL": "https://my.host:8080"}, True),
 ])  # fmt: skip
 def test_where_a_key_is_looked_for(tmp_path, monkeypatch, environment, found):
     for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "NETRC", "WANDB_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
     if host := environment.get("NETRC"):
         (tmp_path / "netrc").write_text(f"machine {host}\n  login user\n  password key\n")
         environment = environment | {"NETRC": str(tmp_path / "netrc")}
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert wandb_mirror.has_key() is found
+    wandb = types.SimpleNamespace(Settings=lambda: types.SimpleNamespace(base_url="https://default.org"))
+    assert wandb_mirror.has_key(wandb) is found
+
+
+def test_what_wandb_login_writes_is_found(tmp_path, monkeypatch):
+    wandb, wbauth = pytest.importorskip("wandb"), pytest.importorskip("wandb.sdk.lib.wbauth.wbnetrc")
+    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert not wandb_mirror.has_key(wandb)
+    wbauth.write_netrc_auth(host=wandb.Settings().base_url, api_key="k" * 40)
+    assert wandb_mirror.has_key(wandb)
+
+
+def test_a_netrc_that_is_no_text_is_no_key(tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    (tmp_path / "netrc").write_bytes(b"machine \xff\n")
+    assert not wandb_mirror.has_key(Broken("wandb"))
 
 
 def test_an_unknown_mode_is_a_mistake(tmp_path):
