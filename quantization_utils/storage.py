@@ -89,8 +89,12 @@ def load_model(
     Raises:
         FileNotFoundError: there is no such file.
         ModelFileError: the file is damaged, forged, cut off, of a newer version, or something else; the one exception
-        for it. ValueError: a backend that cannot run here.
+        for it. ValueError: a backend or a device that is not here.
     """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"there is no device {str(device)!r} here: choose cpu") from error
     try:
         own, stored = read_file(path)
         records = read_records(own, stored)
@@ -282,9 +286,7 @@ def _check_values(records: Mapping[str, Record], tensors: Mapping[str, Tensor]) 
 
 def _set_backend(model: nn.Module, backend: str) -> None:
     if backend != "auto":
-        available = kernels.available_backends()
-        if backend not in available:
-            raise ValueError(f"backend {backend!r} cannot run here: choose one of auto, {', '.join(available)}")
+        kernels.resolve(backend, "cpu")  # says what is in the way
     for module in model.modules():
         if isinstance(module, (PackedNetwork, PackedLinear, PackedConv2d)):
             module.backend = backend

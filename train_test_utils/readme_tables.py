@@ -28,6 +28,7 @@ from .table import (
     HELD_OUT,
     NOTHING,
     Column,
+    Line,
     circumstances,
     columns_of,
     commands_of,
@@ -100,10 +101,13 @@ def _experiments(rows: Sequence[Mapping[str, Any]], titles: Sequence[str] | None
         [f"`{line.name}`", *([f"{line.budget:g}"] if several else []), *(column.cell(line) for column in columns)]
         for line in lines
     ]
-    notes = [f"{k} {v}" for k, v in circumstances(lines).items()]
-    if any(is_reduced(line) for line in lines):
-        notes.insert(0, "**reduced budget**: trained for that fraction of the full recipe's steps")
+    notes = _reduced(lines) + [f"{k} {v}" for k, v in circumstances(lines).items()]
     return _table(head, body, left=1) + _notes(notes, rows)
+
+
+def _reduced(lines: Sequence[Line]) -> list[str]:
+    reduced = any(is_reduced(line) for line in lines)
+    return ["**reduced budget**: trained for that fraction of the full recipe's steps"] if reduced else []
 
 
 def _name(column: Column) -> str:
@@ -122,7 +126,13 @@ def _anything(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None) 
     body = [[_text(_get(row, c), c) for c in columns] for row in rows]
     numbers = [all(isinstance(_get(row, c), (int, float, type(None))) for row in rows) for c in columns]
     left = next((i for i, number in enumerate(numbers) if number), len(numbers))
-    return _table([title.replace("_", " ") for title in titles], body, left) + _notes(_circumstances(rows), rows)
+    notes = _circumstances(rows)
+    if all("test_accuracy_pct" in row for row in rows):
+        lines = lines_of(rows)
+        conditions = circumstances(lines)
+        named = [f"{k} {conditions[k]}" for k in ("budget", "seeds", "options") if k in conditions]
+        notes = _reduced(lines) + named + notes
+    return _table([title.replace("_", " ") for title in titles], body, left) + _notes(notes, rows)
 
 
 def _check_fields(rows: Sequence[Mapping[str, Any]], fields: Sequence[str]) -> None:

@@ -41,7 +41,7 @@ def make_executor(nodes: Sequence[Node], backend: str = "auto") -> Any:
         ValueError: the backend was asked for by name and cannot run here.
     """
     _not_while_tracing()
-    chosen = _resolve(backend, _device([n.codes for n in nodes]))
+    chosen = resolve(backend, _device([n.codes for n in nodes]))
     if chosen == "reference":
         return reference.NetworkExecutor(nodes)
     from . import cpu
@@ -58,7 +58,7 @@ def make_linear(
         ValueError: the backend was asked for by name and cannot run here.
     """
     _not_while_tracing()
-    chosen = _resolve(backend, _device([codes_NK]))
+    chosen = resolve(backend, _device([codes_NK]))
     if chosen == "reference":
         return reference.Linear(codes_NK, scale_N, bias_N, act_bits)
     from . import cpu
@@ -79,7 +79,7 @@ def make_conv(
         ValueError: the backend was asked for by name and cannot run here.
     """
     _not_while_tracing()
-    chosen = _resolve(backend, _device([codes]))
+    chosen = resolve(backend, _device([codes]))
     if chosen != "reference" and not has_kernel(codes, geometry):
         if backend != "auto":
             raise ValueError(NO_KERNEL.format(backend=backend))
@@ -109,7 +109,7 @@ def make_encoder(
         ValueError: the backend was asked for by name and cannot run here.
     """
     _not_while_tracing()
-    chosen = _resolve(backend, _device([layers[0][0][0]]))
+    chosen = resolve(backend, _device([layers[0][0][0]]))
     if chosen == "reference":
         return None
     from . import cpu
@@ -132,7 +132,12 @@ def _device(tensors: Sequence[Tensor | None]) -> str:
     return next((t.device.type for t in tensors if t is not None), "cpu")
 
 
-def _resolve(backend: str, device: str) -> str:
+def resolve(backend: str, device: str) -> str:
+    """The backend that runs for a name, on a device.
+
+    Raises:
+        ValueError: an unknown name, or a backend that cannot run here.
+    """
     if backend == "reference":
         return backend
     if backend == "auto":
@@ -147,6 +152,8 @@ def _resolve(backend: str, device: str) -> str:
         build.load()
     except build.BuildError as error:
         raise ValueError(f"backend {backend!r} cannot run here: {error}") from error
+    if backend not in (available := available_backends()):
+        raise ValueError(f"backend {backend!r} cannot run here: choose one of auto, {', '.join(available)}")
     return backend
 
 

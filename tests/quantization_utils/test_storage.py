@@ -22,6 +22,7 @@ from benchmarks.kill_while_saving import kill_while_saving, save_on_full_disk
 from models import build
 from pruning_utils import l2_filters, prune_
 from quantization_utils import calibrate_, file_format, int8_absmax, pack_, quantize_
+from quantization_utils.kernels import build as kernel_build
 from quantization_utils.network import PackedNetwork
 from quantization_utils.storage import ModelFileError, load_model, save_model
 from tests.golden.make_version_1 import images
@@ -277,6 +278,18 @@ def test_what_is_no_file(tmp_path, good):
         load_model(tmp_path)
     with pytest.raises(ValueError, match="backend"):
         load_model(good, backend="abacus")
+    for device in ("nonsense", "cuda:99"):
+        with pytest.raises(ValueError, match=f"there is no device '{device}' here: choose cpu"):
+            load_model(good, device)
+
+
+def test_kernels_that_were_asked_for_and_cannot_be_built_say_why(good, monkeypatch):
+    def load():
+        raise kernel_build.BuildError("no compiler was found")
+
+    monkeypatch.setattr(kernel_build, "load", load)
+    with pytest.raises(ValueError, match="'cpu' cannot run here: no compiler was found"):
+        load_model(good, backend="cpu")
 
 
 def test_permissions_follow_the_umask(small, tmp_path):

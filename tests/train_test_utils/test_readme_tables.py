@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from train_test_utils.readme_tables import with_tables
+from train_test_utils.readme_tables import markdown, with_tables
 from train_test_utils.report import main
 
 EXPERIMENTS = [
@@ -161,3 +161,14 @@ def test_chosen_columns_of_experiments_over_seeds(results):
         file.write(json.dumps(EXPERIMENTS[0] | {"seed": 1, "test_accuracy_pct": 81.123}) + "\n")
     text = with_tables(marked("cifar10/vit only=float columns=test_accuracy,file"), results)
     assert "| row | test accuracy | file |\n| --- | ---: | ---: |\n| `float` | 80.62% ± 0.71% | 1.00 MB |\n" in text
+
+
+def test_any_columns_of_experiments_still_say_under_which_conditions(results):
+    text = markdown("cifar10/vit", "columns=row,test_accuracy_pct", results)
+    assert "reduced budget" in text and "budget 0.02 · seeds 0 " in text
+
+
+@pytest.mark.parametrize("options", ["last=modle", "columns=held-out_accuracy,file"])
+def test_fields_and_columns_that_are_not_there(options, results):
+    with pytest.raises(ValueError, match="no line has the field 'modle'|no column 'held-out_accuracy'"):
+        markdown("cifar10/vit", options, results)
