@@ -9,6 +9,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -213,8 +214,9 @@ class Stream:
     def _stand_in(self, output: Tensor | None, count: int) -> None:
         """Let the last block passed return what it has returned, and those before it zeros of the right shape."""
         for block, shape in self._passed[:-1]:
-            zeros = self.batches[0].new_zeros(()).expand(count, *shape)
-            block.forward = lambda *args, zeros=zeros, **kwargs: zeros  # type: ignore[method-assign]
+            # New ones every time: what reads them may write to them (a ReLU in place).
+            zeros = partial(self.batches[0].new_zeros, (count, *shape))
+            block.forward = lambda *args, zeros=zeros, **kwargs: zeros()  # type: ignore[method-assign]
         if self._passed:
             self._passed[-1][0].forward = lambda *args, **kwargs: output  # type: ignore[method-assign]
 

@@ -199,3 +199,21 @@ def test_a_forward_of_a_module_itself_comes_back() -> None:
 def test_what_closes_a_sum_follows_what_else_it_adds() -> None:
     sums = {"b": ResidualSum("r", None, ("a", "b")), "c": ResidualSum("s", None, ("c", "shortcut"))}
     assert sums_last(["a", "b", "c", "d", "shortcut", "e"], sums) == ["a", "b", "d", "shortcut", "c", "e"]
+
+
+def with_relus(inplace: bool) -> nn.Module:
+    """Convolution, ReLU, batch norm: in place, the ReLU writes to what the convolution has put out."""
+    torch.manual_seed(0)
+    first = [nn.Conv2d(3, 8, 3), nn.ReLU(inplace), nn.BatchNorm2d(8)]
+    second = [nn.Conv2d(8, 8, 3), nn.ReLU(inplace), nn.BatchNorm2d(8)]
+    return nn.Sequential(*first, *second, nn.Flatten(), nn.Linear(8 * 28 * 28, 5)).eval()
+
+
+def test_what_relus_do_in_place_is_no_trouble_for_a_stream() -> None:
+    images = networks.images(4)
+    model, expected = with_relus(True), inputs_in_a_whole_pass(with_relus(False), images)
+    stream = Stream(model, images, 2)
+    for name in ("0", "3", "7"):
+        stream.enter(name)
+        assert torch.equal(torch.cat([call.args[0] for call in stream.calls]), expected[name])
+        stream.leave()
