@@ -22,23 +22,24 @@ class _Reached(Exception):
     """Ends a forward pass at the module of interest."""
 
 
+@torch.inference_mode(False)  # its tensors do not count what is written to them
 @torch.no_grad()
 def execution_order(model: nn.Module, image_1CHW: Tensor) -> dict[str, str | None]:
     """Name of layer → name of the batch norm that takes its output, or None; layers in the order in which they run."""
     order: dict[str, str | None] = {}
-    outputs: dict[str, Tensor] = {}
+    outputs: dict[str, tuple[Tensor, int]] = {}  # with the number of writes to it: a ReLU in place adds one
 
     def layer_ran(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
             order.setdefault(name, None)
-            outputs[name] = output
+            outputs[name] = output, output._version
 
         return hook
 
     def norm_runs(norm: str) -> Any:
         def hook(module: nn.Module, args: Any) -> None:
-            for name, output in outputs.items():
-                if output is args[0]:
+            for name, (output, version) in outputs.items():
+                if output is args[0] and output._version == version:
                     order[name] = norm
 
         return hook

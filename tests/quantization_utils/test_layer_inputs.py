@@ -217,3 +217,10 @@ def test_what_relus_do_in_place_is_no_trouble_for_a_stream() -> None:
         stream.enter(name)
         assert torch.equal(torch.cat([call.args[0] for call in stream.calls]), expected[name])
         stream.leave()
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+def test_a_batch_norm_behind_a_relu_is_not_that_of_the_layer(inplace: bool) -> None:
+    assert execution_order(with_relus(inplace), networks.images(2)) == {"0": None, "3": None, "7": None}
+    with torch.inference_mode():
+        assert execution_order(networks.make("alexnet_like"), networks.images(2))["1"] == "2"
