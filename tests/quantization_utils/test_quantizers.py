@@ -240,7 +240,7 @@ def test_a_block_is_small_and_never_empty():
         assert weight.split(length)
 
 
-@pytest.mark.parametrize("quantizer", TERNARY)
+@pytest.mark.parametrize("quantizer", [*TERNARY, as_is, int8_absmax])
 def test_a_weight_that_is_not_a_number_is_not_hidden(quantizer):
     for broken in (torch.nan, torch.inf):
         weight = torch.randn(3, 8)
