@@ -119,7 +119,7 @@ def int8_absmax(weight: Tensor) -> tuple[Tensor, Tensor]:
     """8-bit symmetric codes in [-127, 127], scale = max |w| / 127 per output channel: for layers kept at 8 bits."""
     weight_NK = weight.flatten(1).float()
     scale_N = weight_NK.abs().amax(1) / 127
-    scale_N = scale_N.where(~(scale_N <= TINY), 1.0)  # what is no number stays visible
+    scale_N = scale_N.clamp_min(TINY).where(scale_N != 0, 1.0)  # what is no number stays visible
     return (weight_NK / scale_N[:, None]).round().clamp(-127, 127).to(torch.int8).view_as(weight), scale_N
 
 

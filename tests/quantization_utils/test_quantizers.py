@@ -210,6 +210,13 @@ def test_int8_absmax_by_its_formula():
     assert ((weight - dequantize(codes, scale)).abs() <= scale[:, None] / 2 * (1 + 1e-5)).all()
 
 
+def test_int8_absmax_keeps_channels_of_small_weights():
+    weight = torch.randn(4, 40) * torch.tensor([1.0, 1e-10, 1e-11, 0.0])[:, None]
+    codes, scale = int8_absmax(weight)
+    assert (codes.abs().amax(1) > 0).tolist() == [True, True, True, False] and scale[3] == 1
+    assert ((weight - dequantize(codes, scale)).abs() <= scale[:, None] / 2 * (1 + 1e-5)).all()
+
+
 @pytest.mark.parametrize("quantizer", [*TERNARY, int8_absmax])
 def test_half_precision_weights_are_quantized_in_float32(quantizer):
     weight = torch.randn(3, 1025).bfloat16()
@@ -249,6 +256,6 @@ def test_a_weight_that_is_not_a_number_is_not_hidden(quantizer):
 
 
 @pytest.mark.parametrize("size", [1e-13, 8e-13, 1e-9])
-@pytest.mark.parametrize("quantizer", TERNARY)
+@pytest.mark.parametrize("quantizer", [*TERNARY, int8_absmax])
 def test_weights_next_to_nothing_stay_so(quantizer, size):
     assert dequantize(*quantizer(torch.randn(4, 9) * size)).abs().max() < max(1e-11, 4 * size)
