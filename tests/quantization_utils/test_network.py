@@ -232,6 +232,25 @@ def test_what_does_not_fold_is_not_lost(layers):
     torch.testing.assert_close(packed(batch), expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "layers",
+    [
+        [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Linear(30, 5), nn.ReLU(), nn.Flatten(), nn.Linear(600, 3)],
+        [nn.Conv2d(3, 1, (3, 1)), nn.ReLU(), nn.Linear(32, 32)],
+        [nn.Conv2d(3, 1, 3), nn.ReLU(), nn.Flatten(2), nn.Linear(900, 5)],
+        [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(2), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(900, 5)],
+    ],
+    ids=["two linear layers", "no flattening", "a channel by itself", "a pool"],
+)
+def test_what_is_not_flattened_to_vectors_keeps_its_shape(layers):
+    torch.manual_seed(0)
+    model, batch = nn.Sequential(Normalize(), *layers).eval(), images(4)
+    expected = calibrate_(quantize_(model), batch)(batch)
+    packed = pack_(model)
+    assert not isinstance(packed, PackedNetwork)
+    torch.testing.assert_close(packed(batch), expected, rtol=0, atol=1e-4)
+
+
 def test_transformers_are_not_chains():
     with pytest.raises(NotANetwork):
         to_nodes(quantize_(make("vit_like")))
