@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -85,19 +86,37 @@ def calibrate_(model: nn.Module, images: Tensor, batch_size: int = 128) -> nn.Mo
     anew.
 
     Raises:
-        ValueError: no images, activations that are not finite, or readers of one tensor with different bits.
+        ValueError: no images, activations that are not finite, or readers of one tensor with different bits; the model
+            is as it was.
     """
     if len(images) == 0:
         raise ValueError("calibration needs at least one image")
-    producers = _insert_static_quantizers(model)
-    if not producers:
-        return model
-    samples = _observe(model, producers, images, batch_size)
+    with _as_it_was_after_an_error(model):
+        producers = _insert_static_quantizers(model)
+        if not producers:
+            return model
+        samples = _observe(model, producers, images, batch_size)
+        for name, sample in samples.items():
+            if not sample.isfinite().all():
+                raise ValueError(f"the output of {name} is not finite on the calibration images: has training diverged?")
     for name, quantized in producers.items():
-        if not samples[name].isfinite().all():
-            raise ValueError(f"the output of {name} is not finite on the calibration images: has training diverged?")
         quantized.quantizer.step.fill_(_best_step(samples[name], quantized.quantizer.code_max))
     return model
+
+
+@contextmanager
+def _as_it_was_after_an_error(model: nn.Module) -> Iterator[None]:
+    """Take the static quantizers that the block has inserted out again if it raises."""
+    readers = {m: m.input_quantizer for m in model.modules() if isinstance(m, (BitLinear, BitConv2d))}
+    before = {m for m in model.modules() if isinstance(m, Quantized)}
+    try:
+        yield
+    except BaseException:
+        for layer, quantizer in readers.items():
+            layer.input_quantizer = quantizer
+        for quantized in [m for m in model.modules() if isinstance(m, Quantized) and m not in before]:
+            put_module(model, quantized, quantized.module)
+        raise
 
 
 def pack_(model: nn.Module) -> nn.Module:

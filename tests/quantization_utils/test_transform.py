@@ -242,8 +242,10 @@ def test_weights_that_are_computed_from_others_are_asked_for_as_parameters(compu
 def test_a_diverged_model_is_neither_calibrated_nor_packed(value):
     model = quantize_(make("alexnet_like"))
     model[1].bias = nn.Parameter(torch.full((8,), value))
+    before = str(model)
     with pytest.raises(ValueError, match="the output of 3 is not finite on the calibration images"):
         calibrate_(model, images(8))
+    assert str(model) == before
     model[5].weight.data[0, 0, 0, 0] = value
     with pytest.raises(ValueError, match="5 has a weight that is not finite: has training diverged"):
         pack_(model)
@@ -262,8 +264,10 @@ def test_one_input_has_one_number_of_bits():
             return self.b(x) + self.c(x)
 
     model = quantize_(quantize_(Fork(), act_bits=4, only="c"), act_bits=8)
+    before = str(model)
     with pytest.raises(ValueError, match="c reads with 4 bits what another layer reads with others"):
         calibrate_(model, images(8))
+    assert str(model) == before and "Dynamic" in before
 
 
 def test_what_is_done_in_place_later_does_not_change_a_step():
