@@ -83,9 +83,10 @@ def ternarize_(
         raise ValueError(f"calibration needs at least {MIN_IMAGES} images (1024 are usual), not {len(images)}")
     was_training = model.training
     reference = Stream(copy.deepcopy(model), images, batch_size)
-    stream = Stream(model, images, batch_size)
-    followers, sums = execution_order(model, images[:2]), residual_sums(model)
+    followers = execution_order(reference.model, images[:2])
     chosen = check_layers(model, followers, only, keep)
+    stream = Stream(model, images, batch_size)  # from here on in evaluation mode: what is refused stays as it was
+    sums = residual_sums(model)
     short_of_columns: list[str] = []
     for block_name, names in replayable_blocks(model, list(followers), images[:2]):
         for s in (reference, stream):

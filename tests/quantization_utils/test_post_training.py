@@ -218,6 +218,23 @@ class WithALayerThatNeverRuns(nn.Module):
         return self.network(x)
 
 
+def test_a_model_that_is_refused_stays_in_training() -> None:
+    model = WithALayerThatNeverRuns().train()
+    with pytest.raises(ValueError, match="spare did not run"):
+        ternarize_(model, networks.images(16))
+    assert all(module.training for module in model.modules())
+
+
+def test_a_relu_in_place_changes_nothing() -> None:
+    def ternary(inplace: bool) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        layers = [nn.Conv2d(3, 4, 3), nn.ReLU(inplace), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.ReLU(inplace)]
+        model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)).eval()
+        return ternarize_(model, networks.images(16), reconstruction=Reconstruction(2)).state_dict()
+
+    torch.testing.assert_close(ternary(True), ternary(False), rtol=0, atol=0)
+
+
 def test_wrong_input_is_refused_in_a_sentence() -> None:
     images = networks.images(32)
     with pytest.raises(ValueError, match="at least 16 images .* not 3"):
