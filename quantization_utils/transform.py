@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -86,8 +87,8 @@ def calibrate_(model: nn.Module, images: Tensor, batch_size: int = 128) -> nn.Mo
     anew.
 
     Raises:
-        ValueError: no images, activations that are not finite, or readers of one tensor with different bits; the model
-            is as it was.
+        ValueError: no images, activations that are not finite, readers of one tensor with different bits, or a ReLU or
+            pool that is used twice; the model is as it was.
     """
     if len(images) == 0:
         raise ValueError("calibration needs at least one image")
@@ -162,6 +163,7 @@ def _insert_static_quantizers(model: nn.Module) -> dict[str, Quantized]:
     """Put a `Quantized` at the end of every node that a quantized layer reads; return them by name."""
     found: dict[str, Quantized] = {}
     graph = trace(model)
+    uses = Counter(str(fx_node.target) for fx_node in (graph.nodes if graph else ()) if fx_node.op == "call_module")
     for fx_node in graph.nodes if graph else ():
         layer = module_of(model, fx_node)
         if not isinstance(layer, (BitLinear, BitConv2d)) or layer.input_quantizer is None:
@@ -179,6 +181,8 @@ def _insert_static_quantizers(model: nn.Module) -> dict[str, Quantized]:
             if isinstance(module, Quantized) and module.quantizer.bits != bits:
                 raise ValueError(f"{fx_node.target} reads with {bits} bits what another layer reads with others")
             if isinstance(module, (nn.ReLU, nn.AdaptiveAvgPool2d)):
+                if uses[name] > 1:
+                    raise ValueError(f"{name} runs more than once and can have one scale: give each use its own module")
                 found[name] = Quantized(module, StaticQuantizer(bits, 1.0).to(layer.weight.device))
                 replace_module(model, name, found[name].train(module.training))
         layer.input_quantizer = None

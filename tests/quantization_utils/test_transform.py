@@ -290,3 +290,20 @@ def test_what_is_done_in_place_later_does_not_change_a_step():
     batch = images(8)
     steps = [calibrate_(quantize_(Sum(in_place)), batch).relu.quantizer.step for in_place in (True, False)]
     assert torch.equal(*steps)
+
+
+def test_a_relu_that_is_used_twice_is_not_given_one_scale():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)
+            self.relu = nn.ReLU()
+
+        def forward(self, x):
+            return self.c(self.relu(self.b(self.relu(self.a(x))) * 100))
+
+    model, batch = quantize_(Shared(), act_bits=4, keep=("c",)), images(2)
+    expected = logits_of(model, batch)
+    with pytest.raises(ValueError, match="relu runs more than once .*: give each use its own module"):
+        calibrate_(model, batch)
+    assert torch.equal(logits_of(model, batch), expected)
