@@ -234,6 +234,7 @@ def check_description(own: Mapping[str, str], records: dict[str, Record]) -> tup
             isinstance(names, list) and all(isinstance(n, str) for n in names) and len(names) == (classes or len(names))
         )
         require(fits, "its classes are not as many names as it has logits")
+        classes = len(names)  # that a network without a constructor is held against too
     if kind == "network":
         require(
             values["normalization"] is None, "a network has its normalisation folded in, and this one names another"

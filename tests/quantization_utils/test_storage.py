@@ -271,6 +271,16 @@ def test_what_cannot_be_saved(tmp_path, small):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("names", [[], ["cat"]])
+def test_a_network_of_no_constructor_has_a_name_for_every_logit(names, tmp_path, small):
+    network = copy.deepcopy(small["resnet_18"])
+    network.constructor = None
+    with pytest.raises(ValueError, match=f"10 logits for {len(names)} classes"):
+        save_model(network, tmp_path / "x", {"classes": names})
+    save_model(network, tmp_path / "x", METADATA)
+    assert load_model(tmp_path / "x")[1]["classes"] == METADATA["classes"]
+
+
 def test_what_is_no_file(tmp_path, good):
     with pytest.raises(FileNotFoundError, match="no such"):
         load_model(tmp_path / "missing")
