@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import secrets
 import stat
 import struct
@@ -166,7 +167,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Any]:
 
 def _create_locked(target: Path) -> tuple[Path, int]:
     while True:
-        temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+        temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")  # which _remove_abandoned knows
         descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)  # less the umask
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         if temporary.exists():  # else another process took it for abandoned before the lock
@@ -175,9 +176,9 @@ def _create_locked(target: Path) -> tuple[Path, int]:
 
 
 def _remove_abandoned(target: Path) -> None:
-    prefix = f".{target.name}."
+    own = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}\.tmp")
     for entry in os.scandir(target.parent):
-        if not (entry.name.startswith(prefix) and entry.name.endswith(".tmp") and entry.is_file(follow_symlinks=False)):
+        if not (own.fullmatch(entry.name) and entry.is_file(follow_symlinks=False)):
             continue
         try:
             descriptor = os.open(entry.path, os.O_WRONLY)

@@ -341,6 +341,15 @@ def test_kills_and_a_full_disk_leave_the_previous_file(tmp_path):
     assert full["refused"] == full["intact"] == 5 and full["leftovers"] == 0
 
 
+def test_only_temporary_files_of_its_own_are_removed(small, tmp_path):
+    abandoned = tmp_path / ".model.0123abcd.tmp"
+    others = [tmp_path / f".model.{name}.tmp" for name in ("my-notes", "safetensors.1234", "safetensors.0123abcd")]
+    for path in (abandoned, *others):
+        path.touch()
+    save_model(small["alexnet"], tmp_path / "model")
+    assert not abandoned.exists() and all(path.exists() for path in others)
+
+
 @pytest.mark.parametrize("fails", ["fsync", "_sync_folder"])
 def test_an_error_says_which_file_is_there_now(fails, small, tmp_path, monkeypatch):
     path = tmp_path / "model"
