@@ -83,11 +83,18 @@ def parse_json(text: str | bytes, what: str) -> Any:
             raise ValueError("a number is too long")
         return int(digits)
 
+    def real(digits: str) -> float:
+        if math.isinf(number := float(digits)):
+            raise ValueError("a number is too large")
+        return number
+
     def constant(name: str) -> float:
         raise ValueError(f"{name} is not a number")
 
     try:
-        return json.loads(text, object_pairs_hook=members, parse_int=integer, parse_constant=constant)
+        return json.loads(
+            text, object_pairs_hook=members, parse_int=integer, parse_float=real, parse_constant=constant
+        )
     except (ValueError, RecursionError) as error:
         raise ModelFileError(f"{what} is not valid JSON ({error})") from error
 

@@ -271,6 +271,13 @@ def test_what_cannot_be_saved(tmp_path, small):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("number", ["1e999", "-1e999", "Infinity", "NaN", "1" * 21])
+def test_numbers_that_are_none_are_no_json(number):
+    assert file_format.parse_json('{"a":-1.5e3}', "it") == {"a": -1500.0}
+    with pytest.raises(ModelFileError, match="it is not valid JSON .*number"):
+        file_format.parse_json(f'{{"a":{number}}}', "it")
+
+
 @pytest.mark.parametrize("names", [[], ["cat"]])
 def test_a_network_of_no_constructor_has_a_name_for_every_logit(names, tmp_path, small):
     network = copy.deepcopy(small["resnet_18"])
