@@ -46,8 +46,8 @@ def prune_(
     weights within their layer. `only`: which layers (`models.select.select_layers`). `seed`: for `random`.
 
     Raises:
-        ValueError: an amount outside [0, 1), an unknown granularity or scope, a score that does not fit them or is not
-            finite (the model has diverged), or no layer to prune.
+        ValueError: an amount outside [0, 1), an unknown granularity or scope, a score that does not fit them, weights or
+            scores that are not finite (the model has diverged), or no layer to prune.
     """
     granularity, scope = _meaning(score, granularity, scope)
     if not isinstance(amount, Real) or not 0 <= amount < 1:
@@ -108,8 +108,8 @@ def _keys(
         raise ValueError(
             f"the score of {name} has shape {tuple(importance.shape)}: it should be {tuple(magnitude.shape)}"
         )
-    if not importance.isfinite().all():
-        raise ValueError(f"the weights of {name} have importances that are not finite: was it trained to the end?")
+    if not (weight.isfinite().all() and importance.isfinite().all()):
+        raise ValueError(f"{name} has weights or importances that are not finite: was it trained to the end?")
     importance = importance.masked_fill(pruned, -torch.inf)
     if granularity == "filter":
         importance[importance.argmax()] = torch.inf  # a layer without a filter would cut the network

@@ -253,11 +253,12 @@ def test_mistakes_are_told_and_change_nothing(arguments, message):
     assert list(model.state_dict()) == names
 
 
-def test_a_diverged_model_is_refused():
+@pytest.mark.parametrize("score", [l1, random, lambda weight: weight.nan_to_num()])
+def test_a_diverged_model_is_refused(score):
     model = network()
     model[0].weight.data[0, 0, 0, 0] = float("nan")
     with pytest.raises(ValueError, match="not finite"):
-        prune_(model, l1, 0.5)
+        prune_(model, score, 0.5)
 
 
 def test_prune_returns_the_model_itself():
