@@ -4,6 +4,10 @@ A filter is one output channel of a convolution or linear layer. When its weight
 the batch norm behind it are all zero, the channel is exactly 0 whatever the image, in training and in evaluation;
 nothing that reads it changes when it is physically removed. `quantization_utils.dead_channels` does that to a packed
 network.
+
+Not so where that batch norm has no weight and bias to mask (its running mean shifts the channel), or isn't found: a
+model that can't be traced (`models.graph`; one without a ReLU module, say) has its layers' weights and biases masked
+alone.
 """
 
 from __future__ import annotations
@@ -30,8 +34,8 @@ def mask_filters_(layer: nn.Module, kept_N: Tensor, batch_norms: list[nn.Module]
 def batch_norms_behind(model: nn.Module) -> dict[str, list[nn.Module]]:
     """The affine batch norms that read each layer's output directly, by the layer's name.
 
-    Found by tracing the data flow (torch.fx). A model that cannot be traced (a transformer) has none: filter pruning
-    then zeroes weight and bias alone, which is all there is where no batch norm follows.
+    Found by tracing the data flow (torch.fx). A model that cannot be traced (a transformer, a network of SiLUs) has
+    none: filter pruning then zeroes weight and bias alone, which is enough only where no batch norm follows.
     """
     graph = trace(model)
     found: dict[str, list[nn.Module]] = {}

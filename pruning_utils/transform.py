@@ -31,8 +31,9 @@ def prune_(
     with `scope="global"`, of all layers together. Weights that are exactly zero before count, and go first: 30% and
     then 50% makes 50%; pruning less than is pruned already changes nothing. Ties go by |w|, then by position.
 
-    Filters: the bias and the batch norm behind the layer are masked too, so that the channel is zero and can be removed
-    (see `structured.py`). The last layer's filters, which are the classes, and at least one of every layer stay.
+    Filters: the bias and, in a model that can be traced, the affine batch norm behind the layer are masked too, so that
+    the channel is zero and can be removed (`structured.py` says where it is not). The last layer's filters, which are
+    the classes, and at least one of every layer stay.
 
     Quantized layers (`BitLinear`, `BitConv2d`) are scored by the weights they compute with, codes · scale. A zero code
     is the least of all magnitudes, so `l1` takes those first, in the order of the float weights behind them; `random`
