@@ -68,8 +68,9 @@ def apply_mask_(module: nn.Module, tensor_name: str, mask: Tensor) -> None:
         parametrize.register_parametrization(module, tensor_name, Mask(mask.clone()))
         return
     existing.mask &= mask
-    with torch.no_grad():
-        setattr(module, tensor_name, getattr(module, tensor_name))  # zero behind the mask too
+    if all(hasattr(p, "right_inverse") for p in module.parametrizations[tensor_name]):  # type: ignore[index, union-attr]
+        with torch.no_grad():
+            setattr(module, tensor_name, getattr(module, tensor_name))  # zero behind the mask too
 
 
 def mask_of(module: nn.Module, tensor_name: str = "weight") -> Mask | None:

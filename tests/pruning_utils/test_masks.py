@@ -104,6 +104,14 @@ def test_the_parameter_behind_the_mask_holds_no_pruned_values():
     assert int((layer.parametrizations.weight.original != 0).sum()) == 0
 
 
+def test_a_mask_beside_a_parametrization_that_cannot_be_undone_is_applied_again():
+    layer = nn.Linear(4, 4)
+    parametrize.register_parametrization(layer, "weight", nn.Identity())
+    apply_mask_(layer, "weight", torch.arange(16).view(4, 4) > 3)
+    apply_mask_(layer, "weight", torch.arange(16).view(4, 4) < 12)
+    assert (layer.weight == 0).all(1).tolist() == [True, False, False, True]
+
+
 def test_averaged_weights_keep_the_zeros():
     model = prune_(small_network(), l2_filters, 0.5)
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
