@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -74,6 +75,11 @@ def test_weights_and_biases_are_taken_over_as_they_are():
     assert layer.weight is dense.weight and layer.bias is dense.bias and layer.training
     assert layer.weight_bits == "ternary" and linear(int8_absmax).weight_bits == 8
     assert layer.state_dict().keys() == dense.state_dict().keys()
+
+
+def test_the_bits_of_a_quantizer_made_from_another_are_those_of_its_codes():
+    made = (partial(int8_absmax), lambda weight: int8_absmax(weight), partial(absmean))
+    assert [linear(quantizer).weight_bits for quantizer in made] == [8, 8, "ternary"]
 
 
 @pytest.mark.parametrize("part", [1.0, 0.25])
