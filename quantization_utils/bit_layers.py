@@ -226,8 +226,8 @@ class _PackedLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense float32 weight, for code that asks a layer for it (transformers reads its dtype)."""
-        return dequantize(self.codes, self.scale)
+        """The dense weight in the scale's type, for code that asks a layer for it (transformers reads its dtype)."""
+        return dequantize(self.codes, self.scale, self.scale.dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
         self._runner = None  # built from the tensors, so it goes when they move or change

@@ -217,6 +217,17 @@ def test_weight_only_packed_linear_is_exact():
     assert torch.equal(PackedLinear.from_bit_layer(layer, None)(x), layer(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.half, torch.bfloat16, torch.double])
+def test_weight_only_packed_layers_can_be_cast(dtype):
+    x, image = torch.randn(7, 37), torch.randn(2, 6, 5, 5)
+    packed = [(PackedLinear.from_bit_layer(linear(), None), x), (PackedConv2d.from_bit_layer(conv(), None), image)]
+    for layer, values in packed:
+        expected = layer(values)
+        got = layer.to(dtype)(values.to(dtype))
+        assert got.dtype == dtype
+        torch.testing.assert_close(got.float(), expected, rtol=0.02, atol=0.02)
+
+
 def test_a_packed_layer_holds_no_float_weight_and_can_be_copied():
     packed = PackedLinear.from_bit_layer(linear(absmean, 8), 8)
     assert {n: t.dtype for n, t in packed.state_dict().items()} == {
