@@ -143,7 +143,7 @@ class _BitLayer(nn.Module):
         if self.quantized_part == 1.0 and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
-            quantized = dequantize(*self.quantized_weight(), dtype)
+            quantized = dequantize(*self.quantizer(weight.detach()), dtype)  # a mask is applied at every look at it
         if self.quantized_part == 1.0:
             # Not weight + (quantized - weight): that rounds, and evaluation must equal the dense ternary layer exactly.
             return _StraightThrough.apply(weight, quantized)
