@@ -26,7 +26,7 @@ from quantization_utils.quantizers import TERNARY, absmean, absmean_per_tensor, 
 QUANTIZERS = [*TERNARY, int8_absmax]
 CONVOLUTIONS = [
     {}, {"stride": 2, "padding": 1}, {"padding": (0, 2), "bias": False}, {"groups": 3, "padding": 1},
-    {"dilation": 2, "padding": 2},
+    {"dilation": 2, "padding": 2}, {"stride": 3, "groups": 3}, {"stride": 3, "dilation": 2},
 ]  # fmt: skip
 
 
@@ -70,9 +70,9 @@ def test_the_bias_is_used(make, shape):
 
 
 def test_weights_and_biases_are_taken_over_as_they_are():
-    dense = nn.Linear(5, 3).train()
+    dense = nn.Linear(5, 3).eval()
     layer = BitLinear.from_float(dense, absmean, 8)
-    assert layer.weight is dense.weight and layer.bias is dense.bias and layer.training
+    assert layer.weight is dense.weight and layer.bias is dense.bias and not layer.training
     assert layer.weight_bits == "ternary" and linear(int8_absmax).weight_bits == 8
     assert layer.state_dict().keys() == dense.state_dict().keys()
 
@@ -156,6 +156,22 @@ def test_static_activations_have_the_gradients_of_lsq():
     assert torch.equal(x.grad, grad * torch.tensor(passed))
     expected = float((torch.tensor(slope) * grad).sum()) / (9 * top) ** 0.5
     assert float(quantizer.step.grad) == pytest.approx(expected, rel=1e-4)
+
+
+def test_blocks_of_activations_change_no_gradient(monkeypatch):
+    x, found = torch.rand(6, 40_000), []
+    for _ in range(2):
+        quantizer, leaf = StaticQuantizer(4, 0.05), x.clone().requires_grad_()
+        quantizer(leaf).square().sum().backward()
+        found.append((leaf.grad, quantizer.step.grad))
+        monkeypatch.setattr("quantization_utils.bit_layers.block_length", len)
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("step", [0.0, -0.1])
+def test_a_step_that_training_has_moved_too_far_stays_positive(step):
+    out = StaticQuantizer(4, step)(torch.tensor([-1.0, 0.0, 1.0]))
+    assert (out >= 0).all() and (out < 1e-6).all()
 
 
 def test_a_learned_step_finds_the_range():
@@ -289,6 +305,8 @@ def test_weights_are_quantized_once_where_they_are_fixed() -> None:
     with fixed_weights(model):
         assert torch.equal(model(x), before) and torch.equal(model(x), before)
     assert len(calls) == 2
+    with pytest.raises(RuntimeError), fixed_weights(model):
+        model(x[:, 1:])
     with torch.no_grad():
         model[2].weight.neg_()
     assert not torch.equal(model(x), before)  # and quantized anew afterwards
@@ -302,6 +320,10 @@ def test_a_packed_layer_that_has_run_takes_other_weights(act_bits):
     assert not torch.equal(one(x), two(x))
     one.load_state_dict(two.state_dict())
     assert torch.equal(one(x), two(x))
+    changed = copy.deepcopy(one)
+    for layer in (changed, one):
+        layer.scale.mul_(2)
+    assert not torch.equal(changed(x), two(x)) and torch.equal(one.to("cpu")(x), changed(x))  # a copy, and moved
 
 
 @pytest.mark.parametrize("quantizer", [absmean, absmean_per_tensor])
@@ -317,3 +339,11 @@ def test_the_weight_under_autocast_is_rounded_once_and_its_gradient_stays_float(
     expected.float().square().sum().backward()
     assert torch.equal(y, expected)
     assert layer.weight.grad.dtype == torch.float32 and torch.equal(layer.weight.grad, dense.grad.float())
+
+
+def test_a_ramp_under_autocast_mixes_what_is_not_rounded():
+    layer = linear()
+    layer.quantized_part = 0.25
+    expected = layer.effective_weight()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer.effective_weight(), expected)

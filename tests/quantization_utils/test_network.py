@@ -161,6 +161,7 @@ JOINTS = {
     "a batch norm behind a sum": lambda m, x: m.relu(m.bn(m.conv(x) + x)),
     "a parameter of its own": lambda m, x: m.relu(m.conv(x) * m.gain + x),
     "an input given by name": lambda m, x: m.relu(m.conv(input=x) + x),
+    "a second shortcut": lambda m, x: m.relu(m.conv(x) + x + x),
     "a constant": lambda m, x: m.relu(m.conv(x) + 0.1),
     "a sum": lambda m, x: m.relu(m.conv(x) + x),
 }
@@ -186,6 +187,7 @@ class Joint(nn.Module):
         (nn.MaxPool2d(3, 2, ceil_mode=True), 8),
         (nn.MaxPool2d(2, 1, dilation=2), 14),
         (nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8, affine=False), nn.ReLU()), 16),
+        (nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8, track_running_stats=False), nn.ReLU()), 16),
         (nn.AdaptiveAvgPool2d(2), 2),
         *((Joint(name), 16) for name in JOINTS if name != "a sum"),
         (nn.Sequential(nn.Conv2d(8, 8, 1, padding=1), nn.ReLU()), 18),
@@ -273,7 +275,9 @@ def test_a_packed_network_is_never_cast(packed):
 def test_a_packed_network_can_be_copied(packed):
     batch = images(2)
     expected = packed(batch)
-    again = copy.deepcopy(packed)
+    again, changed = copy.deepcopy(packed), copy.deepcopy(packed)
+    changed.nodes[0].codes.zero_()
+    assert not torch.equal(changed(batch), expected)  # its own nodes, not those that had run before the copy
     assert torch.equal(again(batch), expected) and again.nodes[0].codes is not packed.nodes[0].codes
     again.nodes[0].codes.zero_()
     assert torch.equal(packed(batch), expected)
@@ -326,11 +330,14 @@ def test_one_mean_for_all_channels_pads_all_of_them():
     torch.testing.assert_close(packed(batch), expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("mean", [(300, 123, 114), (125, -1, 114)])
-def test_a_mean_that_is_no_pixel_is_no_padding(mean):
+@pytest.mark.parametrize(
+    "mean, std",
+    [((300, 123, 114), (63, 63, 63)), ((125, -1, 114), (63, 63, 63)), ((125, 123, 114), (63, 62, 67))],
+)
+def test_a_normalisation_that_does_not_fold_is_told(mean, std):
     model = make("alexnet_like")
-    model[0] = Normalize(mean)
-    with pytest.raises(NotANetwork, match="whole pixels"):
+    model[0] = Normalize(mean, std)
+    with pytest.raises(NotANetwork, match="whole pixels with one standard deviation"):
         to_nodes(calibrate_(quantize_(model), images(8)))
 
 

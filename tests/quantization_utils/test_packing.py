@@ -11,7 +11,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantization_utils.packing import CODES_PER_BYTE, ENCODINGS, entropy_bits, pack_codes, unpack_codes
+from quantization_utils.packing import CHUNK, CODES_PER_BYTE, ENCODINGS, entropy_bits, pack_codes, unpack_codes
 
 EXAMPLE = [0, 1, -1, 1, 1, -1, 0]
 
@@ -62,6 +62,12 @@ def test_round_trip(bits, zero_fraction, count):
     assert encoding in ENCODINGS[bits] and count <= CODES_PER_BYTE * len(payload)
     assert torch.equal(unpack_codes(payload, encoding, (count,), bits), codes)
     assert pack_codes(codes, bits) == (encoding, payload)
+
+
+def test_round_trip_of_gaps_that_end_with_a_chunk():
+    codes = random_codes(16 * CHUNK, 0.95, "ternary")
+    encoding, payload = pack_codes(codes, "ternary")
+    assert "gaps" in encoding and torch.equal(unpack_codes(payload, encoding, codes.shape, "ternary"), codes)
 
 
 def test_every_encoding_is_chosen_somewhere():
@@ -153,6 +159,13 @@ def test_the_gap_payloads_above_are_one_step_from_a_good_one():
 def test_payloads_that_are_not_right(case):
     with pytest.raises(ValueError):  # noqa: PT011  each has a sentence of its own
         unpack_codes(*WRONG[case])
+
+
+def test_gaps_for_which_there_is_no_room_are_not_decompressed(monkeypatch):
+    monkeypatch.setattr("quantization_utils.packing._unzstd", lambda *_: pytest.fail("decompressed"))
+    payload = gaps_payload(frame(bytes(1 << 20)), b"", length=1 << 20)
+    with pytest.raises(ValueError, match="longer than there is room for"):
+        unpack_codes(payload, "gaps+zstd", (5,), "ternary")
 
 
 @settings(max_examples=300, deadline=None)

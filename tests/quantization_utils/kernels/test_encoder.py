@@ -275,6 +275,26 @@ def test_neurons_that_were_pruned_are_gone_and_nothing_else_changes(
             assert torch.equal(loaded(images), logits)
 
 
+@pytest.mark.parametrize("bias", [1.0, 0.0])
+@torch.no_grad()
+def test_of_neurons_without_weights_those_with_a_bias_stay_or_else_one(bias: float) -> None:
+    model, images = quantize_(models.build("vit", 10, width=64, depth=1).eval(), absmean, 8), torch.rand(2, 3, 32, 32)
+    mlp = model.network.vit.layers[0].mlp
+    mlp.fc1.weight.zero_(), mlp.fc1.bias.zero_()
+    mlp.fc1.bias[3] = bias
+    expected = model(images)
+    close(pack_(model)(images), expected)
+    assert mlp.fc1.codes.shape == (1, 64)
+
+
+@torch.no_grad()
+def test_a_classifier_of_other_bits_runs_by_itself() -> None:
+    vit, images = models.build("vit", 10, width=64, depth=1).eval(), torch.rand(2, 3, 32, 32)
+    model = pack_(quantize_(quantize_(vit, act_bits=4, only="*classifier")))
+    close(model(images), model.network(model.normalize(images)).logits)
+    assert model.encoder._runner.embeds and not model.encoder._runner.classes
+
+
 @torch.no_grad()
 def test_networks_of_another_kind_run_layer_by_layer() -> None:
     assert packed_vit(act_bits=None).encoder is None
@@ -283,7 +303,8 @@ def test_networks_of_another_kind_run_layer_by_layer() -> None:
         assert packed_vit(config=config | change).encoder is None
     torch.manual_seed(0)
     partly = models.build("vit", 10, width=64, depth=1).eval()
-    assert pack_(quantize_(partly, absmean, 8, keep=("*.fc1",))).encoder is None
+    mixed = quantize_(quantize_(copy.deepcopy(partly), act_bits=4, only="*.fc1"))
+    assert pack_(quantize_(partly, absmean, 8, keep=("*.fc1",))).encoder is pack_(mixed).encoder is None
 
 
 @torch.no_grad()
