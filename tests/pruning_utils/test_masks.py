@@ -9,7 +9,7 @@ from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pruning_utils import Mask, l1, l2_filters, prune_, strip_masks_, zero_fraction
-from pruning_utils.masks import apply_mask_, choose_kept
+from pruning_utils.masks import apply_mask_, choose_kept, mask_of
 
 
 def small_network() -> nn.Sequential:
@@ -112,6 +112,14 @@ def test_a_mask_beside_a_parametrization_that_cannot_be_undone_is_applied_again(
     assert (layer.weight == 0).all(1).tolist() == [True, False, False, True]
 
 
+def test_a_second_mask_holds_besides_the_first():
+    layer = nn.Linear(2, 3)
+    for row in range(2):
+        apply_mask_(layer, "weight", (torch.arange(3) != row)[:, None].expand(3, 2))
+    layer.parametrizations.weight.original.data.fill_(1.0)
+    assert layer.weight.tolist() == [[0, 0], [0, 0], [1, 1]]
+
+
 def test_averaged_weights_keep_the_zeros():
     model = prune_(small_network(), l2_filters, 0.5)
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
@@ -137,8 +145,9 @@ def test_stripping_bakes_the_zeros_in():
 def test_stripping_leaves_other_parametrizations():
     layer = nn.Linear(4, 4)
     parametrize.register_parametrization(layer, "weight", nn.Identity())
+    apply_mask_(layer, "weight", torch.eye(4, dtype=torch.bool))
     strip_masks_(layer)
-    assert parametrize.is_parametrized(layer)
+    assert isinstance(mask_of(layer), Mask) and len(layer.parametrizations.weight) == 2
 
 
 def test_zero_fraction_counts_over_all_chosen_layers():

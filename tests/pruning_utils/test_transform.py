@@ -9,6 +9,7 @@ from torch.nn.utils import prune as torch_prune
 
 from models import build
 from pruning_utils import l1, l1_global, l2, l2_filters, prune_, random, zero_fraction
+from pruning_utils.structured import batch_norms_behind
 from quantization_utils import absmean, absmean_fitted, mse_optimal, quantize_
 
 
@@ -144,6 +145,31 @@ def test_filter_pruning_zeroes_the_channel_behind_the_batch_norm():
             dead = (out == 0).transpose(0, 1).flatten(1).all(1)
             assert int(dead.sum()) == out.shape[1] // 2, name
     assert zero_fraction(model, only=nn.Linear) == 0
+
+
+def test_a_filter_with_some_weights_left_is_not_gone():
+    model = prune_(prune_(network(), l1, 0.5), l2_filters, 0.3)
+    assert int((model[0].weight == 0).flatten(1).all(1).sum()) == 3
+
+
+def test_batch_norms_behind_a_layer_are_those_with_weights_also_behind_dropout():
+    plain, affine = nn.BatchNorm2d(4, affine=False), nn.BatchNorm2d(4)
+    layers = [nn.Conv2d(3, 4, 1), plain, nn.ReLU(), nn.Conv2d(4, 4, 1), nn.Dropout2d(), affine]
+    assert batch_norms_behind(nn.Sequential(*layers)) == {"0": [], "3": [affine]}
+
+
+def test_a_layer_that_runs_twice_has_the_batch_norms_behind_both():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.relu = nn.Conv2d(4, 4, 1), nn.ReLU()
+            self.first, self.last = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            return self.last(self.conv(self.relu(self.first(self.conv(x)))))
+
+    model = Twice()
+    assert batch_norms_behind(model) == {"conv": [model.first, model.last]}
 
 
 def test_filter_pruning_without_batch_norm_masks_the_bias():

@@ -72,6 +72,7 @@ def test_blocks_and_batch_norms_of_a_residual_network() -> None:
 
 @pytest.mark.parametrize("layer, shape", [
     (nn.Conv2d(3, 5, 3, stride=2, padding=1, bias=False), (6, 3, 9, 9)),
+    (nn.Conv2d(3, 5, 3, padding=1, dilation=2, bias=False), (6, 3, 9, 9)),
     (nn.Linear(4, 5, bias=False), (6, 7, 4)),
     (nn.Linear(4, 5, bias=False), (6, 4)),
 ])  # fmt: skip
@@ -102,6 +103,12 @@ def test_positions_are_thinned_out_and_stay_together(monkeypatch: pytest.MonkeyP
     torch.testing.assert_close(moments.cross_NK, layer.weight.detach().flatten(1) @ moments.inputs_KK)
 
 
+def test_of_every_image_some_positions_count_however_many_images_there_are() -> None:
+    total = MomentSum(nn.Conv2d(2, 3, 1), images=10_000)
+    total.add(torch.randn(2, 2, 8, 8), torch.randn(2, 3, 8, 8))
+    assert total.result().columns == 48
+
+
 def test_the_layer_with_the_most_weights_closes_a_sum() -> None:
     """In the second block over the shortcut's convolution; a transformer's data flow is not traced."""
     assert residual_sums(networks.make("resnet_like")) == {
@@ -126,8 +133,9 @@ class Joint(nn.Module):
         (lambda m, x: m.conv(x) + x, {"conv": ResidualSum("relu", None, ("conv",))}),
         (lambda m, x: torch.add(x, m.conv(x), alpha=0.1), {}),
         (lambda m, x: m.conv(x) + x if x.sum() > 0 else x, {}),
+        (lambda m, x: (lambda y: m.relu(y) + y)(m.conv(x) + x), {}),
     ],
-    ids=["a sum", "a sum with a factor", "what cannot be traced"],
+    ids=["a sum", "a sum with a factor", "what cannot be traced", "a sum with two readers"],
 )
 def test_only_plain_sums_are_aimed_at(join: Callable[[Any, Tensor], Tensor], found: dict[str, ResidualSum]) -> None:
     assert residual_sums(Joint(join)) == found
@@ -172,12 +180,37 @@ class AroundHolders(nn.Module):
         return self.last.layer(self.first.layer(x))
 
 
-@pytest.mark.parametrize("kind", [Dense, Twice, AroundHolders])
+class Pair(nn.Module):
+    """Puts out two tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.layer(x), x
+
+
+class AroundPairs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = Pair(), Pair()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x)[0])[0]
+
+
+@pytest.mark.parametrize("kind", [Dense, Twice, AroundHolders, AroundPairs])
 def test_blocks_that_cannot_be_replayed_are_one(kind: type[nn.Module]) -> None:
     model, x = kind(), torch.randn(2, 4)
     names = list(execution_order(model, x))
     assert replayable_blocks(model, names, x) == [("", names)] != blocks(model, names)
     assert torch.isfinite(model(x)).all() and "forward" not in vars(model.get_submodule(names[0]))
+
+
+def test_containers_of_pytorch_are_no_blocks() -> None:
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.Sequential(nn.Linear(4, 4)))
+    assert blocks(model, ["0.0", "1.0"]) == [("0.0", ["0.0"]), ("1.0", ["1.0"])]
 
 
 @pytest.mark.parametrize("kind", networks.KINDS)

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from pruning_utils import l1, prune_
 from quantization_utils import load_model, mse_optimal, pack_, quantize_, save_model
 from quantization_utils.bit_layers import BitConv2d, BitLinear
-from quantization_utils.post_training import Settings, ternarize_
+from quantization_utils.layer_inputs import residual_sums
+from quantization_utils.moments import Moments
+from quantization_utils.post_training import Settings, _slope, correct_batch_norm_, ternarize_
 from quantization_utils.reconstruction import Reconstruction
 from tests import networks
 from train_test_utils.dataset import ImageDataset, Split
@@ -110,6 +112,44 @@ def test_no_other_slope_of_a_batch_norm_is_nearer_to_the_float_network(every_pos
             torch.testing.assert_close(slope, torch.ones_like(slope), rtol=1e-2, atol=1e-2)
 
 
+def test_a_slope_next_to_zero_makes_up_for_nothing() -> None:
+    norm = nn.BatchNorm2d(2)
+    norm.weight.data[0] = 1e-6
+    assert _slope(norm).isinf().tolist() == [True, False]
+
+
+def test_a_slope_is_at_most_doubled() -> None:
+    """What is wanted is a hundred times the output."""
+    norm = nn.BatchNorm1d(1)
+    moments = Moments(torch.eye(2), torch.zeros(2), torch.tensor([[100.0, 0.0]]), torch.zeros(1), 9)
+    correct_batch_norm_(norm, copy.deepcopy(norm), moments, torch.tensor([[1.0, 0.0]]))
+    assert float(norm.running_var) == pytest.approx(0.25, abs=1e-4)
+
+
+class Body(nn.Sequential):
+    """A block whose sum is outside of it."""
+
+
+class AroundBodies(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bodies, self.relus = (nn.ModuleList(kind() for _ in range(2)) for kind in (Body, nn.ReLU))
+        for body in self.bodies:
+            body.append(nn.Conv2d(3, 3, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for body, relu in zip(self.bodies, self.relus, strict=True):
+            x = relu(body(x) + x)
+        return x
+
+
+def test_a_sum_outside_of_its_layers_block_is_not_aimed_at() -> None:
+    model = AroundBodies()
+    assert list(residual_sums(model)) == ["bodies.0.0", "bodies.1.0"]
+    ternarize_(model, networks.images(16))
+    assert all(isinstance(body[0], BitConv2d) for body in model.bodies)
+
+
 def test_a_sum_is_nearer_to_the_float_network_if_its_last_layer_makes_up_for_the_shortcut(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -150,10 +190,10 @@ def test_pruned_weights_stay_pruned(reconstruction: Reconstruction | None) -> No
         assert pruned.any() and not model.get_submodule(name).weight[pruned].any()
 
 
-def test_only_the_chosen_layers_change() -> None:
-    model, images = networks.make("resnet_like"), networks.images(32)
+def test_only_the_chosen_layers_change_and_no_mode() -> None:
+    model, images = networks.make("resnet_like").train(), networks.images(32)
     before = copy.deepcopy(model.state_dict())
-    ternarize_(model, images, keep=("1", "9"))
+    assert ternarize_(model, images, keep=("1", "9")).training
     assert isinstance(model.get_submodule("5.conv1"), BitConv2d)
     for name in ("1", "9"):
         assert type(model.get_submodule(name)) in (nn.Conv2d, nn.Linear)

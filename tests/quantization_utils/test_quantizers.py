@@ -183,6 +183,12 @@ def test_mse_optimal_is_never_worse_than_any_other(shape):
         assert (best <= error(weight, *other(weight)) * (1 + 1e-5) + 1e-12).all(), other.__name__
 
 
+def test_mse_optimal_finds_the_best_of_many_codes_that_are_nearly_as_good():
+    weight, counts = torch.randn(1, 100_000), torch.arange(1, 100_001)
+    sums = weight[0].double().abs().sort(descending=True).values.cumsum(0)
+    assert int(mse_optimal(weight)[0].abs().sum()) == int((sums.square() / counts).argmax()) + 1
+
+
 def test_fitted_scales_are_never_worse_than_the_mean():
     weight = torch.randn(50, 31)
     assert torch.equal(absmean_fitted(weight)[0], absmean(weight)[0])

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from quantization_utils import calibrate_, pack_, quantize_
 from quantization_utils.bit_layers import PackedLinear
 from quantization_utils.network import PackedNetwork
-from quantization_utils.scale_rounding import with_float16_scales
+from quantization_utils.scale_rounding import _round, with_float16_scales
 from tests.networks import images, make
 
 FINE = 1 + 2.0**-13  # float16 takes it for 1
@@ -72,3 +72,15 @@ def test_few_numbers_stay_as_they_are():
 def test_a_float_model_is_returned():
     model = make("resnet_like")
     assert with_float16_scales(model, images(2)) is model
+
+
+@pytest.mark.parametrize("name, value", [("bias", 1e6), ("scale", 1e-9)])
+def test_what_float16_cannot_hold_stays_as_it_was(name, value):
+    tensor = torch.full((32,), value)
+    assert _round(tensor, name) is tensor
+
+
+def test_the_mode_of_the_model_stays():
+    model = two_classes([FINE, FINE], [0.0, 0.0]).train()
+    with_float16_scales(model, images(2))
+    assert model.training

@@ -147,3 +147,23 @@ def test_inputs_that_never_differ_from_zero_leave_the_weights_to_decide() -> Non
     torch.testing.assert_close(scale_N, fit_scale(codes_NK, weight_NK, torch.eye(6), scale_N))
     assert codes_NK.any()
 
+
+
+def test_the_scale_stays_where_codes_do_not_say_a_better_one() -> None:
+    codes_NK, scale_N = torch.tensor([[0, 0], [-1, 0], [1, 0]], dtype=torch.int8), torch.full((3,), 0.7)
+    assert torch.equal(fit_scale(codes_NK, torch.ones(3, 2), torch.eye(2), scale_N), torch.tensor([0.7, 0.7, 1.0]))
+
+
+def test_of_several_scales_to_start_from_the_best_is_taken() -> None:
+    weight_NK, x_PK = problem(40, 7)
+    kept_NK = torch.ones(40, 7, dtype=torch.bool)
+    found = [ternarize(weight_NK, moment(x_PK), 0.0, kept_NK, sweeps=0, **f) for f in ({}, {"factors": (1.0,)})]
+    best_N, one_N = (output_error(codes, weight_NK, moment(x_PK), scale) for codes, scale in found)
+    assert (best_N <= one_N * (1 + 1e-9)).all() and best_N.sum() < 0.99 * one_N.sum()
+
+
+def test_pruned_weights_do_not_enter_the_scale_to_start_from() -> None:
+    weight_NK, kept_NK = torch.randn(4, 6, dtype=torch.float64), torch.arange(6).expand(4, 6) > 0
+    eye_KK = torch.eye(6, dtype=torch.float64)
+    found = [ternarize(weight_NK.where(kept_NK, pruned), eye_KK, 0.0, kept_NK) for pruned in (0.0, 1e3)]
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))

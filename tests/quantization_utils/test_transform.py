@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.prune import l1_unstructured
 
+from models.normalize import Normalize
 from pruning_utils import l1, l2_filters, prune_, zero_fraction
 from quantization_utils import absmean_fitted, calibrate_, int8_absmax, mse_optimal, pack_, quantize_
 from quantization_utils.bit_layers import BitConv2d, BitLinear, PackedConv2d, PackedLinear, Quantized, StaticQuantizer
@@ -146,6 +147,12 @@ def test_transformers_keep_their_dynamic_scales():
     assert not layers(model, Quantized)
 
 
+def test_an_input_that_no_node_ends_keeps_its_dynamic_scale():
+    ends = [nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 28 * 28, 2)]
+    model = calibrate_(quantize_(nn.Sequential(Normalize(), nn.Conv2d(3, 4, 3), *ends)), images(8))
+    assert [m.input_quantizer is None for m in layers(model)] == [True, False, True]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_calibration_changes_no_weight_and_no_mode(kind):
     model = quantize_(make(kind)).train()
@@ -230,10 +237,17 @@ def test_layers_of_derived_classes_are_not_taken_for_plain_ones():
     assert isinstance(model[0], BitLinear)
 
 
-@pytest.mark.parametrize("compute", [weight_norm, partial(l1_unstructured, name="weight", amount=0.5)])
-def test_weights_that_are_computed_from_others_are_asked_for_as_parameters(compute):
+@pytest.mark.parametrize(
+    "compute, tensor",
+    [
+        (weight_norm, "weight"),
+        (partial(l1_unstructured, name="weight", amount=0.5), "weight"),
+        (partial(weight_norm, name="bias", dim=None), "bias"),
+    ],
+)
+def test_what_is_computed_from_other_tensors_is_asked_for_as_a_parameter(compute, tensor):
     model = nn.Sequential(nn.Linear(4, 4), compute(nn.Linear(4, 4)))
-    with pytest.raises(ValueError, match=r"1 computes its weight from other tensors .*: make it a parameter again"):
+    with pytest.raises(ValueError, match=f"1 computes its {tensor} from other tensors .*: make it a parameter again"):
         quantize_(model)
     assert type(model[0]) is nn.Linear
 
