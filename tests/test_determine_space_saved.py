@@ -11,7 +11,7 @@ import torch
 import determine_space_saved
 from models import build
 from quantization_utils import pack_, quantize_
-from quantization_utils.inspection import gzip_float_bytes, inspect_file
+from quantization_utils.inspection import FileReport, Layer, _by_number, gzip_float_bytes, inspect_file
 from quantization_utils.storage import save_model
 
 GOLDEN = Path(__file__).parent / "golden" / "version_1_vit.safetensors"
@@ -33,6 +33,20 @@ def test_report_of_a_file(tmp_path):
     assert report.log2_3_bytes == pytest.approx(weights * math.log2(3) / 8 + report.other_bytes)
     assert report.other_bytes < report.ideal_bytes < report.log2_3_bytes < report.file_bytes
     assert report.ideal_bytes < gzip_float_bytes(path) < report.float_bytes
+
+
+def test_layers_are_in_the_order_of_their_numbers():
+    assert sorted(["l.10", "l.2"], key=_by_number) == ["l.2", "l.10"]
+
+
+def test_8_bit_codes_are_reckoned_as_bytes():
+    layers = [Layer("l", (5,), bits, "", 5, 5, 0, 0.0) for bits in (8, "ternary")]
+    assert FileReport("", "modules", 0, layers, []).log2_3_bytes == pytest.approx(5 + 5 * math.log2(3) / 8)
+
+
+def test_weights_of_a_network_are_multiplied_out_too():
+    path = GOLDEN.with_name("version_1_alexnet.safetensors")
+    assert path.stat().st_size < gzip_float_bytes(path) < inspect_file(path).float_bytes
 
 
 def test_models_and_files(capsys, monkeypatch):

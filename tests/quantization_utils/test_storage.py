@@ -11,6 +11,7 @@ import stat
 import struct
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import zstandard
@@ -24,7 +25,8 @@ from pruning_utils import l2_filters, prune_
 from quantization_utils import calibrate_, file_format, int8_absmax, pack_, quantize_
 from quantization_utils.kernels import build as kernel_build
 from quantization_utils.network import PackedNetwork
-from quantization_utils.storage import ModelFileError, load_model, save_model
+from quantization_utils.storage import ModelFileError, Stored, _set_backend, decode_record, load_model, save_model
+from quantization_utils.storage_checks import Record
 from tests.golden.make_version_1 import images
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -93,6 +95,7 @@ def test_reloaded_equals_packed_and_saves_to_the_same_bytes(name, tmp_path):
         assert torch.equal(loaded(images()), model(images()))
     assert {k: metadata[k] for k in METADATA} == METADATA and metadata["format_version"] == 1
     assert metadata["constructor"] == json.loads(json.dumps(model.constructor)) and not loaded.training
+    assert [p.requires_grad for p in loaded.parameters()] == [p.requires_grad for p in model.parameters()]
     save_model(loaded, tmp_path / "two", metadata)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
 
@@ -216,6 +219,10 @@ FORGERIES = {
         lambda p, h: p["constructor"]["options"]["config"].update(attn_implementation="evil/kernel"),
         "address",
     ),
+    "private option": (
+        lambda p, h: p["constructor"]["options"]["config"].update(_attn_implementation="eager"),
+        "odd option",
+    ),
     "endless model": (lambda p, h: p["constructor"]["options"]["config"].update(num_hidden_layers=60_000), "more"),
     "endless list": (lambda p, h: p["constructor"]["options"]["config"].update(num_labels=2**31), "beyond"),
     "unknown model": (lambda p, h: p["constructor"].update(name="gpt"), "does not build"),
@@ -226,6 +233,8 @@ FORGERIES = {
     "other shape": (lambda p, h: p["tensors"]["network.classifier.codes"].update(shape=[64, 10]), "shape"),
     "other mean": (lambda p, h: p["normalization"].update(mean=[0, 0, 0]), "normalisation"),
     "classes": (lambda p, h: p["metadata"].update(classes=["one"]), "classes"),
+    "other type": (lambda p, h: h["network.vit.layernorm.weight"].update(dtype="I32"), "is int32, its model float32"),
+    "whole model quantized": (lambda p, h: p["modules"]["quantized"].update({"": {"bits": 8}}), "no module ''"),
     "layer of no kind": (lambda p, h: p["modules"]["packed"].pop("network.classifier"), "classifier"),
 }
 
@@ -255,6 +264,18 @@ def test_scales_that_are_not_right(value, small, tmp_path):
     else:
         with pytest.raises(ValueError, match="finite"):
             save_model(model, path)
+
+
+def test_truth_values_are_0_or_1():
+    stored = Stored("BOOL", (2,), np.array([0, 2], np.uint8))
+    with pytest.raises(ModelFileError, match="truth values that are none"):
+        decode_record("mask", Record(stored, (2,), "bool"))
+
+
+def test_a_backend_without_a_kernel_for_a_layer_is_refused(monkeypatch):
+    monkeypatch.setattr("quantization_utils.kernels.available_backends", lambda: ("cpu",))
+    with pytest.raises(ValueError, match="backend 'cpu' has no kernel for a convolution"):
+        _set_backend(pack_(quantize_(nn.Sequential(nn.Conv2d(3, 2, 3)))), "cpu")
 
 
 def test_what_cannot_be_saved(tmp_path, small):
