@@ -233,7 +233,7 @@ FORGERIES = {
     "other shape": (lambda p, h: p["tensors"]["network.classifier.codes"].update(shape=[64, 10]), "shape"),
     "other mean": (lambda p, h: p["normalization"].update(mean=[0, 0, 0]), "normalisation"),
     "classes": (lambda p, h: p["metadata"].update(classes=["one"]), "classes"),
-    "other type": (lambda p, h: h["network.vit.layernorm.weight"].update(dtype="I32"), "is int32, its model float32"),
+    "other type": (lambda p, h: h["network.classifier.scale"].update(dtype="I32"), "is int32, its model float32"),
     "whole model quantized": (lambda p, h: p["modules"]["quantized"].update({"": {"bits": 8}}), "no module ''"),
     "layer of no kind": (lambda p, h: p["modules"]["packed"].pop("network.classifier"), "classifier"),
 }
