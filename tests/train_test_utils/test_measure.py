@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -112,6 +113,40 @@ def test_latency_beside_takes_turns():
     assert fields["latency_ms_p90_batch1"] >= fields["latency_ms_p50_batch1"]
     runs = [len(list(group)) for _, group in itertools.groupby(order)]
     assert set(order) == {"float", "packed"} and max(runs) <= 11  # ten measured calls and the one before them
+
+
+def test_the_figures_of_latency_by_hand(monkeypatch):
+    monkeypatch.setattr(measure, "_times", lambda *arguments: [[0.003, 0.004, 0.013], [0.001] * 3])
+    assert measure.latency_beside(nn.Flatten(), nn.Flatten(), batch=8) == {
+        "throughput_batch": 8,
+        "float_latency_ms_p50_batch1": 4.0, "float_latency_ms_p90_batch1": 11.2,
+        "float_throughput_images_per_s": 2000.0,
+        "latency_ms_p50_batch1": 1.0, "latency_ms_p90_batch1": 1.0, "throughput_images_per_s": 8000.0,
+    }  # fmt: skip
+
+
+def test_calls_that_find_a_cold_machine_or_the_other_models_weights_are_not_measured(monkeypatch):
+    """On a clock that only the models move: fast are those calls that follow one of their own, after the warm-up."""
+    now, last = 0.0, None
+
+    class Model(nn.Module):
+        def forward(self, x):
+            nonlocal now, last
+            now += 1 / 1024 if last is self and now > 0.1 else 1 / 64
+            last = self
+
+    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: now, monotonic=lambda: now))
+    for times in measure._times([Model(), Model()], torch.zeros(1), 1.0, 6, None):
+        assert len(times) >= 6 and set(times) == {1 / 1024}
+
+
+def test_the_device_is_waited_for_before_and_after_every_call(monkeypatch):
+    events = []
+    model = nn.Identity()
+    model.register_forward_hook(lambda *_: events.append("call"))
+    monkeypatch.setattr(measure, "_nothing", lambda: events.append("wait"))
+    measure._times([model], torch.zeros(1), 0.0, 1, None)
+    assert events == ["wait", "call", "wait"] * 5
 
 
 @pytest.mark.parametrize("macs, batch", [(1, 256), (140_186_624, 128), (555_422_720, 32), (17_000_000_000, 4)])
