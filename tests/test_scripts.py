@@ -19,6 +19,7 @@ from models.select import select_layers
 from quantization_utils import load_model
 from train_test_utils import experiment
 from train_test_utils.row_folder import locked
+from train_test_utils.train import NonFiniteLoss
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("alexnet", "resnet_18", "vit")
@@ -205,6 +206,23 @@ def test_nothing_is_left_of_what_could_not_begin(monkeypatch, capsys, tmp_path):
     assert not list((tmp_path / "out").iterdir())
 
 
+def test_a_held_out_part_of_the_training_images_takes_the_place_of_the_test_images(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(experiment, "run_table", lambda name, options, rows, data, arguments: seen.append(data) or True)
+    assert start(monkeypatch, "vit", *TINY, "--holdout", "0.1", "--out", str(tmp_path)) == 0
+    assert [(data.name, len(data.test)) for data in seen] == [("digits-heldout0.1", 144)]
+
+
+def test_a_training_that_diverges_takes_its_children_with_it(monkeypatch, capsys, tmp_path):
+    def diverged(*args, **kwargs):
+        raise NonFiniteLoss("the loss was not finite at step 3")
+
+    monkeypatch.setattr(experiment, "train", diverged)
+    assert start(monkeypatch, "vit", *TINY, "--only", "ptq_all", "--out", str(tmp_path)) == 1
+    assert capsys.readouterr().err == "float, seed 3: the loss was not finite at step 3\n"
+    assert not list(tmp_path.rglob("rows.jsonl"))
+
+
 def test_ctrl_c_says_that_the_same_command_continues(monkeypatch, capsys, tmp_path):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
@@ -267,4 +285,6 @@ def test_measuring_again_leaves_the_rows_that_are_not_named(finished, monkeypatc
     out, _ = finished
     before = lines_of(out)
     assert start(monkeypatch, "vit", *TINY, "--only", "ptq_all", "--measure-again", "--out", str(out)) == 0
-    assert [line["row"] for line in lines_of(out)[len(before) :]] == ["ptq_all"]
+    (line,) = lines_of(out)[len(before) :]
+    old = [line for line in before if line["row"] == "ptq_all"][-1]
+    assert all(line[field] == old[field] for field in ("row", "train_seconds", "transform_seconds"))

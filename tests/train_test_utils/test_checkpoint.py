@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from pruning_utils import l1, prune_
 from quantization_utils import calibrate_, quantize_
@@ -32,6 +33,19 @@ def test_the_same_weights_are_the_same_bytes(tmp_path):
     save_weights(model, tmp_path / "a", "0123")
     save_weights(model, tmp_path / "b", "0123")
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+@pytest.mark.parametrize("save", [
+    lambda width, path: save_weights(nn.Linear(width, 1), path, "0123"),
+    lambda width, path: save_state({"weight": torch.ones(width)}, path),
+])  # fmt: skip
+def test_who_reads_a_file_while_it_is_written_anew_reads_the_old_one(save, tmp_path):
+    path = tmp_path / "file"
+    save(3, path)
+    before = path.read_bytes()
+    with open(path, "rb") as reader:
+        save(4, path)
+        assert reader.read() == before != path.read_bytes()
 
 
 def damaged(path, how):

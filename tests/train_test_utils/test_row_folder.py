@@ -1,0 +1,14 @@
+from __future__ import annotations
+
+from train_test_utils.row_folder import claim
+
+
+def test_results_that_are_moved_aside_take_the_place_of_none(tmp_path):
+    (tmp_path / "row.a").mkdir()
+    (tmp_path / "row.a" / "older").touch()
+    (tmp_path / "row").mkdir()
+    claim(tmp_path / "row", "a")
+    claim(tmp_path / "row", "b")
+    (aside,) = tmp_path.glob("row.a.*")
+    assert (aside / "config_hash").read_text() == "a\n" and (tmp_path / "row.a" / "older").exists()
+    assert (tmp_path / "row" / "config_hash").read_text() == "b\n"
