@@ -1,5 +1,6 @@
 """Rows survive kills, full disks and broken lines; curves survive interruptions."""
 
+import fcntl
 import json
 import os
 import signal
@@ -92,6 +93,39 @@ def test_a_full_disk_leaves_the_file_as_it_was(tmp_path, monkeypatch):
     assert path.read_text() == '{"row": "float"}\n'
 
 
+@pytest.mark.parametrize("before, sizes", [
+    (b"", [11]),
+    (b'{"row": 0}', [11, 22]),
+    (b'{"row": 0}\n{"ro', [5, 11, 22]),  # the line that is set aside first
+])  # fmt: skip
+def test_whatever_is_written_is_on_the_disk_before_anything_else_happens(before, sizes, tmp_path, monkeypatch):
+    synchronized = []
+    monkeypatch.setattr(logbook.os, "fsync", lambda file: synchronized.append(os.fstat(file).st_size))
+    (tmp_path / "rows.jsonl").write_bytes(before)
+    book(tmp_path).row({"row": 1})
+    assert synchronized == sizes
+
+
+@pytest.mark.parametrize("write", [logbook.mend, lambda path: append_line(path, {"row": 1})])
+def test_one_process_at_a_time_writes(write, tmp_path, monkeypatch):
+    path, lock = tmp_path / "rows.jsonl", fcntl.flock
+    path.write_bytes(b'{"ro')
+    with open(path) as other:
+        lock(other, fcntl.LOCK_EX)
+        monkeypatch.setattr(logbook.fcntl, "flock", lambda file, how: lock(file, how | fcntl.LOCK_NB))
+        with pytest.raises(BlockingIOError):  # it would wait
+            write(path)
+    assert path.read_bytes() == b'{"ro'
+
+
+def test_every_torn_line_is_kept(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    for tail in (b'{"a', b'{"b'):
+        path.write_bytes(tail)
+        logbook.mend(path)
+    assert (tmp_path / "rows.jsonl.torn").read_bytes() == b'{"a\n{"b\n'
+
+
 def test_what_is_not_json_is_refused(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         append_line(tmp_path / "rows.jsonl", {"loss": float("nan")})
@@ -114,6 +148,37 @@ def test_curves_of_an_interrupted_row_continue_without_repetition(tmp_path):
     second.start_row("qat_all-seed0", {})  # from the beginning
     second.epoch({"epoch": 1, "train_loss": 2.0})
     assert [c["epoch"] for c in read_curves(tmp_path / "qat_all-seed0")] == [1]
+
+
+class Mirror:
+    """Keeps what it is told, and how many rows the file had then."""
+
+    def __init__(self, mode, folder, project, group):
+        self.folder, self.told = folder, []
+
+    def start(self, name, config):
+        self.told.append(name)
+
+    def epoch(self, record):
+        self.told.append(record["epoch"])
+
+    def end(self, row):
+        self.told.append((row["row"], len(read_rows(self.folder / "rows.jsonl"))))
+
+    def close(self, table, files, packed):
+        self.told.append([file.name for file in files] + [file.parent.name for file in packed])
+
+
+def test_the_mirror_is_told_the_earlier_epochs_that_hold_and_the_rows_that_are_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(logbook, "Mirror", Mirror)
+    for epochs in ((1, 2, 3), (3, 4)):  # the second time, the last saved state was after epoch 2
+        again = book(tmp_path)
+        again.start_row("qat-seed0", {})
+        for epoch in epochs:
+            again.epoch({"epoch": epoch})
+    again.row({"row": "qat"})
+    again.close([{"row": "float", "seed": 0, "weight_bits": 32}, {"row": "qat", "seed": 0, "weight_bits": 1.6}])
+    assert again._mirror.told == ["qat-seed0", 1, 2, 3, 4, ("qat", 1), ["rows.jsonl", "qat-seed0"]]
 
 
 def test_only_the_first_process_writes(tmp_path, monkeypatch):
