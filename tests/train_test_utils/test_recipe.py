@@ -23,6 +23,7 @@ def test_number_of_steps(epochs, size, budget, steps):
 
 def test_warm_up_then_half_a_cosine():
     recipe = Recipe(epochs=1, lr=0.4, warmup=0.1)
+    assert recipe == Recipe(epochs=1, lr=0.4), "the default"
     rates = [recipe.lr_at(i, 100) for i in range(100)]
     assert rates[:10] == pytest.approx([0.4 * (i + 1) / 11 for i in range(10)])
     assert rates[10] == pytest.approx(0.4) and rates[55] == pytest.approx(0.2)
@@ -66,3 +67,7 @@ def test_one_step_of_sgd_by_its_formula():
     optimizer.step()
     gradient = torch.ones(1, 2) + 0.5 * weight
     torch.testing.assert_close(layer.weight.detach(), weight - 0.1 * 1.9 * gradient)  # Nesterov: g + 0.9 · g
+
+
+def test_the_betas_of_adamw():
+    assert adamw([{"params": [nn.Parameter(torch.ones(1))]}], 0.1).defaults["betas"] == (0.9, 0.999)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
+from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -99,6 +102,58 @@ def test_a_run_broken_off_between_epochs(tmp_path, monkeypatch):
     assert same(whole, train(model(), data, PLAIN, Setup(CPU), state_path=path))
 
 
+def linear() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(3072, 4))
+
+
+def test_the_seconds_before_an_interruption_count(tmp_path, monkeypatch):
+    """On a clock that moves by one at every step."""
+    calls, seconds, path = [], [], tmp_path / "last.pt"
+    monkeypatch.setattr(train_module, "LOOK_EVERY", 1)
+    monkeypatch.setattr(train_module, "time", SimpleNamespace(monotonic=lambda: len(calls)))
+
+    def on_epoch(record):
+        seconds.append(record["train_seconds"])
+        if len(seconds) == 2:
+            raise Stop
+
+    for _ in range(2):
+        net = linear()
+        net.register_forward_hook(lambda *_: calls.append(None))
+        with suppress(Stop):  # at the end of the second epoch, whose last step is done again
+            train(net, dataset(), PLAIN, Setup(CPU, checkpoint_seconds=-1), state_path=path, on_epoch=on_epoch)
+    assert seconds == [5, 10, 10, 15]
+
+
+def test_images_are_altered_as_the_recipe_and_the_data_set_say(monkeypatch):
+    seen = []
+
+    def spy(images, augment=train_module.augment, **how):
+        seen.append(how)
+        return augment(images, **how)
+
+    monkeypatch.setattr(train_module, "augment", spy)
+    recipe = Recipe(epochs=1, lr=0.01, batch_size=80, crop_padding=2, cutout=5)
+    for flip in (True, False):
+        train(linear(), replace(dataset(), flip=flip), recipe, Setup(CPU))
+    assert seen == [{"crop_padding": 2, "cutout": 5, "flip": flip} for flip in (True, False)]
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.float16])
+def test_gradients_are_clipped_to_the_recipes_norm(precision):
+    """Those that the optimizer sees: with a loss that is scaled, after that is undone."""
+    norms = []
+
+    class Spy(torch.optim.SGD):
+        def step(self, closure=None):
+            norms.append(float(torch.cat([p.grad.flatten() for g in self.param_groups for p in g["params"]]).norm()))
+            return super().step(closure)
+
+    recipe = Recipe(epochs=1, lr=0.01, batch_size=16, clip_norm=0.1, optimizer=lambda groups, lr: Spy(groups, lr=lr))
+    train(linear(), dataset(), recipe, Setup(CPU, precision))
+    assert norms == pytest.approx([0.1] * len(norms), rel=1e-3) and norms
+
+
 @pytest.mark.parametrize("state", [{"step": 3}, {"step": 3, "model": {}}, [1]])
 def test_a_state_of_another_training_is_one_sentence(state, tmp_path):
     path = tmp_path / "last.pt"
@@ -157,9 +212,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path, mo
     assert state["step"] == 3 and state["model"]["linear.weight"].isfinite().all()
 
 
-def test_the_step_is_named_however_late_it_is_looked_at():
-    with pytest.raises(NonFiniteLoss, match="at step 7; nothing was saved yet"):
-        train(Bomb(7), dataset(), PLAIN, Setup(CPU))
+@pytest.mark.parametrize("step", [0, 7])
+def test_the_step_is_named_however_late_it_is_looked_at(step):
+    with pytest.raises(NonFiniteLoss, match=f"at step {step}; nothing was saved yet"):
+        train(Bomb(step), dataset(), PLAIN, Setup(CPU))
 
 
 def test_learning_rates_and_ramp_follow_the_recipe(monkeypatch):
@@ -202,6 +258,12 @@ def test_distillation_by_its_formula():
     torch.testing.assert_close(train_module._loss(logits, labels, None, recipe), hard)
 
 
+def test_the_teacher_gets_no_gradients():
+    teacher = linear()
+    train(linear(), dataset(), Recipe(epochs=1, lr=0.01, batch_size=80, distill=0.5), Setup(CPU), teacher=teacher)
+    assert all(p.grad is None for p in teacher.parameters())
+
+
 def test_every_row_of_a_long_table_is_compiled(monkeypatch):
     compiled = []
 
@@ -225,7 +287,8 @@ def test_mixed_precision_trains(precision):
     assert not same(whole, model())
 
 
-def test_statistics_of_batch_norm_are_those_of_unaltered_images_under_the_last_weights():
+@pytest.mark.parametrize("ema", [None, 0.5])
+def test_statistics_of_batch_norm_are_those_of_unaltered_images_under_the_last_weights(ema):
     """Against the moments of what the layer reads, taken here; averages over the steps are elsewhere."""
     data = dataset()
 
@@ -233,8 +296,9 @@ def test_statistics_of_batch_norm_are_those_of_unaltered_images_under_the_last_w
         torch.manual_seed(6)
         return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 30 * 30, 4))
 
-    plain = train(small(), data, Recipe(epochs=1, lr=1e-3, batch_size=16), Setup(CPU), seed=3)
-    trained = train(small(), data, Recipe(epochs=1, lr=1e-3, batch_size=16, statistics_images=32), Setup(CPU), seed=3)
+    recipe = Recipe(epochs=1, lr=1e-3, batch_size=16, ema=ema)
+    plain = train(small(), data, recipe, Setup(CPU), seed=3)
+    trained = train(small(), data, replace(recipe, statistics_images=32), Setup(CPU), seed=3)
     seen = trained[0](to_float(data.train.images[epoch_order(80, 3, 0)[:32]])).transpose(0, 1).reshape(4, 2, -1)
     torch.testing.assert_close(trained[1].running_mean, seen.mean((1, 2)))
     torch.testing.assert_close(trained[1].running_var, seen.var(2).mean(1))
