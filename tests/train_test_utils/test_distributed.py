@@ -6,12 +6,13 @@ import math
 import os
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import multiprocessing, nn
 
-from tests.networks import images
 from train_test_utils import distributed
+from train_test_utils import train as train_module
 from train_test_utils.dataset import ImageDataset, Split
 from train_test_utils.recipe import Recipe
 from train_test_utils.train import NonFiniteLoss, Setup, train
@@ -21,15 +22,17 @@ RECIPE = Recipe(epochs=2, lr=0.05, batch_size=8)
 
 
 class Net(nn.Module):
-    """`left`: steps until this process's logits are not a number."""
+    """`left`: steps until this process's logits are not a number. `seen`: the brightness of each step's images."""
 
     def __init__(self, left: float) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(3600, 2))
-        self.left = left
+        self.left, self.seen, self.seeds = left, [], []
 
     def forward(self, x):
+        self.seen.append((255 * x[:, 0, 0, 0]).round().tolist())
+        self.seeds.append(torch.initial_seed())
         self.left -= 1
         return self.layers(x) * (math.nan if self.left < 0 else 1.0)
 
@@ -41,13 +44,22 @@ def process(rank: int, folder: Path, steps: float) -> None:
         arrived = folder / "arrived"
         assert arrived.exists() == (rank > 0)
         arrived.touch()
-    torch.manual_seed(1)
-    split = Split((images(16) * 255).to(torch.uint8), torch.arange(16) % 2)
-    records: list[dict] = []
+    pixels = torch.arange(16, dtype=torch.uint8).view(16, 1, 1, 1).expand(16, 3, 32, 32)  # a brightness each
+    data = ImageDataset("two", ("a", "b"), *[Split(pixels, torch.arange(16) % 2)] * 2)
+    records, saved, losses = [], [], []
+    loss_of = train_module._loss
+
+    def loss(*arguments):
+        losses.append(loss_of(*arguments))
+        return losses[-1]
+
+    train_module._loss, train_module.save_state = loss, lambda state, path: saved.append(state["step"])
+    setup = Setup(CPU, checkpoint_seconds=-1)
     try:
         model = Net(steps if rank == 0 else math.inf)
-        train(model, ImageDataset("two", ("a", "b"), split, split), RECIPE, Setup(CPU), on_epoch=records.append)
-        outcome = {"weights": [p.detach() for p in model.parameters()], "records": records}
+        train(model, data, RECIPE, setup, state_path=folder / "last.pt", on_epoch=records.append)
+        outcome = {"weights": [p.detach() for p in model.parameters()], "records": records, "saved": saved}
+        outcome |= {"seen": model.seen, "seeds": model.seeds, "losses": [value.item() for value in losses]}
     except NonFiniteLoss as error:
         outcome = {"error": str(error)}
     torch.save(outcome, folder / f"{rank}.pt")
@@ -59,12 +71,30 @@ def outcomes(folder: Path, steps: float) -> list[dict]:
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
-def test_two_processes_train_one_model_and_tell_the_same(tmp_path):
-    one, two = outcomes(tmp_path, math.inf)
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    return outcomes(tmp_path_factory.mktemp("trained"), math.inf)
+
+
+def test_two_processes_train_one_model_and_tell_the_same(trained):
+    one, two = trained
     assert all(torch.equal(a, b) for a, b in zip(one["weights"], two["weights"], strict=True))
     for record in (*one["records"], *two["records"]):
         del record["train_seconds"]
     assert one["records"] == two["records"] and [record["epoch"] for record in one["records"]] == [1, 2]
+    losses = [sum(one["losses"][i : i + 2] + two["losses"][i : i + 2]) / 4 for i in (0, 2)]
+    assert [record["train_loss"] for record in one["records"]] == pytest.approx(losses)
+
+
+def test_each_image_of_an_epoch_is_seen_by_one_process_and_altered_by_numbers_of_its_own(trained):
+    for epoch in (slice(0, 2), slice(2, 4)):
+        seen = [image for outcome in trained for batch in outcome["seen"][epoch] for image in batch]
+        assert sorted(seen) == list(range(16))
+    assert len({seed for outcome in trained for seed in outcome["seeds"]}) == 8
+
+
+def test_the_first_process_alone_saves(trained):
+    assert [bool(outcome["saved"]) for outcome in trained] == [True, False]
 
 
 def test_both_stop_when_one_diverges_even_at_the_last_step(tmp_path):
