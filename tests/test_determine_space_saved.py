@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import ViTConfig
 
 import determine_space_saved
 from models import build
 from quantization_utils import pack_, quantize_
 from quantization_utils.inspection import FileReport, Layer, _by_number, gzip_float_bytes, inspect_file
 from quantization_utils.storage import save_model
+from train_test_utils import record
 
 GOLDEN = Path(__file__).parent / "golden" / "version_1_vit.safetensors"
+TINY = ("tiny", "vit", {"width": 64, "depth": 1, "patch_size": 16})
 
 
 def test_report_of_a_file(tmp_path):
@@ -50,12 +56,49 @@ def test_weights_of_a_network_are_multiplied_out_too():
 
 
 def test_models_and_files(capsys, monkeypatch):
-    monkeypatch.setattr(determine_space_saved, "MODELS", [("tiny", "vit", {"width": 64, "depth": 1, "patch_size": 16})])
+    monkeypatch.setattr(determine_space_saved, "MODELS", [TINY])
     assert determine_space_saved.main(["--layers"]) == 0
     assert determine_space_saved.main([str(GOLDEN)]) == 0
     out = capsys.readouterr().out
     assert "tiny" in out and "network.classifier" in out and "verified" in out and "gzip" in out
     assert f"{GOLDEN.stat().st_size:,} bytes" in out
+
+
+def test_recorded_sizes_are_those_that_are_printed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(record, "ROOT", tmp_path)
+    monkeypatch.setattr(determine_space_saved, "MODELS", [TINY])
+    assert determine_space_saved.main(["--record"]) == 0
+    (line,) = (tmp_path / "results" / "files" / "sizes.jsonl").read_text().splitlines()
+    told = json.loads(line)
+    assert told["saving"] == round(told["float_bytes"] / told["file_bytes"], 2) > 1
+    assert told["file_over_ideal"] == round(told["file_bytes"] / told["ideal_bytes"], 4) > 1
+    (printed,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("tiny")]
+    assert printed.split()[-2:] == [f"{told['file_over_ideal']:.3f}", f"{told['saving']:.1f}×"]
+
+
+def test_a_file_beside_what_it_would_be_in_other_encodings(capsys):
+    assert determine_space_saved.main([str(GOLDEN)]) == 0
+    out, size, report = capsys.readouterr().out, GOLDEN.stat().st_size, inspect_file(GOLDEN)
+    header = 8 + int.from_bytes(GOLDEN.read_bytes()[:8], "little")  # of the safetensors format
+    assert f"; {header:,} bytes of header" in out
+    for title, expected in (("this file", size), ("float16", report.bytes_at(2, 2)), ("float32.*is", report.float_bytes)):
+        (printed,) = re.findall(rf"^  {title} +([\d.]+) MB +([\d.]+)×$", out, re.MULTILINE)
+        assert printed == (f"{expected / 1e6:.3f}", f"{expected / size:.2f}")
+
+
+def test_vit_b_16_is_the_one_of_transformers():
+    config = ViTConfig(num_labels=10)
+    assert determine_space_saved.VIT_B_16 == {name: getattr(config, name) for name in determine_space_saved.VIT_B_16}
+
+
+def test_a_reader_that_has_seen_enough_is_no_mistake(tmp_path, monkeypatch):
+    def closed(show_layers):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(determine_space_saved, "print_models", closed)
+    with (tmp_path / "out").open("w") as file:
+        monkeypatch.setattr(sys, "stdout", file)
+        assert determine_space_saved.main([]) == 0
 
 
 def test_float_layers_are_weights_too(tmp_path, capsys):

@@ -26,3 +26,9 @@ def test_batch_norm_is_the_default_and_dropout_fits():
     assert layers(model, nn.BatchNorm2d)
     assert {d.p for d in layers(model, nn.Dropout)} == {0.2} and {d.p for d in layers(original, nn.Dropout)} == {0.5}
     assert {d.p for d in layers(build("alexnet", 10, dropout=0.0), nn.Dropout)} == {0.0}
+
+
+def test_weights_start_as_he_et_al_draw_them_and_biases_at_zero():
+    for layer in layers(build("alexnet", 10, batch_norm=False), (nn.Conv2d, nn.Linear)):
+        fan_in = layer.weight[0].numel()
+        assert layer.weight.std().item() == pytest.approx((2 / fan_in) ** 0.5, rel=0.05) and not layer.bias.any()

@@ -64,6 +64,8 @@ def test_every_parameter_learns(name):
         (("resnet_18", 10), {"stem": "imagenet"}, "unknown stem 'imagenet': choose cifar or maxpool"),
         (("alexnet", 10), {"dropout": "some"}, r"dropout is a fraction in \[0, 1\), not 'some'"),
         (("alexnet", 10), {"dropout": float("nan")}, r"dropout is a fraction in \[0, 1\), not nan"),
+        (("alexnet", 10), {"dropout": 1.0}, r"dropout is a fraction in \[0, 1\), not 1.0"),
+        (("alexnet", 10), {"batch_norm": "no"}, "batch_norm is true or false, not 'no'"),
         (("vit", 10), {"width": 100}, "multiple of 64"),
         (("vit", 10), {"width": 0}, "multiple of 64"),
         (("vit", 10), {"width": "wide"}, "width is a whole number, not 'wide'"),
@@ -87,4 +89,5 @@ def test_normalize_against_its_formula():
     constants = zip((125, 123, 114), (63, 60, 58), strict=True)
     expected = torch.stack([(pixels[:, c] - m) / s for c, (m, s) in enumerate(constants)], 1)
     torch.testing.assert_close(normalize(pixels / 255), expected.float())
+    assert Normalize().mean == (125, 123, 114) and Normalize().std == (63, 63, 63)
     assert not nn.Module.state_dict(normalize), "its constants are arguments of the constructor, not weights"

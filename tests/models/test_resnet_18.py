@@ -26,6 +26,12 @@ def test_cifar_is_the_default_stem():
     assert isinstance(build("resnet_18", 10).pool, nn.Identity)
 
 
+def test_convolutions_start_as_he_et_al_draw_them_by_what_they_lead_to():
+    for layer in (m for m in build("resnet_18", 10).modules() if isinstance(m, nn.Conv2d)):
+        fan_out = layer.weight[:, 0].numel()
+        assert layer.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.05)
+
+
 def test_a_block_against_its_formula():
     block = BasicBlock(4, 6, 2).eval()
     for norm in (block.bn1, block.bn2, block.shortcut[1]):

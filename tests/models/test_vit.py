@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from huggingface_hub.utils import logging as hub_logging
 from safetensors.torch import load, save_file
 from torch.nn import functional as F
 from transformers import BertConfig, ViTConfig, ViTForImageClassification, ViTImageProcessor
@@ -34,6 +35,7 @@ def test_compact_by_its_options():
     config = build("vit", 10, width=128, depth=3, patch_size=8).network.config
     assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (128, 3, 2)
     assert (config.image_size, config.patch_size, config.intermediate_size, config.num_labels) == (32, 8, 512, 10)
+    assert config.hidden_dropout_prob == config.attention_probs_dropout_prob == 0
 
 
 def test_checkpoint_folder_with_its_head(network, folder):
@@ -80,8 +82,10 @@ def test_config_rebuilds_a_checkpoint_without_the_folder(folder):
 def test_no_hub_is_one_sentence_that_names_two_ways_on(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    before = hub_logging.get_verbosity()
     with pytest.raises(FileNotFoundError) as caught:
         build("vit", 10, checkpoint="nobody/no-such-checkpoint")
+    assert hub_logging.get_verbosity() == before, "it was quiet for that time alone"
     sentence = str(caught.value)
     assert "nobody/no-such-checkpoint" in sentence and "\n" not in sentence
     assert "checkpoint=FOLDER" in sentence and "checkpoint=none" in sentence

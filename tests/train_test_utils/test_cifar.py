@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from train_test_utils import cifar
-from train_test_utils.cifar import Source, load_cifar
+from train_test_utils.cifar import SOURCES, Source, load_cifar
 from train_test_utils.dataset import Split
 
 TINY = Source("cifar10", "CIFAR10", "someone/cifar10", "label", 10, train_count=20, test_count=10)
@@ -33,14 +33,15 @@ def encoded(pixels: np.ndarray, kind: str = "PNG") -> bytes:
 
 
 def write_parquet(
-    path: Path, pixels: np.ndarray, labels: list, kind: str = "PNG", metadata: bytes | None = None
+    path: Path, pixels: np.ndarray, labels: list | dict, kind: str = "PNG", metadata: bytes | None = None
 ) -> None:
+    """`labels`: of the column called label, or of several by their names."""
     import pyarrow
     from pyarrow import parquet
 
     path.parent.mkdir(parents=True, exist_ok=True)
     cells = [{"bytes": encoded(p, kind), "path": None} for p in pixels]
-    table = pyarrow.table({"img": cells, "label": labels})
+    table = pyarrow.table({"img": cells} | (labels if isinstance(labels, dict) else {"label": labels}))
     parquet.write_table(table.replace_schema_metadata(metadata and {"huggingface": metadata}), path)
 
 
@@ -62,6 +63,15 @@ def test_parquet_as_on_the_hub(tmp_path, kind):
     assert torch.equal(data.test.images, expected(slice(20, 30)))
     assert data.train.labels.tolist() == LABELS[:20]
     assert len(data.class_names) == 10
+
+
+def test_cifar100_has_a_hundred_classes_and_not_twenty(tmp_path):
+    source = replace(SOURCES["cifar100"], train_digest=None, test_digest=None, train_count=20, test_count=10)
+    for which, part in (("train", slice(20)), ("test", slice(20, 30))):
+        labels = {"fine_label": [70 + i for i in LABELS[part]], "coarse_label": LABELS[part]}
+        write_parquet(tmp_path / "cifar100" / f"{which}-00000-of-00001.parquet", PIXELS[part], labels)
+    data = load_cifar(source, tmp_path)
+    assert data.test.labels.tolist() == [*range(70, 80)] and len(data.class_names) == 100
 
 
 def write_torchvision_layout(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -166,12 +176,16 @@ def test_download_from_the_authors_server_once(tmp_path, monkeypatch):
     assert not server.requests
 
 
-def test_download_from_the_mirror_when_the_server_sends_rubbish(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("sent", ["rubbish", "an archive with another file than it should have"])
+def test_download_from_the_mirror_when_the_server_sends_something_else(tmp_path, monkeypatch, capsys, sent):
     import huggingface_hub
     from torchvision import datasets
 
-    (tmp_path / "origin").mkdir()
-    (tmp_path / "origin" / "cifar-10-python.tar.gz").write_bytes(b"an hour later")
+    archive = write_torchvision_layout(tmp_path / "origin", monkeypatch)
+    if sent == "rubbish":
+        archive.write_bytes(b"an hour later")
+    else:
+        monkeypatch.setattr(datasets.CIFAR10, "test_list", [["test_batch", "0" * 32]])
     write_hub_layout(tmp_path / "hub")
     files = sorted(p.relative_to(tmp_path / "hub").as_posix() for p in (tmp_path / "hub").rglob("*.parquet"))
     info = json.dumps({"id": TINY.mirror, "sha": "1" * 40, "siblings": [{"rfilename": f} for f in files]}).encode()
@@ -190,18 +204,22 @@ def test_download_from_the_mirror_when_the_server_sends_rubbish(tmp_path, monkey
     data = load_cifar(TINY, tmp_path / "here")
     assert torch.equal(data.test.images, expected(slice(20, 30)))
     assert "trying the mirror" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "here").iterdir()] == ["cifar10"], "nothing is left of the first attempt"
 
 
 def test_no_network_says_where_to_put_the_files(tmp_path, monkeypatch):
     import huggingface_hub
     from torchvision import datasets
 
+    limits: list[float | None] = []
+    monkeypatch.setattr("socket.setdefaulttimeout", limits.append)
     monkeypatch.setattr(datasets.CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")
     monkeypatch.setattr(
         huggingface_hub, "snapshot_download", partial(huggingface_hub.snapshot_download, endpoint="http://127.0.0.1:9")
     )
     with pytest.raises(FileNotFoundError, match="cannot be downloaded.*--data-dir"):
         load_cifar(TINY, tmp_path)
+    assert limits == [cifar.SERVER_PATIENCE_SECONDS, None], "the author's server has so long, and the limit goes again"
 
 
 def test_what_is_wrong_with_parquet_files_is_said(tmp_path):
@@ -209,6 +227,10 @@ def test_what_is_wrong_with_parquet_files_is_said(tmp_path):
     folder = tmp_path / "cifar10" / "plain_text"
     with pytest.raises(ValueError, match="20 images instead of 21"):
         load_cifar(replace(TINY, train_count=21), tmp_path)
+    with pytest.raises(ValueError, match="test split .* 10 images instead of 11"):
+        load_cifar(replace(TINY, test_count=11), tmp_path)
+    with pytest.raises(ValueError, match="training images .* are not those of"):
+        load_cifar(replace(TINY, train_digest="0" * 64), tmp_path)
     with pytest.raises(ValueError, match="test images .* are not those of"):
         load_cifar(replace(TINY, test_digest="0" * 64), tmp_path)
     second = folder / "train-00001-of-00002.parquet"

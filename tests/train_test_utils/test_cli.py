@@ -16,12 +16,14 @@ def test_what_holds_unless_told_otherwise():
     given = parse()
     assert given.dataset == ("cifar10", "cifar100") and given.budget == 1.0 and given.seeds == (0,) and given.only == ()
     assert given.out == Path("runs") and given.wandb == "online" and given.options == {} and not given.quick
+    assert given.checkpoint_seconds == 60
 
 
 def test_quick_is_digits_at_a_small_budget_unless_told_otherwise():
     assert (parse("--quick").dataset, parse("--quick").budget) == (("digits",), 0.04)
     given = parse("--quick", "--budget", "0.01", "--dataset", "cifar10")
     assert (given.dataset, given.budget) == (("cifar10",), 0.01)
+    assert parse("--budget", "2").budget == 2
 
 
 def test_lists_and_options():
@@ -56,6 +58,9 @@ def test_values_of_options(word, value):
         (["--holdout", "-0.1"], "--holdout is a fraction in [0, 1)"),
         (["--seeds", "0", "-1"], "--seeds are whole numbers from 0 to 2^32 - 1, not -1"),
         (["--seeds", str(2**70)], "--seeds are whole numbers"),
+        (["--seeds", str(2**32)], "--seeds are whole numbers"),
+        (["--checkpoint-seconds", "nan"], "--checkpoint-seconds is a time from 0 on, not nan"),
+        (["--checkpoint-seconds", "-1"], "--checkpoint-seconds is a time from 0 on, not -1"),
         (["--precision", "int4"], "invalid choice: 'int4'"),
         (["--wandb", "maybe"], "invalid choice: 'maybe'"),
         (["--options", "stem"], "--options takes KEY=VALUE words, not 'stem'"),
@@ -76,9 +81,21 @@ def test_mistakes_are_one_sentence_and_exit_code_2(words, sentence, capsys):
 def test_training_is_compiled_on_a_gpu_where_triton_finds_its_compiler(monkeypatch, capsys):
     monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/gcc" if name == "gcc" else None)
     assert can_compile(torch.device("cuda")) and not can_compile(torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert parse("--device", "cuda", "--precision", "fp32").compile and not parse("--device", "cpu").compile
+    monkeypatch.setattr("shutil.which", lambda name: "/opt/mycc" if name == "mycc" else None)
+    monkeypatch.setenv("CC", "mycc")
+    assert can_compile(torch.device("cuda"))
     monkeypatch.setattr("shutil.which", lambda name: None)
     assert not can_compile(torch.device("cuda"))
     assert capsys.readouterr().err.startswith("no C compiler was found, so training is not compiled and slower")
+
+
+def test_gpus_are_numbered_from_0(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [str(pick_device(name)) for name in ("cuda", "cuda:0", "cuda:1")] == ["cuda", "cuda:0", "cuda:1"]
+    with pytest.raises(ValueError, match="this machine has no device cuda:2"):
+        pick_device("cuda:2")
 
 
 def test_errors_in_a_sentence():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -32,6 +34,26 @@ def test_held_out_images_are_training_images_and_no_longer_trained_on():
     assert part.fingerprint != data.fingerprint
     with pytest.raises(ValueError, match="leaves no images"):
         data.held_out(1.0)
+
+
+def ten_images():
+    """A data set whose images are numbered by their pixels."""
+    images = torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1).expand(10, 3, 32, 32)
+    return ImageDataset("ten", ("a", "b"), Split(images, torch.arange(10) % 2), Split(images[:3], torch.arange(3) % 2))
+
+
+def test_the_same_images_are_held_out_at_all_times():
+    part = ten_images().held_out(0.3)
+    assert part.name == "ten-heldout0.3" and part.test.images[:, 0, 0, 0].tolist() == [4, 1, 7]
+
+
+@pytest.mark.parametrize("which", ["train", "test"])
+def test_the_fingerprint_changes_with_images_and_labels(which):
+    data = ten_images()
+    split = getattr(data, which)
+    others = [Split(split.images + 1, split.labels), Split(split.images, 1 - split.labels)]
+    fingerprints = [data.fingerprint, *(replace(data, **{which: other}).fingerprint for other in others)]
+    assert len(set(fingerprints)) == 3 and ten_images().fingerprint == data.fingerprint
 
 
 def test_epochs_have_their_own_orders():

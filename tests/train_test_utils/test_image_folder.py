@@ -31,6 +31,19 @@ def test_a_folder_of_class_folders(tmp_path, monkeypatch):
     assert load_dataset("..").name == tmp_path.name
 
 
+def test_images_in_subfolders_are_cut_to_their_middle_and_hidden_folders_are_no_classes(tmp_path):
+    write_images(tmp_path / ".cache", 5, 0)
+    striped = Image.new("RGB", (96, 32), "blue")
+    striped.paste("red", (32, 0, 64, 32))
+    for name, ending in (("a", "PNG"), ("b", "png")):
+        (tmp_path / name / "sub").mkdir(parents=True)
+        for i in range(5):
+            striped.save(tmp_path / name / "sub" / f"{i}.{ending}")
+    data = load_dataset(str(tmp_path))
+    assert data.class_names == ("a", "b") and (len(data.train), len(data.test)) == (8, 2)
+    assert data.train.images.unique().tolist() == [0, 255] and data.train.images[:, 0].all()
+
+
 @pytest.mark.parametrize("test", TEST_FOLDERS)
 def test_a_folder_with_its_own_test_split(test, tmp_path):
     for which, count in (("train", 3), (test, 2)):
@@ -48,6 +61,14 @@ def test_a_training_folder_alone_is_not_taken_for_a_class(tmp_path):
         write_images(tmp_path / "train" / name, 5, 0)
     write_images(tmp_path / "holdout" / "a", 5, 0)
     with pytest.raises(ValueError, match="train has folders of classes, and beside it is no test or val or valid"):
+        load_dataset(str(tmp_path))
+
+
+def test_a_class_without_an_image(tmp_path):
+    for which in ("train", "test"):
+        write_images(tmp_path / which / "a", 2, 0)
+        (tmp_path / which / "empty").mkdir()
+    with pytest.raises(ValueError, match="there is no image in .*train/empty: add some, or remove the folder"):
         load_dataset(str(tmp_path))
 
 

@@ -1,6 +1,7 @@
 """README tables: generated between their markers, checked, and refused with one sentence where they cannot be."""
 
 import json
+import os
 
 import pytest
 
@@ -66,6 +67,25 @@ def test_rows_of_experiments(results):
     assert lines[5].startswith("| `qat_all` | 79.00% | 50.0 kB | 20.0× |")
     assert "budget 0.02" in text and "seeds 0" in text and "device some CPU" in text and "**reduced budget**" in text
     assert text.count("python3 vit_experiments.py --budget 0.02") == 1
+
+
+def test_rows_of_two_budgets_that_were_measured_on_held_out_images(tmp_path):
+    rows = [row | {"dataset": "cifar10-heldout0.2", "budget": budget} for budget in (0.02, 1.0) for row in EXPERIMENTS]
+    (tmp_path / "vit.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = with_tables(marked("vit only=float"), tmp_path)
+    assert "| row | budget | held-out accuracy |" in text
+    assert "| `float` | 0.02 | 80.12% |" in text and "| `float` | 1 | 80.12% |" in text
+
+
+def test_lines_of_which_some_have_an_accuracy_and_yes_and_no(tmp_path):
+    (tmp_path / "some.jsonl").write_text(
+        '{"row": "a", "test_accuracy_pct": 1.5, "same": true, "peak_multiply_adds_per_s": 99e9}\n'
+        '{"row": "b", "same": false, "peak_multiply_adds_per_s": 471e9}\n'
+    )
+    assert with_tables(marked("some"), tmp_path).splitlines()[2:-2] == [
+        "| row | test accuracy pct | same |", "| --- | ---: | ---: |", "| a | 1.5 | yes |", "| b | – | no |",
+        "", "99–471 G multiply-adds/s at most",
+    ]  # fmt: skip
 
 
 def test_only_some_rows(results):
@@ -149,6 +169,8 @@ def test_the_command(results, tmp_path, capsys):
     assert "out of date" in capsys.readouterr().err and "stale" in readme.read_text()
     assert main(command) == 0
     assert main([*command, "--check"]) == 0
+    os.utime(readme, (0, 0))
+    assert main(command) == 0 and readme.stat().st_mtime == 0, "it is as it should be, and not written again"
     readme.write_text(readme.read_text().replace("79.00%", "79.50%"))
     assert main([*command, "--check"]) == 1
     readme.write_text(marked("gone"))

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import subprocess
 
 import pytest
 
@@ -29,6 +30,17 @@ def test_the_command_can_be_given_again(root, monkeypatch):
 def test_a_script_outside_the_checkout_is_given_by_its_name(root, monkeypatch):
     monkeypatch.setattr("sys.argv", ["/elsewhere/kernels.py"])
     assert json.loads(append_record("kernels", {}).read_text())["command"] == "python3 kernels.py"
+
+
+@pytest.mark.parametrize("status, said", [("", "abc"), (" M README.md", "abc+changes")])
+def test_the_commit_says_whether_files_were_changed(status, said, monkeypatch):
+    def run(words, **options):
+        return subprocess.CompletedProcess(words, 0, f"{status if 'status' in words else 'abc'}\n", "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    record.commit.cache_clear()
+    assert record.commit() == said
+    record.commit.cache_clear()
 
 
 def test_what_is_not_json_leaves_the_file_as_it_was(root):

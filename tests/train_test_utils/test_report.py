@@ -8,6 +8,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from train_test_utils.plots import _size_axis, draw_all, draw_pruning, spread
+from matplotlib.figure import Figure
+
+from train_test_utils.plots import draw_curves, draw_latency, draw_pruning, draw_size, spread
 from train_test_utils.report import format_table, main, print_table, write_report
 from train_test_utils.report_page import headline_line, page
 from train_test_utils.table import lines_of
@@ -85,6 +88,97 @@ def test_almost_nothing_is_enough(tmp_path, few):
     paths = write_report(few, tmp_path / "new")
     assert paths[0].read_text().startswith("<!doctype html>")
     format_table(few)
+
+
+def test_curves_are_those_of_the_first_seed(tmp_path, monkeypatch):
+    taken = {}
+    monkeypatch.setattr("train_test_utils.plots.draw_all", lambda lines, curves, folder: taken.update(curves) or [])
+    (tmp_path / "qat_all-seed3").mkdir()
+    (tmp_path / "qat_all-seed3" / "curves.jsonl").write_text('{"epoch": 1, "train_loss": 1.0}\n')
+    write_report([{"row": "qat_all", "seed": seed} for seed in (3, 4)], tmp_path)
+    assert taken == {"qat_all": [{"epoch": 1, "train_loss": 1.0}]}
+
+
+def test_notes_below_the_terminal_table_are_as_wide_as_the_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    text = format_table([row | {"device": "D" * 60, "commit": "C" * 60} for row in rows()])
+    assert text.split("─\n")[-1].split("\n") == [
+        f"budget 0.02 · seeds 0, 1 · device {'D' * 60}", f"threads 2 · commit {'C' * 60}",
+        "trained for less than the full recipes (budget below 1)",
+    ]  # fmt: skip
+
+
+def test_the_page_says_what_was_done_and_when_and_what_is_unknown():
+    done = {"epochs": 30, "transforms": ["T"], "pruned": "", "throughput_images_per_s": None}
+    some = [row | done | {"finished_at": f"2026-01-0{3 - row['seed']}T10:00:00Z"} for row in rows(budget=0.5)]
+    html = page(lines_of(some), [])
+    assert html.count('<td class="what">T; trained for 15 epochs</td>') == 7
+    assert "(2026-01-02 to 2026-01-03)" in html and "(2026-01-03)" in page(lines_of(some[:7]), [])
+    assert html.count('<td data-v="">–</td>') == 2 * 7  # images/s, same class
+    assert "<b>2.00 ms</b><span>one image, 2.50× the speed of float beside it" in html
+
+
+def test_the_page_explains_deviations_where_a_row_has_one():
+    explained = "± is the standard deviation over seeds"
+    assert explained in page(lines_of(rows()[:8]), [])  # of the float row there are two seeds
+    assert explained not in page(lines_of(rows(seeds=(0,))), [])
+
+
+def test_a_pruned_row_is_not_the_headline():
+    *_, pruned = lines = lines_of(rows(seeds=(0,)))
+    assert headline_line([pruned, lines[1]]) is lines[1] and headline_line([pruned]) is None
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are drawn, by the names of their files."""
+    found = {}
+    monkeypatch.setattr(Figure, "savefig", lambda self, path: found.update({path.stem: self}))
+    return found
+
+
+def points(axes):
+    return [tuple(map(tuple, line.get_data())) for line in axes.lines]
+
+
+def test_pruning_curves_start_from_the_row_that_is_not_pruned(figures, tmp_path):
+    draw_pruning(lines_of(rows()), tmp_path)
+    (axes,) = figures["accuracy_vs_pruned"].axes
+    assert points(axes)[:2] == [((0, 30, 90), (89.5, 86.5, 80.5))] * 2  # l1, random
+
+
+def test_latencies_are_drawn_beside_the_float_models(figures, tmp_path):
+    draw_latency(lines_of(rows()[1:2]), tmp_path)
+    (axes,) = figures["latency"].axes
+    assert points(axes) == [((2, 5), (0, 0)), ((5,), (0,)), ((2, 2.5), (0, 0)), ((2,), (0,))]
+    assert [text.get_text() for text in axes.texts] == ["2.00 ms   2.50×"]
+
+
+@pytest.mark.parametrize("pruned, caption", [(23, "2 threads."), (24, "24 pruned rows are left out.")])
+def test_the_latency_picture_says_how_many_rows_it_leaves_out(pruned, caption, figures, tmp_path):
+    one = rows()[0]
+    lines = lines_of([one, *(one | {"row": f"float_l1_{percent}"} for percent in range(pruned))])
+    assert draw_latency(lines, tmp_path).caption.endswith(caption)
+
+
+def test_training_curves_have_a_panel_each_for_loss_and_accuracy(figures, tmp_path):
+    curves = {"qat_all": [{"epoch": e, "train_loss": 1 / e, "train_accuracy_pct": 50 + e} for e in (1, 2, 4)]}
+    draw_curves(curves, [], tmp_path)
+    loss, accuracy = figures["training_curves"].axes
+    assert points(loss) == [((1, 2, 4), (1, 0.5, 0.25))] and points(accuracy) == [((1, 2, 4), (51, 52, 54))]
+
+
+def test_low_accuracies_and_all_sizes_are_inside_the_picture(figures, tmp_path):
+    draw_size(lines_of([row | {"test_accuracy_pct": row["test_accuracy_pct"] - 60} for row in rows()]), tmp_path)
+    (axes,) = figures["accuracy_vs_size"].axes
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    assert left < 1_190_000 < 44_800_000 < right and bottom < 0.5 < 30.5 < top
+
+
+@pytest.mark.parametrize("budget, said", [(0.02, " · budget 0.02"), (1.0, "")])
+def test_a_picture_is_headed_by_what_it_is_about(budget, said, figures, tmp_path):
+    draw_latency(lines_of(rows(budget=budget)[:1]), tmp_path)
+    assert figures["latency"].get_suptitle() == f"Latency, one image · resnet_18 on digits{said}"
 
 
 def test_the_page_can_be_written_again_from_the_command_line(tmp_path, capsys):

@@ -8,13 +8,15 @@ import torch
 from torch import nn
 
 from models.select import select_layers
-from pruning_utils import l1, l2_filters, zero_fraction
+from models import build
+from pruning_utils import l1, l2_filters, random, zero_fraction
 from quantization_utils import absmean, int8_absmax, mse_optimal
-from quantization_utils.bit_layers import Quantized
+from quantization_utils.bit_layers import BitConv2d, BitLinear, Quantized
 from tests.networks import images, make
 from train_test_utils.recipe import Recipe
 from train_test_utils.rows import (
     Prune,
+    Reinitialize,
     Row,
     Ternary,
     _hash_of_folder,
@@ -25,6 +27,7 @@ from train_test_utils.rows import (
     folder_hashes,
     format_rows,
     pruned_text,
+    transformed,
 )
 from train_test_utils.transforms import CalibratedTernary
 
@@ -71,6 +74,40 @@ def test_prune_prunes():
     assert zero_fraction(model, nn.Conv2d) == pytest.approx(0.4, abs=0.01) and zero_fraction(model, nn.Linear) == 0
 
 
+def test_each_seed_prunes_other_weights():
+    masks = [Prune(random, 0.5)(make("resnet_like"), images(1), seed)[1].weight != 0 for seed in (0, 0, 1)]
+    assert torch.equal(masks[0], masks[1]) and not torch.equal(masks[0], masks[2])
+
+
+def test_weights_drawn_anew_depend_on_the_seed_alone():
+    model = build("vit", 10, width=64, depth=1, patch_size=16)
+    one, again, two = (Reinitialize()(model, images(1), seed).network.classifier.weight for seed in (0, 0, 1))
+    assert torch.equal(one, again) and not torch.equal(one, two)
+
+
+@pytest.mark.parametrize("how", ["__call__", "structure"])
+@pytest.mark.parametrize("kind", [Ternary, CalibratedTernary])
+def test_layers_that_are_kept_stay_float(kind, how):
+    names = [name for name, _ in select_layers(make("alexnet_like"))]
+    transform = kind(keep=names[:1])
+    model = getattr(transform, how, transform)(make("alexnet_like"), images(8), 0)
+    assert [isinstance(layer, (BitConv2d, BitLinear)) for _, layer in select_layers(model)] == [False, True, True, True]
+
+
+def test_a_transformation_gets_as_many_images_as_it_asks_for():
+    counts = []
+
+    class Looks:
+        images = 5
+
+        def __call__(self, model, images, seed):
+            counts.append(len(images))
+            return model
+
+    transformed(Row("x", "float", [Looks()], None), nn.Identity(), torch.zeros(9, 3, 4, 4, dtype=torch.uint8), 0)
+    assert counts == [5]
+
+
 def test_what_a_row_prunes_in_words():
     assert pruned_text(ROWS[-1]) == "50% of single weights of convolutions by l1"
     row = Row("x", "float", [Prune(l2_filters, 0.3)], None)
@@ -109,6 +146,7 @@ def test_the_hash_changes_with_everything_in_a_row():
     ]  # fmt: skip
     hashes = [config_hash({"row": describe(r)}) for r in others]
     assert len(set(hashes)) == len(others) and hashes[0] == config_hash({"row": describe(replace(row))})
+    assert config_hash({"a": 1, "b": 2}) == config_hash({"b": 2, "a": 1})
 
 
 def test_the_hash_of_a_folder_changes_with_its_files(tmp_path):

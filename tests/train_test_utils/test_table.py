@@ -32,7 +32,14 @@ def test_a_row_done_again_replaces_the_earlier_one():
     assert sorted(line.values("test_accuracy_pct")) == [60, 70]
 
 
-@pytest.mark.parametrize("other", [{"budget": 0.02}, {"options": {"stem": "maxpool"}}, {"dataset": "cifar10"}])
+def test_texts_are_those_of_the_last_row_and_a_budget_that_is_not_there_is_the_whole():
+    (line,) = lines_of([{"row": "float", "seed": 0, "device": "A"}, {"row": "float", "seed": 1, "device": "B"}])
+    assert line.text("device") == "B" and line.budget == 1
+
+
+@pytest.mark.parametrize(
+    "other", [{"budget": 0.02}, {"options": {"stem": "maxpool"}}, {"dataset": "cifar10"}, {"model": "vit"}]
+)
 def test_different_conditions_are_never_averaged(other):
     lines = lines_of([row("float", test_accuracy_pct=99.0), row(), row("float", **other), row(**other)])
     assert len(lines) == 4
@@ -47,7 +54,8 @@ def test_what_is_missing_is_a_dash():
 
 
 def test_quotients_are_taken_seed_by_seed():
-    (line,) = lines_of([row(seed=s, float_file_bytes=100 * k, file_bytes=k * k) for s, k in ((0, 1), (1, 10))])
+    sizes = ((0, 1), (1, 10), (2, 0))  # seed, k; nothing is divided by 0
+    (line,) = lines_of([row(seed=s, float_file_bytes=100 * k, file_bytes=k * k) for s, k in sizes])
     assert line.values("float_file_bytes/file_bytes") == [100, 10]
     assert CELL["smaller"].cell(line) == "55.0×"
 
@@ -76,21 +84,23 @@ def test_sizes():
 
 
 def test_circumstances_name_every_device_and_skip_the_unknown():
-    lines = lines_of([row(device="A", commit=""), row("float", seed=1, device="B", options={"stem": "maxpool"})])
-    found = circumstances(lines)
-    assert found == {"budget": "1", "seeds": "0, 1", "device": "A, B", "options": "stem=maxpool"}
+    other = row("float", seed=1, device="B", precision="bf16", options={"stem": "maxpool"})
+    found = circumstances(lines_of([row(device="A", commit=""), other]))
+    assert found == {
+        "budget": "1", "seeds": "0, 1", "device": "A, B", "precision": "bf16", "options": "stem=maxpool"
+    }  # fmt: skip
 
 
 def test_commands_that_differ_in_the_rows_they_choose_are_one():
     commands = [
         "python3 a.py --wandb disabled --budget 0.04 --only float 'ptq*'",
         "python3 a.py --budget 0.04 --only float qat_all --wandb offline",
-        "python3 a.py --budget 0.1 --measure-again",
+        "python3 a.py --budget 0.1 --out runs/b --measure-again",
         "python3 b.py",
     ]
     assert commands_of([{"command": c} for c in (*commands, commands[0])] + [{}]) == [
         "python3 a.py --budget 0.04 --only float 'ptq*' qat_all",
-        "python3 a.py --budget 0.1",
+        "python3 a.py --budget 0.1 --out runs/b",
         "python3 b.py",
     ]
 
@@ -111,11 +121,13 @@ def test_a_latency_of_another_device_says_so():
     one, two = row(device="GPU", latency_device="CPU"), row(device="CPU", latency_device="CPU")
     assert circumstances(lines_of([one]))["latency on"] == "CPU"
     assert "latency on" not in circumstances(lines_of([two]))
+    assert "latency on" not in circumstances(lines_of([two, row("float", device="GPU")]))
 
 
 def test_what_was_measured_on_held_out_images_is_not_called_test_accuracy():
     held_out, tested = lines_of([row(dataset="cifar10-heldout0.2"), row()])
     assert columns_of([held_out])[0].title == "held-out accuracy" and columns_of([tested]) == COLUMNS
+    assert columns_of([held_out, tested]) == COLUMNS
     assert [c.title for c in columns_of([held_out])[1:]] == [c.title for c in COLUMNS[1:]]
 
 

@@ -119,6 +119,22 @@ def test_whatever_wandb_raises_is_said_once(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err.count("W&B") == 1
 
 
+@pytest.mark.parametrize("how", ["finish", "start"])
+def test_the_run_of_a_row_that_was_not_finished_is_a_failed_one(how, tmp_path, monkeypatch):
+    codes = []
+
+    class Working(Broken):
+        def init(self, **settings):
+            return types.SimpleNamespace(finish=lambda exit_code=0: codes.append(exit_code))
+
+    monkeypatch.setitem(sys.modules, "wandb", Working("wandb"))
+    monkeypatch.setenv("WANDB_MODE", "dryrun")  # as offline was called
+    mirror = wandb_mirror.Mirror("online", tmp_path, "project", "group")
+    mirror.start("float-seed0", {}, "a")
+    mirror.finish() if how == "finish" else mirror.start("ptq_all-seed0", {}, "a")
+    assert mirror.mode == "offline" and codes == [1]
+
+
 @pytest.mark.parametrize("environment, found", [
     ({}, False), ({"WANDB_API_KEY": "k"}, True), ({"NETRC": "api.wandb.ai"}, True), ({"NETRC": "elsewhere.org"}, False),
     ({"NETRC": "default.org"}, True), ({"NETRC": "api.wandb.ai", "WANDB_BASE_URL": "https://my.host:8080"}, False),
