@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from models.select import select_layers
 from models import build
+from models.select import select_layers
 from pruning_utils import l1, l2_filters, random, zero_fraction
 from quantization_utils import absmean, int8_absmax, mse_optimal
 from quantization_utils.bit_layers import BitConv2d, BitLinear, Quantized

@@ -113,12 +113,6 @@ class Broken(types.ModuleType):
         return Run()
 
 
-def test_whatever_wandb_raises_is_said_once(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "wandb", Broken("wandb"))
-    fill(tmp_path)
-    assert capsys.readouterr().err.count("W&B") == 1
-
-
 @pytest.mark.parametrize("how", ["finish", "start"])
 def test_the_run_of_a_row_that_was_not_finished_is_a_failed_one(how, tmp_path, monkeypatch):
     codes = []
@@ -133,6 +127,12 @@ def test_the_run_of_a_row_that_was_not_finished_is_a_failed_one(how, tmp_path, m
     mirror.start("float-seed0", {}, "a")
     mirror.finish() if how == "finish" else mirror.start("ptq_all-seed0", {}, "a")
     assert mirror.mode == "offline" and codes == [1]
+
+
+def test_whatever_wandb_raises_is_said_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "wandb", Broken("wandb"))
+    fill(tmp_path)
+    assert capsys.readouterr().err.count("W&B") == 1
 
 
 @pytest.mark.parametrize("environment, found", [
