@@ -123,6 +123,7 @@ def test_the_run_of_a_row_that_was_not_finished_is_a_failed_one(how, tmp_path, m
 
     monkeypatch.setitem(sys.modules, "wandb", Working("wandb"))
     monkeypatch.setenv("WANDB_MODE", "dryrun")  # as offline was called
+    monkeypatch.setenv("WANDB_API_KEY", "k")
     mirror = wandb_mirror.Mirror("online", tmp_path, "project", "group")
     mirror.start("float-seed0", {}, "a")
     mirror.finish() if how == "finish" else mirror.start("ptq_all-seed0", {}, "a")
