@@ -47,8 +47,8 @@ def prune_(
     weights within their layer. `only`: which layers (`models.select.select_layers`). `seed`: for `random`.
 
     Raises:
-        ValueError: an amount outside [0, 1), an unknown granularity or scope, a score that does not fit them, weights or
-            scores that are not finite (the model has diverged), or no layer to prune.
+        ValueError: an amount outside [0, 1), an unknown granularity or scope, a score that does not fit them, weights
+            or scores that are not finite (the model has diverged), or no layer to prune.
     """
     granularity, scope = _meaning(score, granularity, scope)
     if not isinstance(amount, Real) or not 0 <= amount < 1:

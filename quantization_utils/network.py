@@ -133,7 +133,8 @@ class _Builder:
             return self.add(*map(self.value, fx_node.args))
         module, source = module_of(self.model, fx_node), fx_node.args[0]
         value = self.value(source)
-        if isinstance(module, (nn.Flatten, BitLinear)) and fx_node.meta["shape"][:-1] != (1,):  # of the one image traced
+        one_row = fx_node.meta["shape"][:-1] == (1,)  # of the one image traced
+        if isinstance(module, (nn.Flatten, BitLinear)) and not one_row:
             raise NotANetwork("a linear layer or a flattening that leaves more than one dimension of an image")
         if isinstance(module, Normalize):
             if value.index != IMAGE or value.normalize is not None:

@@ -99,7 +99,7 @@ def calibrate_(model: nn.Module, images: Tensor, batch_size: int = 128) -> nn.Mo
         samples = _observe(model, producers, images, batch_size)
         for name, sample in samples.items():
             if not sample.isfinite().all():
-                raise ValueError(f"the output of {name} is not finite on the calibration images: has training diverged?")
+                raise ValueError(f"{name} is not finite on the calibration images: has training diverged?")
     for name, quantized in producers.items():
         quantized.quantizer.step.fill_(_best_step(samples[name], quantized.quantizer.code_max))
     return model

@@ -20,8 +20,8 @@ from models.select import select_layers
 from quantization_utils import load_model
 from train_test_utils import experiment
 from train_test_utils.row_folder import locked
-from train_test_utils.train import NonFiniteLoss
 from train_test_utils.rows import Prune
+from train_test_utils.train import NonFiniteLoss
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("alexnet", "resnet_18", "vit")

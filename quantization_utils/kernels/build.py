@@ -62,7 +62,7 @@ def _openmp() -> list[str]:
     if sys.platform != "linux":
         return []  # threads are made for each call
     bundled = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
-    return ["-fopenmp", *(str(path) for path in bundled[:1])]
+    return ["-fopenmp", *(str(path.resolve()) for path in bundled[:1])]  # one, by whatever link one comes to it
 
 
 def _cache_folder() -> Path:

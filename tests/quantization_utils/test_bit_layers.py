@@ -78,8 +78,7 @@ def test_weights_and_biases_are_taken_over_as_they_are():
 
 
 def test_the_bits_of_a_quantizer_made_from_another_are_those_of_its_codes():
-    made = (partial(int8_absmax), lambda weight: int8_absmax(weight), partial(absmean))
-    assert [linear(quantizer).weight_bits for quantizer in made] == [8, 8, "ternary"]
+    assert [linear(partial(quantizer)).weight_bits for quantizer in (int8_absmax, absmean)] == [8, "ternary"]
 
 
 @pytest.mark.parametrize("part", [1.0, 0.25])

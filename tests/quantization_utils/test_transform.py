@@ -257,7 +257,7 @@ def test_a_diverged_model_is_neither_calibrated_nor_packed(value):
     model = quantize_(make("alexnet_like"))
     model[1].bias = nn.Parameter(torch.full((8,), value))
     before = str(model)
-    with pytest.raises(ValueError, match="the output of 3 is not finite on the calibration images"):
+    with pytest.raises(ValueError, match="3 is not finite on the calibration images"):
         calibrate_(model, images(8))
     assert str(model) == before
     model[5].weight.data[0, 0, 0, 0] = value

@@ -7,10 +7,7 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from train_test_utils.plots import _size_axis, draw_all, draw_pruning, spread
-from matplotlib.figure import Figure
-
-from train_test_utils.plots import draw_curves, draw_latency, draw_pruning, draw_size, spread
+from train_test_utils.plots import _size_axis, draw_all, draw_curves, draw_latency, draw_pruning, draw_size, spread
 from train_test_utils.report import format_table, main, print_table, write_report
 from train_test_utils.report_page import headline_line, page
 from train_test_utils.table import lines_of

@@ -30,7 +30,8 @@ def packed_vit(
 ) -> nn.Module:
     """`pruned`: fraction of the filters of its linear layers."""
     torch.manual_seed(0)
-    model = models.build("vit", 10, **({"width": 128, "depth": 2} | options)).eval()
+    sizes: dict[str, object] = {} if "config" in options else {"width": 128, "depth": 2}
+    model = models.build("vit", 10, **(sizes | options)).eval()
     for name, parameter in model.named_parameters():
         if "layernorm" in name or name.endswith("bias"):  # zeros and ones would hide what is left out
             nn.init.normal_(parameter, 1.0 if name.endswith("weight") else 0.0, 0.2)
