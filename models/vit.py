@@ -102,9 +102,9 @@ def vit(
             raise ValueError(f"a ViT's config has no {unknown[0]!r} here: give {', '.join(ESSENTIAL)}")
         network = ViTForImageClassification(ViTConfig(**(config | {"num_labels": num_classes})))  # type: ignore[arg-type]
     else:
-        width, depth, patch_size = (384 if width is None else width), (12 if depth is None else depth), (
-            4 if patch_size is None else patch_size
-        )
+        width = 384 if width is None else width
+        depth = 12 if depth is None else depth
+        patch_size = 4 if patch_size is None else patch_size
         if width < 1 or width % 64:
             raise ValueError(f"the width of the compact ViT is a multiple of 64 (one attention head), not {width}")
         if depth < 1:

@@ -162,7 +162,10 @@ def has_key(wandb: Any) -> bool:
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     given = os.environ.get("WANDB_BASE_URL")
-    server = urlsplit(given or getattr(wandb.Settings(), "base_url", ""))
+    try:
+        server = urlsplit(given or wandb.Settings().base_url)
+    except Exception:  # settings that wandb does not understand: it will say so itself
+        return False
     # The default server has had two names, and a login under the old one still counts.
     hosts = {server.netloc, server.hostname} | (set() if given else {"api.wandb.ai"})
     named = os.environ.get("NETRC")

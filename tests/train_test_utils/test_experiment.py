@@ -60,8 +60,10 @@ def test_a_row_whose_weights_are_gone_is_not_finished(tmp_path):
     line = {"test_accuracy_pct": 90.0}
     logbook = SimpleNamespace(done=lambda config_hash: line)
     assert row.finished_in(logbook) is None
-    (row.folder / "checkpoint.safetensors").touch()
+    for name in ("checkpoint.safetensors", "last.pt"):
+        (row.folder / name).touch()
     assert row.finished_in(logbook) is line
+    assert not (row.folder / "last.pt").exists()  # left by a kill
 
 
 def test_the_state_of_a_training_is_kept_until_its_row_is_written(tmp_path, monkeypatch):

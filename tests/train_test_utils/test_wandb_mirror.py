@@ -165,11 +165,18 @@ def test_what_wandb_login_writes_is_found(tmp_path, monkeypatch):
     assert wandb_mirror.has_key(wandb)
 
 
+def test_settings_that_wandb_does_not_understand_are_no_key(monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_BASE_URL", raising=False)
+    assert not wandb_mirror.has_key(types.SimpleNamespace(Settings=lambda: 1 / 0))
+
+
 def test_a_netrc_that_is_no_text_is_no_key(tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     (tmp_path / "netrc").write_bytes(b"machine \xff\n")
-    assert not wandb_mirror.has_key(Broken("wandb"))
+    wandb = types.SimpleNamespace(Settings=lambda: types.SimpleNamespace(base_url="https://default.org"))
+    assert not wandb_mirror.has_key(wandb)
 
 
 def test_an_unknown_mode_is_a_mistake(tmp_path):
