@@ -1,18 +1,23 @@
-"""What the bytes of a model file may say, and two that write to one path."""
+"""What the bytes of a model file may say, and what is left of it whatever happens while it is written."""
 
 from __future__ import annotations
 
+import os
+import stat
 import threading
 
 import pytest
+import torch
 
+from benchmarks.kill_while_saving import kill_while_saving, save_on_full_disk
 from quantization_utils.file_format import ModelFileError, _check_entries, is_shape, parse_json, replacing, write_file
 
 
-@pytest.mark.parametrize("text", ['{"a":1,"a":1}', "NaN"])
-def test_json_with_a_member_twice_or_without_a_number_is_refused(text):
-    with pytest.raises(ModelFileError, match="the header is not valid JSON"):
-        parse_json(text, "the header")
+@pytest.mark.parametrize("value", ["1e999", "-1e999", "Infinity", "NaN", "1" * 21, '{"b":1,"b":1}'])
+def test_json_with_a_number_that_is_none_or_a_member_twice_is_refused(value):
+    assert parse_json('{"a":-1.5e3}', "it") == {"a": -1500.0}
+    with pytest.raises(ModelFileError, match="it is not valid JSON .*(number|twice)"):
+        parse_json(f'{{"a":{value}}}', "it")
 
 
 def test_a_shape_is_a_list_of_a_few_counts():
@@ -43,3 +48,34 @@ def test_two_that_write_to_one_path_do_not_wait_and_the_last_one_wins(tmp_path):
         other.join(10)
         assert not other.is_alive() and path.stat().st_size > 3
     assert path.read_bytes() == b"one" and list(tmp_path.iterdir()) == [path]
+
+
+def test_only_temporary_files_of_its_own_are_removed(tmp_path):
+    abandoned = tmp_path / ".model.0123abcd.tmp"
+    others = [tmp_path / f".model.{name}.tmp" for name in ("my-notes", "safetensors.1234", "safetensors.0123abcd")]
+    for path in (abandoned, *others):
+        path.touch()
+    write_file(tmp_path / "model", {}, {})
+    assert not abandoned.exists() and all(path.exists() for path in others)
+
+
+def test_permissions_follow_the_umask(tmp_path):
+    for mask, mode in ((0o022, 0o644), (0o077, 0o600)):
+        before = os.umask(mask)
+        try:
+            write_file(tmp_path / "model", {}, {})
+        finally:
+            os.umask(before)
+        assert stat.S_IMODE((tmp_path / "model").stat().st_mode) == mode
+
+
+def test_kills_and_a_full_disk_leave_the_previous_file(tmp_path):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        killed = kill_while_saving(8, tmp_path, width=512)
+    finally:
+        torch.set_num_threads(threads)
+    assert killed["broken"] == killed["leftovers"] == 0 and killed["first"] + killed["second"] == 8
+    full = save_on_full_disk(5, tmp_path, width=512, mounted=False)
+    assert full["refused"] == full["intact"] == 5 and full["leftovers"] == 0

@@ -7,7 +7,6 @@ import errno
 import hashlib
 import json
 import os
-import stat
 import struct
 from pathlib import Path
 
@@ -19,7 +18,6 @@ from safetensors import safe_open
 from torch import nn
 
 from benchmarks.fuzz_files import fuzz, small_models
-from benchmarks.kill_while_saving import kill_while_saving, save_on_full_disk
 from models import build
 from pruning_utils import l2_filters, prune_
 from quantization_utils import calibrate_, file_format, int8_absmax, pack_, quantize_
@@ -292,13 +290,6 @@ def test_what_cannot_be_saved(tmp_path, small):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("number", ["1e999", "-1e999", "Infinity", "NaN", "1" * 21])
-def test_numbers_that_are_none_are_no_json(number):
-    assert file_format.parse_json('{"a":-1.5e3}', "it") == {"a": -1500.0}
-    with pytest.raises(ModelFileError, match="it is not valid JSON .*number"):
-        file_format.parse_json(f'{{"a":{number}}}', "it")
-
-
 @pytest.mark.parametrize("names", [[], ["cat"]])
 def test_a_network_of_no_constructor_has_a_name_for_every_logit(names, tmp_path, small):
     network = copy.deepcopy(small["resnet_18"])
@@ -330,16 +321,6 @@ def test_kernels_that_were_asked_for_and_cannot_be_built_say_why(good, monkeypat
         load_model(good, backend="cpu")
 
 
-def test_permissions_follow_the_umask(small, tmp_path):
-    for mask, mode in ((0o022, 0o644), (0o077, 0o600)):
-        before = os.umask(mask)
-        try:
-            save_model(small["alexnet"], tmp_path / "model")
-        finally:
-            os.umask(before)
-        assert stat.S_IMODE((tmp_path / "model").stat().st_mode) == mode
-
-
 def test_calibration_images_halve_the_scales_and_keep_the_classes(small, tmp_path):
     pictures = torch.rand(16, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     small = copy.deepcopy(small)
@@ -355,27 +336,6 @@ def test_calibration_images_halve_the_scales_and_keep_the_classes(small, tmp_pat
         assert small_size < plain if name == "vit" else small_size <= plain
         save_model(loaded, tmp_path / "again", metadata)
         assert (tmp_path / "again").read_bytes() == (tmp_path / "small").read_bytes()
-
-
-def test_kills_and_a_full_disk_leave_the_previous_file(tmp_path):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        killed = kill_while_saving(8, tmp_path, width=512)
-    finally:
-        torch.set_num_threads(threads)
-    assert killed["broken"] == killed["leftovers"] == 0 and killed["first"] + killed["second"] == 8
-    full = save_on_full_disk(5, tmp_path, width=512, mounted=False)
-    assert full["refused"] == full["intact"] == 5 and full["leftovers"] == 0
-
-
-def test_only_temporary_files_of_its_own_are_removed(small, tmp_path):
-    abandoned = tmp_path / ".model.0123abcd.tmp"
-    others = [tmp_path / f".model.{name}.tmp" for name in ("my-notes", "safetensors.1234", "safetensors.0123abcd")]
-    for path in (abandoned, *others):
-        path.touch()
-    save_model(small["alexnet"], tmp_path / "model")
-    assert not abandoned.exists() and all(path.exists() for path in others)
 
 
 @pytest.mark.parametrize("fails", ["fsync", "_sync_folder"])
