@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from . import kernels
 from .kernels import reference
-from .quantizers import TERNARY, Quantizer, block_length, dequantize, int8_absmax
+from .quantizers import TERNARY, Quantizer, as_is, block_length, dequantize, int8_absmax
 
 
 class DynamicQuantizer(nn.Module):
@@ -123,8 +123,10 @@ class _BitLayer(nn.Module):
 
     @property
     def weight_bits(self) -> int | str:
-        if self.quantizer is int8_absmax or self.quantizer in TERNARY:
-            return 8 if self.quantizer is int8_absmax else "ternary"
+        if self.quantizer is int8_absmax:
+            return 8
+        if self.quantizer in (*TERNARY, as_is):
+            return "ternary"
         codes, _ = self.quantized_weight()  # which tell: it may be a partial of one of these, or somebody's own
         return 8 if bool((codes.abs() > 1).any()) else "ternary"
 
