@@ -15,14 +15,15 @@ from quantization_utils.post_training import Settings
 from train_test_utils.experiment import main
 from train_test_utils.recipe import Recipe, sgd
 from train_test_utils.rows import Prune, Row, Ternary
-from train_test_utils.transforms import CalibratedStart, CalibratedTernary, ReconstructedTernary
+from train_test_utils.transforms import CalibratedStart, CalibratedTernary, ReconstructedTernary, TernaryStart
 
 SCRATCH = Recipe(epochs=100, lr=0.05, optimizer=sgd, weight_decay=5e-4, clip_norm=5.0)
 FINETUNE = replace(SCRATCH, epochs=30, lr=0.01, weight_decay=1e-4)
 SHORT = replace(FINETUNE, epochs=15)
+AGAIN = replace(FINETUNE, epochs=7.5, lr=0.004)
 
 LINEAR = Ternary(mse_optimal, only=nn.Linear)
-QAT = Ternary(absmean_fitted, act_bits=8)
+QAT = TernaryStart(absmean_fitted, act_bits=8)
 EIGHT_BIT = Ternary(int8_absmax, act_bits=8)
 CALIBRATED = CalibratedStart(act_bits=8)
 
@@ -52,7 +53,7 @@ def rows(options: dict) -> list[Row]:
         *[Row(f"ptq_linear_{score.__name__}_{p}", "float", [LINEAR, Prune(score, p / 100, only=nn.Conv2d)], None)
           for score in (random, l1, l2_filters, l1_global) for p in (30, 50, 70, 90)],
         # During training, weights and activations: integer arithmetic from the first layer to the last
-        Row("qat_linear",           "float",     [Ternary(absmean_fitted, act_bits=8, only=nn.Linear)], SHORT),
+        Row("qat_linear",           "float",     [replace(QAT, only=nn.Linear)],                 SHORT),
         Row("qat_all",              "float",     [QAT],                                         FINETUNE),
         Row("qat_all_6bit_acts",    "float",     [replace(QAT, act_bits=6)],                    FINETUNE),
         Row("qat_all_4bit_acts",    "float",     [replace(QAT, act_bits=4)],                    FINETUNE),
@@ -64,6 +65,9 @@ def rows(options: dict) -> list[Row]:
         Row("qat_all_calibrated",   "float",     [CALIBRATED],                                  FINETUNE),
         Row("qat_all_calibrated_6bit_acts", "float", [replace(CALIBRATED, act_bits=6)],     FINETUNE),
         Row("qat_all_calibrated_weight_only", "float", [replace(CALIBRATED, act_bits=None)], FINETUNE),
+        # ... and, for a quarter as long, from those of ptq_all_finetuned; the float network trained on for that long
+        Row("qat_all_finetuned", "float_finetuned", [replace(CALIBRATED, images=4096)],             AGAIN),
+        Row("float_finetuned_twice", "float_finetuned", [],                                     AGAIN),
         *[Row(f"qat_all_{score.__name__}_{p}", "float", [Prune(score, p / 100), QAT],           SHORT)
           for score in (random, l1, l2_filters, l1_global) for p in (30, 50, 70, 90)],
     ]  # fmt: skip

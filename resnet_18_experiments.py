@@ -16,14 +16,15 @@ from quantization_utils.post_training import Settings
 from train_test_utils.experiment import main
 from train_test_utils.recipe import Recipe, sgd
 from train_test_utils.rows import Prune, Reinitialize, Row, Ternary
-from train_test_utils.transforms import CalibratedStart, CalibratedTernary, ReconstructedTernary
+from train_test_utils.transforms import CalibratedStart, CalibratedTernary, ReconstructedTernary, TernaryStart
 
 SCRATCH = Recipe(epochs=200, lr=0.1, optimizer=sgd, weight_decay=5e-4, cutout=8)
 FINETUNE = replace(SCRATCH, epochs=60, lr=0.05, weight_decay=1e-4, statistics_images=8192)
 SHORT = replace(FINETUNE, epochs=30)
+AGAIN = replace(FINETUNE, epochs=15, lr=0.02)
 
 LINEAR = Ternary(mse_optimal, only=nn.Linear)
-QAT = Ternary(absmean_fitted, act_bits=8)
+QAT = TernaryStart(absmean_fitted, act_bits=8)
 EIGHT_BIT = Ternary(int8_absmax, act_bits=8)
 FIRST, LAST = "conv1", "fc"  # names of layers
 CALIBRATED = CalibratedStart(act_bits=8)
@@ -63,6 +64,9 @@ ROWS = [
     Row("qat_all_calibrated",   "float",     [CALIBRATED],                                  FINETUNE),
     Row("qat_all_calibrated_6bit_acts", "float", [replace(CALIBRATED, act_bits=6)],     FINETUNE),
     Row("qat_all_calibrated_weight_only", "float", [replace(CALIBRATED, act_bits=None)], FINETUNE),
+    # ... and, for a quarter as long, from those of ptq_all_finetuned; the float network trained on for that long
+    Row("qat_all_finetuned", "float_finetuned", [replace(CALIBRATED, images=4096)],             AGAIN),
+    Row("float_finetuned_twice", "float_finetuned", [],                                     AGAIN),
     # What each ingredient of qat_all does: it is left out or put in
     Row("qat_all_from_scratch", "float",     [Reinitialize(), QAT],                         SCRATCH),
     Row("qat_all_absmean",      "float",     [replace(QAT, quantizer=absmean)],             FINETUNE),

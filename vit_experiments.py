@@ -34,6 +34,7 @@ def rows(options: dict) -> list[Row]:
     first = PRETRAINED if options.get("checkpoint") else FROM_SCRATCH
     finetune = replace(first, lr=first.lr / 2, epochs=first.epochs if options.get("checkpoint") else 60)
     short = replace(finetune, epochs=finetune.epochs / 2)
+    again = replace(finetune, epochs=finetune.epochs / 4, lr=0.4 * finetune.lr)
     return [
         #   name                    starts from  then transformed by                            then trained with
         Row("float",                None,        [],                                            first),
@@ -64,6 +65,9 @@ def rows(options: dict) -> list[Row]:
         Row("qat_all_8bit_ends",    "float",     [replace(EIGHT_BIT, only=(FIRST, LAST)), QAT], finetune),
         # ... and from the codes of ptq_all_corrected, where the rows above start from the nearest ones
         Row("qat_all_calibrated",   "float",     [CALIBRATED],                                  finetune),
+        # ... and, for a quarter as long, from those of ptq_all_finetuned; the float network trained on for that long
+        Row("qat_all_finetuned", "float_finetuned", [replace(CALIBRATED, images=4096)],             again),
+        Row("float_finetuned_twice", "float_finetuned", [],                                     again),
         # As the earlier study: pruned, then quantization-aware
         *[Row(f"qat_linear_{score.__name__}_{p}", "float", [Prune(score, p / 100, only=nn.Linear), QAT_LINEAR], short)
           for score in (random, l1, l2_filters, l1_global) for p in (30, 50, 70, 90)],

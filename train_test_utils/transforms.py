@@ -1,11 +1,13 @@
-"""Transformations that need more than the weights: post-training methods that look at calibration images."""
+"""Transformations that need more than the weights: they look at calibration images."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
 from models.select import Selection
 from quantization_utils import absmean_fitted, calibrate_, quantize_
@@ -15,7 +17,32 @@ from quantization_utils.quantizers import Quantizer, as_is
 from quantization_utils.reconstruction import DEFAULT as DEFAULT_RECONSTRUCTION
 from quantization_utils.reconstruction import Reconstruction
 
-from .rows import CALIBRATION_IMAGES, selected
+from .rows import CALIBRATION_IMAGES, Ternary, selected
+
+BATCH = 128  # images that batch norm is normalized by at a time
+
+
+@dataclass(frozen=True)
+class TernaryStart(Ternary):
+    """`Ternary` as the place where quantization-aware training starts.
+
+    Training normalizes by the statistics of its batches. So batch norm's are estimated anew, under the ternary weights,
+    before activations get their scales: under those of the float network they shrink from layer to layer, and with
+    scales for that, most of what training sees in the last layers is clipped and without a gradient.
+    """
+
+    def __call__(self, model: nn.Module, images: Tensor, seed: int) -> nn.Module:
+        quantize_(model, self.quantizer, self.act_bits, self.only, self.keep)
+        torch.manual_seed(seed)  # dropout
+        update_bn(images.tensor_split(max(1, len(images) // BATCH)), model)  # type: ignore[arg-type]
+        return model if self.act_bits is None else calibrate_(model, images)
+
+    def structure(self, model: nn.Module, images: Tensor, seed: int) -> nn.Module:
+        """What it makes of a model's modules, without its work: for weights that will be loaded."""
+        return super().__call__(model, images[:2], seed)
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}, batch norm estimated anew"
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import fields, replace
 
@@ -29,7 +30,7 @@ from train_test_utils.rows import (
     pruned_text,
     transformed,
 )
-from train_test_utils.transforms import CalibratedTernary
+from train_test_utils.transforms import CalibratedTernary, TernaryStart
 
 RECIPE = Recipe(epochs=3, lr=0.1)
 QAT = Ternary(absmean, act_bits=8)
@@ -59,6 +60,42 @@ def test_rows_are_chosen_with_their_parents_in_order(patterns, names):
 def test_a_pattern_that_matches_no_row():
     with pytest.raises(ValueError, match="no row matches 'qta': --list shows the rows"):
         choose(ROWS, ["float", "qta"])
+
+
+@pytest.mark.parametrize("kind", ["alexnet_like", "resnet_like"])
+def test_training_starts_with_scales_for_the_activations_that_it_will_see(kind):
+    """Where a network's statistics are not those of its ternary weights: as in a deep one, by every layer."""
+    x, model = images(64), make(kind)
+    for module in model.modules():
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            module.running_var *= 1000
+
+    def clipped(start: nn.Module) -> float:
+        """Share of what the last ReLU puts out in training that has no gradient."""
+        last = [m for m in start.modules() if isinstance(m, Quantized) and isinstance(m.module, nn.ReLU)][-1]
+        seen: list[torch.Tensor] = []
+        last.quantizer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        start.train()(x)
+        start.eval()
+        top = last.quantizer.step * last.quantizer.code_max
+        return (seen[0] > top).sum().item() / (seen[0] > 0).sum().item()
+
+    start = TernaryStart(act_bits=8)(copy.deepcopy(model), x, 0)
+    assert not start.training
+    assert clipped(Ternary(act_bits=8)(copy.deepcopy(model), x, 0)) > 0.2
+    assert clipped(start) < 0.05
+
+
+@pytest.mark.parametrize("act_bits", [None, 8])
+def test_a_start_depends_on_the_seed_alone_and_its_structure_takes_its_weights(act_bits):
+    x, model = images(33), make("alexnet_like")  # with dropout
+    starts = []
+    for _ in range(2):
+        torch.rand(3)  # whatever has been drawn before
+        starts.append(TernaryStart(act_bits=act_bits)(copy.deepcopy(model), x, 5).state_dict())
+    assert all(torch.equal(starts[0][name], starts[1][name]) for name in starts[0])
+    rebuilt = TernaryStart(act_bits=act_bits).structure(copy.deepcopy(model), x, 5)
+    rebuilt.load_state_dict(starts[0])
 
 
 def test_layers_that_are_8_bit_already_stay_so():
