@@ -2,11 +2,37 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from models.select import Selection, select_layers
+from quantization_utils.quantizers import block_length
+
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of an element
+
+
+class _Masked(torch.autograd.Function):
+    """where(mask, x, +0.0), and the gradient alike. Not a product: that leaves -0.0, and NaN where one is pruned.
+
+    On a CPU on the bits, by blocks: PyTorch's `where` takes four times as long, and a step masks every weight twice.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mask: Tensor) -> Tensor:
+        ctx.save_for_backward(mask)
+        if x.device.type != "cpu" or x.itemsize not in INTEGERS or x.dim() == 0:
+            return torch.where(mask, x, 0.0)
+        out, bits = torch.empty_like(x), INTEGERS[x.itemsize]
+        for x_B, mask_B, out_B in zip(*(t.split(block_length(x)) for t in (x, mask, out)), strict=True):
+            torch.bitwise_and(x_B.view(bits), mask_B.to(bits).neg_(), out=out_B.view(bits))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return _Masked.apply(grad, *ctx.saved_tensors), None
 
 
 class Mask(nn.Module):
@@ -25,8 +51,7 @@ class Mask(nn.Module):
         self.register_buffer("mask", mask)
 
     def forward(self, tensor: Tensor) -> Tensor:
-        # Not a product: that leaves -0.0, and NaN where a diverged value is pruned.
-        return torch.where(self.mask, tensor, 0.0)
+        return _Masked.apply(tensor, self.mask)
 
     def right_inverse(self, tensor: Tensor) -> Tensor:
         """What the parameter becomes when the tensor is assigned: pruned entries are zero behind the mask as well."""

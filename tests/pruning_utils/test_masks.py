@@ -51,6 +51,24 @@ def test_a_masked_entry_is_plus_zero_whatever_is_behind_it():
     assert not out[1:].signbit().any()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn])
+@pytest.mark.parametrize("shape", [(), (5,), (3, 70_000), (6, 4, 3, 3)])  # of several blocks; of one in another order
+def test_a_mask_is_a_choice_of_each_entry_in_any_type_and_order_and_so_is_its_gradient(dtype, shape):
+    x, kept, grad = torch.randn(shape), torch.rand(shape) < 0.5, torch.randn(shape)
+    if len(shape) == 4:
+        x, grad = x.to(memory_format=torch.channels_last), grad.transpose(2, 3)
+    x, grad = x.to(dtype).requires_grad_(), grad.to(dtype)
+    out = Mask(kept)(x)
+    out.backward(grad)
+    wanted, wanted_grad = (t.detach().float().where(kept, 0.0) for t in (x, grad))
+    assert out.dtype == dtype and torch.equal(out.float(), wanted) and torch.equal(x.grad.float(), wanted_grad)
+
+
+def test_the_gradient_of_a_mask_has_one_too():
+    x, kept = torch.randn(4, 3, dtype=torch.float64, requires_grad=True), torch.rand(4, 3) < 0.5
+    assert torch.autograd.gradgradcheck(lambda x: Mask(kept)(x).pow(3), x)
+
+
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1),
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.1),
