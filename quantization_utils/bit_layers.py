@@ -141,11 +141,12 @@ class _BitLayer(nn.Module):
         """
         if self.fixed is not None:
             return self.fixed
-        weight, device, dtype = self.weight, self.weight.device.type, self.weight.dtype
+        weight = self.weight  # masked, if it was pruned, at every look at it
+        device, dtype = weight.device.type, weight.dtype
         if self.quantized_part == 1.0 and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
-            quantized = dequantize(*self.quantizer(weight.detach()), dtype)  # a mask is applied at every look at it
+            quantized = dequantize(*self.quantizer(weight.detach()), dtype)
         if self.quantized_part == 1.0:
             # Not weight + (quantized - weight): that rounds, and evaluation must equal the dense ternary layer exactly.
             return _StraightThrough.apply(weight, quantized)
