@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from models.select import Selection, select_layers
-from quantization_utils.quantizers import block_length
 
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of an element
+BLOCK = 2**17  # entries at a time, so that they stay in the cache
 
 
 class _Masked(torch.autograd.Function):
@@ -25,8 +25,8 @@ class _Masked(torch.autograd.Function):
         ctx.save_for_backward(mask)
         if x.device.type != "cpu" or x.itemsize not in INTEGERS or x.dim() == 0:
             return torch.where(mask, x, 0.0)
-        out, bits = torch.empty_like(x), INTEGERS[x.itemsize]
-        for x_B, mask_B, out_B in zip(*(t.split(block_length(x)) for t in (x, mask, out)), strict=True):
+        out, bits, length = torch.empty_like(x), INTEGERS[x.itemsize], max(1, BLOCK * len(x) // max(1, x.numel()))
+        for x_B, mask_B, out_B in zip(*(t.split(length) for t in (x, mask, out)), strict=True):
             torch.bitwise_and(x_B.view(bits), mask_B.to(bits).neg_(), out=out_B.view(bits))
         return out
 
