@@ -159,14 +159,14 @@ class _BitLayer(nn.Module):
 @contextmanager
 def fixed_weights(model: nn.Module) -> Iterator[None]:
     """Quantize every weight once and not in every forward pass: for many passes between which no weight changes."""
-    layers = [module for module in model.modules() if isinstance(module, _BitLayer)]
+    before = {module: module.fixed for module in model.modules() if isinstance(module, _BitLayer)}
     try:
-        for layer in layers:
+        for layer in before:
             layer.fixed = layer.effective_weight().detach()
         yield
     finally:
-        for layer in layers:
-            layer.fixed = None
+        for layer, fixed in before.items():
+            layer.fixed = fixed
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -176,7 +176,7 @@ class Stream:
     """
 
     def __init__(self, model: nn.Module, images: Tensor, batch_size: int) -> None:
-        self.model, self.batches = model.eval(), images.split(batch_size)
+        self.model, self.images, self.batches = model.eval(), images, images.split(batch_size)
         self.block: nn.Module | None = None
         self.calls: list[Call] = []
         self.outputs: list[Tensor] = []

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from models.modes import evaluating
 from models.select import Selection, select_layers
 
 from .bit_layers import BitConv2d, BitLinear
@@ -77,15 +78,38 @@ def ternarize_(
     see `quantize_`. `reconstruction`: the rounding of every block is then learned further (`reconstruct_block`).
 
     Raises:
-        ValueError: too few images, a layer that does not run, a grouped convolution, activations that are not finite.
+        ValueError: too few images, a layer that does not run, a grouped convolution, activations that are not finite;
+            the model is as it was.
     """
     if len(images) < MIN_IMAGES:
         raise ValueError(f"calibration needs at least {MIN_IMAGES} images (1024 are usual), not {len(images)}")
-    was_training = model.training
     reference = Stream(copy.deepcopy(model), images, batch_size)
     followers = execution_order(reference.model, images[:2])
     chosen = check_layers(model, followers, only, keep)
-    stream = Stream(model, images, batch_size)  # from here on in evaluation mode: what is refused stays as it was
+    with evaluating(model):
+        try:
+            short_of_columns = _ternarize_layers(
+                reference, Stream(model, images, batch_size), followers, chosen, settings, reconstruction
+            )
+        except BaseException:  # of its layers, some would be ternary
+            model.load_state_dict(reference.model.state_dict())
+            raise
+    if short_of_columns:
+        warnings.warn(
+            f"fewer positions than weights per channel in {', '.join(short_of_columns)}: the inputs' covariance has no "
+            "full rank there and is damped; more images would help",
+            stacklevel=2,
+        )
+    quantize_(model, as_is, act_bits, only, keep)
+    return model if act_bits is None else calibrate_(model, images)
+
+
+def _ternarize_layers(
+    reference: Stream, stream: Stream, followers: dict[str, str | None], chosen: Sequence[str], settings: Settings,
+    reconstruction: Reconstruction | None,
+) -> list[str]:  # fmt: skip
+    """Give the `chosen` layers ternary weights, block by block; return those with fewer positions than weights."""
+    model, images = stream.model, reference.images
     sums = residual_sums(model)
     short_of_columns: list[str] = []
     for block_name, names in replayable_blocks(model, list(followers), images[:2]):
@@ -107,14 +131,7 @@ def ternarize_(
                     correct_(reference.model, model, name, followers[name], moments)
         for s in (reference, stream):
             s.leave()
-    if short_of_columns:
-        warnings.warn(
-            f"fewer positions than weights per channel in {', '.join(short_of_columns)}: the inputs' covariance has no "
-            "full rank there and is damped; more images would help",
-            stacklevel=2,
-        )
-    quantize_(model.train(was_training), as_is, act_bits, only, keep)
-    return model if act_bits is None else calibrate_(model, images)
+    return short_of_columns
 
 
 def check_layers(model: nn.Module, ran: dict[str, str | None], only: Selection, keep: Sequence[str]) -> list[str]:

@@ -7,6 +7,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from models.modes import evaluating
+
 from .bit_layers import PackedConv2d, PackedLinear
 
 PACKED = (PackedLinear, PackedConv2d)
@@ -39,11 +41,8 @@ def with_float16_scales(model: nn.Module, images: Tensor, batch_size: int = 256)
 
 
 def _logits(model: nn.Module, images: Tensor, batch_size: int) -> Tensor:
-    was_training = model.training
-    model.eval()
-    logits = torch.cat([model(batch) for batch in images.split(batch_size)])
-    model.train(was_training)
-    return logits
+    with evaluating(model):
+        return torch.cat([model(batch) for batch in images.split(batch_size)])
 
 
 def _rounded(model: nn.Module, names: tuple[str, ...]) -> nn.Module:

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from models.graph import PASSES, module_of, put_module, replace_module, trace
+from models.modes import evaluating
 from models.normalize import Normalize
 from models.select import Selection, select_layers
 
@@ -211,19 +212,17 @@ def _observe(model: nn.Module, producers: dict[str, Quantized], images: Tensor, 
 
     handles = [q.module.register_forward_hook(keep(name)) for name, q in producers.items()]
     quantizers = {name: q.quantizer for name, q in producers.items()}
-    was_training = model.training
-    model.eval()
     try:
         for q in producers.values():
             q.quantizer = nn.Identity()  # type: ignore[assignment]
-        for batch in images.split(batch_size):
-            model(batch)
+        with evaluating(model):
+            for batch in images.split(batch_size):
+                model(batch)
     finally:
         for handle in handles:
             handle.remove()
         for name, q in producers.items():
             q.quantizer = quantizers[name]
-        model.train(was_training)
     return {name: torch.cat(parts) for name, parts in samples.items()}
 
 

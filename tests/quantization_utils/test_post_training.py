@@ -265,6 +265,18 @@ def test_a_model_that_is_refused_stays_in_training() -> None:
     assert all(module.training for module in model.modules())
 
 
+def test_a_model_that_is_refused_half_way_is_as_it_was() -> None:
+    model = networks.make("alexnet_like").train()
+    first, *_, last = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    first.eval()  # frozen, as in a fine-tuning
+    last.weight.data[0] = torch.inf
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="non-finite"):
+        ternarize_(model, networks.images(32))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert [m for m in model.modules() if not m.training] == [first]
+
+
 def test_a_relu_in_place_changes_nothing() -> None:
     def ternary(inplace: bool) -> dict[str, Tensor]:
         torch.manual_seed(0)

@@ -80,7 +80,8 @@ def test_what_float16_cannot_hold_stays_as_it_was(name, value):
     assert _round(tensor, name) is tensor
 
 
-def test_the_mode_of_the_model_stays():
+def test_the_modes_of_the_model_stay():
     model = two_classes([FINE, FINE], [0.0, 0.0]).train()
+    inner = model[0].eval()
     with_float16_scales(model, images(2))
-    assert model.training
+    assert model.training and not inner.training
