@@ -331,3 +331,14 @@ def test_measuring_again_leaves_the_rows_that_are_not_named(finished, monkeypatc
     (line,) = lines_of(out)[len(before) :]
     old = [line for line in before if line["row"] == "ptq_all"][-1]
     assert all(line[field] == old[field] for field in ("row", "train_seconds", "transform_seconds"))
+
+
+def test_latency_alone_is_measured_again_without_an_image_of_the_data(finished, monkeypatch):
+    out, _ = finished
+    before = lines_of(out)
+    monkeypatch.setattr("train_test_utils.experiment.predict", None)
+    monkeypatch.setattr("train_test_utils.experiment.latency_beside", lambda *models, seconds: {"throughput_batch": 5})
+    assert start(monkeypatch, "vit", *TINY, "--only", "ptq_all", "--measure-again", "latency", "--out", str(out)) == 0
+    (line,) = lines_of(out)[len(before) :]
+    old = [line for line in before if line["row"] == "ptq_all"][-1]
+    assert line.pop("latency_commit") and line == old | {"throughput_batch": 5}

@@ -29,7 +29,7 @@ class Arguments:
     quick: bool
     budget: float
     holdout: float
-    measure_again: bool
+    measure_again: str | None
     device: torch.device
     precision: torch.dtype
     compile: bool
@@ -61,7 +61,8 @@ def parse_arguments(model_name: str, words: list[str]) -> Arguments:
         help="scale every recipe's optimizer steps; recorded in the rows (default: 1, with --quick 0.04)")  # fmt: skip
     add("--holdout", type=float, default=0.0, metavar="FRACTION",
         help="measure on this part of the training split, left out of training: for choosing")  # fmt: skip
-    add("--measure-again", action="store_true", help="measure the named rows that are done anew, without training")
+    add("--measure-again", nargs="?", const="everything", choices=["everything", "latency"],
+        help="measure the named rows that are done anew, or their latency alone, without training")  # fmt: skip
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--precision", default="auto", choices=["auto", "fp32", "fp16", "bf16"],
         help="of training; auto: bf16 where the hardware has it, else fp16 on a GPU, fp32 on a CPU")  # fmt: skip

@@ -119,8 +119,12 @@ def run_table(
                     line = run.finished_in(logbook)
                     if line is None:
                         line = run.execute(logbook)
-                    elif run.is_damaged(line) or (arguments.measure_again and is_named(row, arguments.only)):
-                        line = run.measure_again(logbook, line)
+                    else:
+                        again = arguments.measure_again if is_named(row, arguments.only) else None
+                        if run.is_damaged(line) or again == "everything":
+                            line = run.measure_again(logbook, line)
+                        elif again == "latency":
+                            line = run.time_again(logbook, line)
                     table.append(line)
                     runs[row.name] = run
                 except NonFiniteLoss as error:
@@ -217,6 +221,14 @@ class Run:
         seconds = {field: line.get(field) for field in ("train_seconds", "transform_seconds")}
         return self._record(logbook, self.trained(), seconds)
 
+    def time_again(self, logbook: Logbook, line: dict[str, Any]) -> dict[str, Any]:
+        """As `measure_again`, for latency and throughput alone: seconds a row, on a machine that is quiet now."""
+        logbook.start_row(f"{self.row.name}-seed{self.seed}", self.config)
+        if distributed.rank() == 0:
+            logbook.row(line | self.timed(load_model(self.file)[0]) | {"latency_commit": commit()})
+        distributed.barrier()
+        return logbook.done(self.hash) or {}
+
     def _record(self, logbook: Logbook, model: nn.Module, seconds: dict[str, float | None]) -> dict[str, Any]:
         if distributed.rank() == 0:
             logbook.row(self.measured(model) | seconds)
@@ -243,8 +255,7 @@ class Run:
     def measured(self, model: nn.Module) -> dict[str, Any]:
         """The row's line: everything in it is taken from the file that was saved and loaded again.
 
-        But for the zero fraction: the file no longer has the channels that pruning has silenced. Latency is the CPU's,
-        where the integer kernels run.
+        But for the zero fraction: the file no longer has the channels that pruning has silenced.
         """
         args, test = self.arguments, self.data.test
         trainable_logits = predict(model.to(args.device), test.images)
@@ -256,7 +267,6 @@ class Run:
         packed, _ = load_model(path)
         logits = predict(packed if args.device.type == "cpu" else load_model(path, str(args.device))[0], test.images)
         agreement = 100 * (logits.argmax(1) == trainable_logits.argmax(1)).double().mean().item()
-        floating, float_path = self.float_beside()
         return {
             "model": self.model_name, "dataset": self.data.name, "row": self.row.name, "seed": self.seed,
             "options": self.options, "parent": self.row.parent,
@@ -264,13 +274,10 @@ class Run:
             "transforms": [str(t) for t in self.row.transforms],
             "test_accuracy_pct": round(accuracy_pct(logits, test.labels), 3), "test_images": len(test),
             "reload_agreement_pct": round(agreement, 3),
-            "file_bytes": os.path.getsize(path), "float_file_bytes": os.path.getsize(float_path),
+            "file_bytes": os.path.getsize(path), "float_file_bytes": os.path.getsize(self.origin.file),
             "ideal_bytes": ideal_bytes(packed), "zero_fraction": round(code_zero_fraction(model), 5),
             "weight_bits": weight_bits(packed), "macs": count_macs(packed),
-            **latency_beside(floating, packed, seconds=2.0 if args.quick else 6.0),
-            "device": device_name(args.device), "latency_device": device_name(torch.device("cpu")),
-            "threads": torch.get_num_threads(),
-            "backend": backend_of(packed), "budget": args.budget,
+            **self.timed(packed), "device": device_name(args.device), "budget": args.budget,
             "precision": str(args.precision).removeprefix("torch."),
             "config_hash": self.hash, "data_fingerprint": self.data.fingerprint,
             "command": f"{distributed.launcher()} {shlex.join(sys.argv)}", "commit": commit(),
@@ -278,12 +285,19 @@ class Run:
             "finished_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }  # fmt: skip
 
-    def float_beside(self) -> tuple[nn.Module, Path]:
-        """The float model this row descends from, through the same path: saved as a file, loaded again."""
-        origin = self
-        while origin.parent is not None:
-            origin = origin.parent
-        return load_model(origin.file)[0], origin.file
+    def timed(self, packed: nn.Module) -> dict[str, Any]:
+        """Latency fields of the row's line: on the CPU, where the integer kernels run, beside the float model's."""
+        floating, _ = load_model(self.origin.file)
+        return {
+            **latency_beside(floating, packed, seconds=2.0 if self.arguments.quick else 6.0),
+            "latency_device": device_name(torch.device("cpu")), "threads": torch.get_num_threads(),
+            "backend": backend_of(packed),
+        }  # fmt: skip
+
+    @property
+    def origin(self) -> Run:
+        """The row of the float model that this one descends from."""
+        return self if self.parent is None else self.parent.origin
 
 
 def backend_of(model: nn.Module) -> str:

@@ -166,15 +166,14 @@ def circumstances(lines: Sequence[Line]) -> dict[str, str]:
     """What all figures of a table depend on: {"budget": "0.02", "seeds": "0, 1", …}; without what is unknown."""
     rows = [row for line in lines for row in line.rows]
 
-    def distinct(field: str) -> list[str]:
-        return list(dict.fromkeys(_plain(row[field]) for row in rows if row.get(field) not in (None, "", {}, [])))
+    def distinct(*fields: str) -> list[str]:
+        values = [row.get(field) for row in rows for field in fields]
+        return list(dict.fromkeys(_plain(value) for value in values if value not in (None, "", {}, [])))
 
     texts = {
         field: distinct(field)
-        for field in (
-            "budget", "seed", "device", "latency_device", "threads", "backend", "precision", "commit", "options"
-        )
-    }
+        for field in ("budget", "seed", "device", "latency_device", "threads", "backend", "precision")
+    } | {"commit": distinct("commit", "latency_commit"), "options": distinct("options")}
     latency_devices = texts.pop("latency_device")
     if not set(latency_devices) <= set(texts["device"]):
         texts["latency on"] = latency_devices

@@ -91,11 +91,16 @@ def test_circumstances_name_every_device_and_skip_the_unknown():
     }  # fmt: skip
 
 
+def test_circumstances_name_the_commits_of_both_measurements():
+    rows = [row("float", commit="one"), row(commit="two", latency_commit="three")]
+    assert circumstances(lines_of(rows))["commit"] == "one, two, three"
+
+
 def test_commands_that_differ_in_the_rows_they_choose_are_one():
     commands = [
         "python3 a.py --wandb disabled --budget 0.04 --only float 'ptq*'",
         "python3 a.py --budget 0.04 --only float qat_all --wandb offline",
-        "python3 a.py --budget 0.1 --out runs/b --measure-again",
+        "python3 a.py --budget 0.1 --out runs/b --measure-again latency",
         "python3 b.py",
     ]
     assert commands_of([{"command": c} for c in (*commands, commands[0])] + [{}]) == [
