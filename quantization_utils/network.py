@@ -136,6 +136,8 @@ class _Builder:
         one_row = fx_node.meta["shape"][:-1] == (1,)  # of the one image traced
         if isinstance(module, (nn.Flatten, BitLinear)) and not one_row:
             raise NotANetwork("a linear layer or a flattening that leaves more than one dimension of an image")
+        if isinstance(module, nn.Flatten) and value.open is not None and value.open.op == "conv":
+            raise NotANetwork("a flattening of a convolution's outputs before they are quantized")
         if isinstance(module, Normalize):
             if value.index != IMAGE or value.normalize is not None:
                 raise NotANetwork("a normalisation that does not read the image")

@@ -241,8 +241,9 @@ def test_what_does_not_fold_is_not_lost(layers):
         [nn.Conv2d(3, 1, (3, 1)), nn.ReLU(), nn.Linear(32, 32)],
         [nn.Conv2d(3, 1, 3), nn.ReLU(), nn.Flatten(2), nn.Linear(900, 5)],
         [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(2), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(900, 5)],
+        [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3), nn.Flatten()],
     ],
-    ids=["two linear layers", "no flattening", "a channel by itself", "a pool"],
+    ids=["two linear layers", "no flattening", "a channel by itself", "a pool", "a convolution at the end"],
 )
 def test_what_is_not_flattened_to_vectors_keeps_its_shape(layers):
     torch.manual_seed(0)
