@@ -79,7 +79,7 @@ def measure(model_name: str, row: Row, data: ImageDataset, arguments: Arguments,
     torch.manual_seed(0)
     parent = build(model_name, len(data.class_names), **arguments.options)
     model = transformed(row, copy.deepcopy(parent), data.train.images, seed=0, structure_only=True)
-    teacher = parent.to(arguments.device).eval() if row.recipe.distill else None
+    teacher = parent if row.recipe.distill else None
     train(
         model, part, replace(row.recipe, epochs=3), title=row.name,
         setup=Setup(arguments.device, arguments.precision, arguments.compile), teacher=teacher, on_epoch=watch,

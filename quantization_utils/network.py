@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from models.graph import ADDITIONS, BATCH_NORMS, PASSES, module_of, trace
 from models.normalize import Normalize
+from models.state import device_of
 
 from . import kernels
 from .bit_layers import BitConv2d, BitLinear, Quantized
@@ -88,10 +89,8 @@ def to_nodes(model: nn.Module, image_shape: tuple[int, ...] = IMAGE_SHAPE) -> li
     graph = trace(model)
     if graph is None:
         raise NotANetwork("not a chain of convolutions, batch norms and ReLUs")
-    # A model that is packed layer by layer may have buffers only.
-    device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     try:
-        _ShapeProp(fx.GraphModule(model, graph)).run(torch.zeros(1, *image_shape, device=device))
+        _ShapeProp(fx.GraphModule(model, graph)).run(torch.zeros(1, *image_shape, device=device_of(model)))
     except Exception as error:  # whatever its layers raise for images that are not theirs
         raise NotANetwork("it does not take images of {}×{}×{}".format(*image_shape)) from error
     return _Builder(model).build(graph)
@@ -208,8 +207,9 @@ class _Builder:
         elif isinstance(module.module, nn.AdaptiveAvgPool2d) and value.index is not None:
             if _pair(module.module.output_size) != (1, 1):
                 raise NotANetwork("an average pool to more than one pixel")
-            gain = torch.tensor([value.step / (shape[-1] * shape[-2])], dtype=torch.float64)
-            node = Node("avg_pool", value.index, gain=gain)
+            gain = value.step / (shape[-1] * shape[-2])
+            gain_1 = torch.tensor([gain], dtype=torch.float64, device=module.quantizer.step.device)
+            node = Node("avg_pool", value.index, gain=gain_1)
         else:
             raise NotANetwork(f"a quantized {type(module.module).__name__}")
         assert node.gain is not None

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from models.modes import evaluating
 from models.select import Selection, select_layers
+from models.state import evaluating
 
 from .bit_layers import BitConv2d, BitLinear
 from .layer_inputs import ResidualSum, Stream, execution_order, replayable_blocks, residual_sums, sums_last

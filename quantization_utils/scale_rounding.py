@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from models.modes import evaluating
+from models.state import device_of, evaluating
 
 from .bit_layers import PackedConv2d, PackedLinear
 
@@ -42,7 +42,7 @@ def with_float16_scales(model: nn.Module, images: Tensor, batch_size: int = 256)
 
 def _logits(model: nn.Module, images: Tensor, batch_size: int) -> Tensor:
     with evaluating(model):
-        return torch.cat([model(batch) for batch in images.split(batch_size)])
+        return torch.cat([model(batch.to(device_of(model))) for batch in images.split(batch_size)])
 
 
 def _rounded(model: nn.Module, names: tuple[str, ...]) -> nn.Module:

@@ -21,6 +21,7 @@ from torch import Tensor
 from .quantizers import TINY, mse_optimal
 
 BLOCK, ROWS = 64, 512  # columns rounded between two matrix products, rows at once: small steps stay in a core's cache
+GPU_ROWS = 2**20  # all: a GPU's time goes by the number of steps
 
 
 def damped(moment_KK: Tensor, damping: float) -> Tensor:
@@ -125,9 +126,10 @@ def ternarize(
     order_K = moment_KK.diagonal().argsort(stable=True)  # the last is rounded first
     moment_KK = damped(moment_KK, damping)[order_K][:, order_K]
     factor_KK = cholesky(moment_KK, 1e-6)
+    rows = GPU_ROWS if weight_NK.is_cuda else ROWS
     done = [
         _ternarize_rows(weight_RK[:, order_K], moment_KK, factor_KK, kept_RK[:, order_K], factors, sweeps)
-        for weight_RK, kept_RK in zip(weight_NK.split(ROWS), kept_NK.split(ROWS), strict=True)
+        for weight_RK, kept_RK in zip(weight_NK.split(rows), kept_NK.split(rows), strict=True)
     ]
     codes_NK, scale_N = torch.cat([codes for codes, _ in done]), torch.cat([scale for _, scale in done])
     return torch.empty_like(codes_NK).index_copy_(1, order_K, codes_NK), scale_N

@@ -12,9 +12,9 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from models.graph import PASSES, module_of, put_module, replace_module, trace
-from models.modes import evaluating
 from models.normalize import Normalize
 from models.select import Selection, select_layers
+from models.state import evaluating
 
 from .bit_layers import BitConv2d, BitLinear, PackedConv2d, PackedLinear, Quantized, StaticQuantizer
 from .dead_channels import remove_dead_channels
@@ -232,5 +232,5 @@ def _best_step(values: Tensor, code_max: int) -> float:
     if top <= 0:
         return 1.0 / code_max  # a dead output: any step represents it
     steps = [top * fraction / 60 / code_max for fraction in range(1, 61)]
-    errors = [float((values - (values / s).round().clamp(0, code_max) * s).square().sum()) for s in steps]
-    return steps[min(range(60), key=errors.__getitem__)]
+    errors = [(values - (values / s).round().clamp(0, code_max) * s).square().sum() for s in steps]
+    return steps[int(torch.stack(errors).argmin())]  # one look at them: each makes a GPU wait

@@ -333,6 +333,19 @@ def test_measuring_again_leaves_the_rows_that_are_not_named(finished, monkeypatc
     assert all(line[field] == old[field] for field in ("row", "train_seconds", "transform_seconds"))
 
 
+def test_a_short_training_is_not_compiled(monkeypatch, tmp_path):
+    """On a GPU it would be over before its compilation."""
+    compiled = []
+    monkeypatch.setattr("train_test_utils.cli.can_compile", lambda device: True)
+    monkeypatch.setattr(
+        "train_test_utils.experiment.train", lambda model, data, recipe, setup, **more: compiled.append(setup.compile)
+    )
+    for least in (1, 10**6):
+        monkeypatch.setattr("train_test_utils.experiment.WORTH_COMPILING", least)
+        assert start(monkeypatch, "vit", *TINY, "--only", "float", "--out", str(tmp_path / str(least))) == 0
+    assert compiled == [True, False]
+
+
 def test_latency_alone_is_measured_again_without_an_image_of_the_data(finished, monkeypatch):
     out, _ = finished
     before = lines_of(out)

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import sys
+import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -124,13 +125,17 @@ def pick_device(name: str) -> torch.device:
 
 
 def can_compile(device: torch.device) -> bool:
-    """Whether training is compiled: on a GPU, where it pays, if there is the C compiler that Triton calls."""
+    """Whether training is compiled: on a GPU, where it pays, if there is what Triton compiles with."""
     if device.type != "cuda":
         return False
-    found = any(shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang"))
-    if not found:
-        print("no C compiler was found, so training is not compiled and slower (apt install gcc)", file=sys.stderr)
-    return found
+    missing = None
+    if not any(shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang")):
+        missing = "C compiler was found, so training is not compiled and slower (apt install gcc)"
+    elif not Path(sysconfig.get_path("include"), "Python.h").exists():
+        missing = "Python.h was found, so training is not compiled and slower (apt install python3-dev)"
+    if missing:
+        print(f"no {missing}", file=sys.stderr)
+    return not missing
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:

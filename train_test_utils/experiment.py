@@ -46,6 +46,8 @@ from .rows import (
 )
 from .train import NonFiniteLoss, Setup, train
 
+WORTH_COMPILING = 500  # steps of a training: compilation takes a minute
+
 
 def main(
     model_name: str,
@@ -64,6 +66,8 @@ def main(
     # PyTorch's own switch, read at the first large allocation: in huge pages AlexNet's 227 MB of weights are read up to
     # twice as fast where memory is scattered.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    # A GPU's convolutions outside of autocast are held against exact integers, and their outputs are calibrated on.
+    torch.backends.cudnn.allow_tf32 = False
     arguments = parse_arguments(model_name, sys.argv[1:])
     commit()  # of the code that is about to run
     options = default_options | ((quick_options or {}) if arguments.quick else {}) | arguments.options
@@ -198,8 +202,9 @@ class Run:
         seconds: float | None = 0.0
         if self.row.recipe is not None:
             args = self.arguments
-            setup = Setup(args.device, args.precision, args.compile, args.checkpoint_seconds)
-            teacher = self.parent.trained().to(setup.device) if self.parent and self.row.recipe.distill else None
+            compiled = args.compile and self.row.recipe.steps(len(self.data.train), args.budget) >= WORTH_COMPILING
+            setup = Setup(args.device, args.precision, compiled, args.checkpoint_seconds)
+            teacher = self.parent.trained() if self.parent and self.row.recipe.distill else None
             seconds = None  # unknown, if an interrupted run had ended but for its row
 
             def on_epoch(record: dict[str, Any]) -> None:

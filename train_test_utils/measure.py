@@ -11,11 +11,13 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from models.state import device_of
 from quantization_utils.bit_layers import BitConv2d, BitLinear, PackedConv2d, PackedLinear
 from quantization_utils.network import PackedNetwork
 from quantization_utils.nodes import IMAGE
@@ -63,7 +65,7 @@ def _times(
 ) -> list[list[float]]:
     """Seconds of each call of each model. The models take turns in short blocks; the first call of a block is dropped,
     because it finds the other model's weights in the caches."""
-    synchronize = torch.cuda.synchronize if images.is_cuda else _nothing
+    synchronize = partial(torch.cuda.synchronize, images.device) if images.is_cuda else _nothing
     times: list[list[float]] = [[] for _ in models]
 
     def call(model: nn.Module) -> float:
@@ -134,9 +136,8 @@ def count_macs(model: nn.Module, image_size: int = 32) -> int:
 
     handles = [m.register_forward_hook(add) for m in model.modules() if isinstance(m, _LAYERS)]
     try:
-        device = next((t.device for t in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
         with torch.inference_mode(), layer_by_layer(model):
-            model.eval()(torch.zeros(1, 3, image_size, image_size, device=device))
+            model.eval()(torch.zeros(1, 3, image_size, image_size, device=device_of(model)))
     finally:
         for handle in handles:
             handle.remove()

@@ -72,6 +72,8 @@ def train(
     steps_per_epoch = recipe.steps_per_epoch(len(train_split))
     steps = recipe.steps(len(train_split), budget)
     model.to(device, memory_format=torch.channels_last).train()
+    if teacher is not None:
+        teacher.to(device, memory_format=torch.channels_last).eval()
     optimizer = recipe.build_optimizer(model)
     scaler = torch.amp.GradScaler(device.type, enabled=setup.precision == torch.float16)
     averaged = (

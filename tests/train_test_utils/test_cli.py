@@ -78,7 +78,9 @@ def test_mistakes_are_one_sentence_and_exit_code_2(words, sentence, capsys):
     assert sentence in line
 
 
-def test_training_is_compiled_on_a_gpu_where_triton_finds_its_compiler(monkeypatch, capsys):
+def test_training_is_compiled_on_a_gpu_where_triton_finds_its_compiler(monkeypatch, capsys, tmp_path):
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
     monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/gcc" if name == "gcc" else None)
     assert can_compile(torch.device("cuda")) and not can_compile(torch.device("cpu"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -86,6 +88,9 @@ def test_training_is_compiled_on_a_gpu_where_triton_finds_its_compiler(monkeypat
     monkeypatch.setattr("shutil.which", lambda name: "/opt/mycc" if name == "mycc" else None)
     monkeypatch.setenv("CC", "mycc")
     assert can_compile(torch.device("cuda"))
+    monkeypatch.setattr("sysconfig.get_path", lambda name: "/nowhere")
+    assert not can_compile(torch.device("cuda"))
+    assert capsys.readouterr().err.startswith("no Python.h was found, so training is not compiled and slower")
     monkeypatch.setattr("shutil.which", lambda name: None)
     assert not can_compile(torch.device("cuda"))
     assert capsys.readouterr().err.startswith("no C compiler was found, so training is not compiled and slower")

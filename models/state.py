@@ -1,11 +1,17 @@
-"""Training and evaluation mode of a model's modules."""
+"""What a model's modules are in: training or evaluation mode, and a device."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's first tensor lies: a parameter, or a buffer, as a packed layer's; the CPU if it has none."""
+    return next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
 
 
 @contextmanager
