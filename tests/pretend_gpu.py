@@ -104,7 +104,14 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 def install() -> None:
     """Make the device known to PyTorch. Call it before anything of this repository is imported."""
-    backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
+
+    class Module(backend_registration._DummyBackendModule):
+        def manual_seed_all(self, seed: int) -> None: ...
+
+        def get_amp_supported_dtype(self) -> list[torch.dtype]:
+            return [torch.float16, torch.bfloat16]
+
+    backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=Module())
     torch.serialization.add_safe_globals([OnDevice])
     tensor, load = torch.tensor, torch.load
 
@@ -118,12 +125,5 @@ def install() -> None:
 
     torch.tensor, torch.load = new_tensor, loaded
     # Its tensors count no writes, as inference mode wants of views.
-    torch.inference_mode = lambda mode=True: torch.no_grad() if mode else torch.enable_grad()  # type: ignore[misc, assignment]
+    torch.inference_mode = lambda mode=True: torch.no_grad() if mode else torch.enable_grad()
     _ForFactories().__enter__()
-
-
-class _Module(backend_registration._DummyBackendModule if AVAILABLE else object):  # type: ignore[misc]
-    def manual_seed_all(self, seed: int) -> None: ...
-
-    def get_amp_supported_dtype(self) -> list[torch.dtype]:
-        return [torch.float16, torch.bfloat16]
