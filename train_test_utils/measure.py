@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.state import device_of
+from models.state import device_of, evaluating
 from quantization_utils.bit_layers import BitConv2d, BitLinear, PackedConv2d, PackedLinear
 from quantization_utils.network import PackedNetwork
 from quantization_utils.nodes import IMAGE
@@ -136,8 +136,8 @@ def count_macs(model: nn.Module, image_size: int = 32) -> int:
 
     handles = [m.register_forward_hook(add) for m in model.modules() if isinstance(m, _LAYERS)]
     try:
-        with torch.inference_mode(), layer_by_layer(model):
-            model.eval()(torch.zeros(1, 3, image_size, image_size, device=device_of(model)))
+        with torch.inference_mode(), layer_by_layer(model), evaluating(model):
+            model(torch.zeros(1, 3, image_size, image_size, device=device_of(model)))
     finally:
         for handle in handles:
             handle.remove()

@@ -54,10 +54,11 @@ def test_macs_do_not_change_when_a_model_is_packed(name, options):
     assert measure.count_macs(packed) == macs
 
 
-def test_counting_leaves_no_hooks_behind():
-    model = small_network()
+def test_counting_leaves_no_hooks_and_no_other_mode_behind():
+    model = build("alexnet", 10)
+    model.train()
     measure.count_macs(model)
-    assert not any(m._forward_hooks for m in model.modules())
+    assert all(m.training and not m._forward_hooks for m in model.modules())
 
 
 def test_zero_fraction_of_float_trainable_and_packed():
