@@ -126,6 +126,11 @@ def int8_absmax(weight: Tensor) -> tuple[Tensor, Tensor]:
 TERNARY = (absmean, absmean_per_tensor, absmean_fitted, absmedian, twn, mse_optimal)
 
 
+def fits_int32(inputs: int, weight_bits: int | str) -> bool:
+    """Whether any sum over so many inputs is a 32-bit integer: activations of 8 bits, codes up to 1 or 127."""
+    return inputs * (1 if weight_bits == "ternary" else 127) * 255 < 2**31
+
+
 def dequantize(codes: Tensor, scale_N: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """codes · scale, with the scale of each output channel (dimension 0), in float32 and then rounded to `dtype`."""
     weight, scale = torch.empty_like(codes, dtype=dtype), scale_N.view(-1, *[1] * (codes.dim() - 1))

@@ -15,6 +15,7 @@ from torch.nn.modules import module as torch_module
 from .file_format import ModelFileError, Stored, is_shape
 from .nodes import IMAGE, Node
 from .packing import CODES_PER_BYTE, ENCODINGS, Bits
+from .quantizers import fits_int32
 
 DTYPE_OF = {"F64": "float64", "I64": "int64", "F32": "float32", "I32": "int32", "F16": "float16", "BF16": "bfloat16",
             "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"}  # fmt: skip
@@ -239,8 +240,7 @@ def _output_shape(node: Node, held: dict[str, tuple[int, ...]], source: tuple[in
     )
     wanted = {"codes": codes, "gain": codes[:1], "bias": codes[:1], **pads}
     require(held == wanted, f"{where} has tensors missing, left over or misshaped beside codes of shape {codes}")
-    limit = 1 if node.weight_bits == "ternary" else 127
-    require(math.prod(codes[1:]) * limit * 255 < 2**31, f"{where} sums more than an int32 holds")
+    require(fits_int32(math.prod(codes[1:]), node.weight_bits), f"{where} sums more than an int32 holds")
     if node.op == "linear":
         require(math.prod(source) == codes[1], f"{where} takes {codes[1]} inputs and gets {math.prod(source)}")
         return codes[:1]

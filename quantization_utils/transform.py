@@ -20,7 +20,7 @@ from .bit_layers import BitConv2d, BitLinear, PackedConv2d, PackedLinear, Quanti
 from .dead_channels import remove_dead_channels
 from .network import NotANetwork, PackedNetwork, to_nodes
 from .packed_encoder import fuse_encoder_, remove_dead_neurons_
-from .quantizers import Quantizer, absmean
+from .quantizers import Quantizer, absmean, fits_int32
 
 # What may stand before a layer whose input has a static scale; pixels, behind the normalisation, are 8-bit already.
 NODE_ENDS = (nn.ReLU, nn.AdaptiveAvgPool2d, Quantized, Normalize)
@@ -44,7 +44,8 @@ def quantize_(
 
     Raises:
         ValueError: `act_bits` outside 2 … 8, nothing to quantize, a layer of a class derived from PyTorch's, which may
-            do something else, or one whose weight is computed from several tensors.
+            do something else, one whose weight is computed from several tensors, or one whose sums 32 bits can't hold;
+            the model is as it was.
     """
     if act_bits is not None and not 2 <= act_bits <= 8:
         raise ValueError(f"activations can have 2 to 8 bits or None (float), not {act_bits}")
@@ -53,9 +54,16 @@ def quantize_(
         raise ValueError(f"no linear or convolution layer matches only={only!r}, keep={keep!r}: nothing to quantize")
     layers = [(name, layer) for name, layer in layers if not isinstance(layer, (BitLinear, BitConv2d))]
     check_replaceable(layers)
+    quantized: dict[str, BitLinear | BitConv2d] = {}
     for name, layer in layers:
         bit_class = BitLinear if isinstance(layer, nn.Linear) else BitConv2d
-        replace_module(model, name, bit_class.from_float(layer, quantizer, act_bits))  # type: ignore[arg-type]
+        quantized[name] = bit_class.from_float(layer, quantizer, act_bits)  # type: ignore[arg-type]
+    for name, layer in quantized.items():
+        inputs = layer.weight.shape[1:].numel()
+        if act_bits is not None and not (fits_int32(inputs, 8) or fits_int32(inputs, layer.weight_bits)):
+            raise ValueError(f"{name} has {inputs:,} inputs, whose sums 32 bits can't hold: make it ternary or keep it")
+    for name, layer in quantized.items():
+        replace_module(model, name, layer)
     return model
 
 

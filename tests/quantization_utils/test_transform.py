@@ -321,3 +321,13 @@ def test_a_relu_that_is_used_twice_is_not_given_one_scale():
     with pytest.raises(ValueError, match="relu runs more than once .*: give each use its own module"):
         calibrate_(model, batch)
     assert torch.equal(logits_of(model, batch), expected)
+
+
+def test_a_layer_whose_sums_32_bits_cannot_hold_is_told_before_training():
+    model = nn.Sequential(nn.Linear(1, 66_312), nn.ReLU(), nn.Linear(66_312, 2))
+    with pytest.raises(ValueError, match=r"2 has 66,312 inputs, whose sums 32 bits can't hold: make it ternary"):
+        quantize_(model, int8_absmax)
+    assert not layers(model, (BitLinear, BitConv2d))
+    assert len(layers(quantize_(copy.deepcopy(model)), BitLinear)) == 2
+    assert len(layers(quantize_(model, int8_absmax, act_bits=None), BitLinear)) == 2
+    assert quantize_(nn.Sequential(nn.Linear(66_311, 1)), int8_absmax)
