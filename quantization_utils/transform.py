@@ -60,6 +60,7 @@ def quantize_(
         quantized[name] = bit_class.from_float(layer, quantizer, act_bits)  # type: ignore[arg-type]
     for name, layer in quantized.items():
         inputs = layer.weight.shape[1:].numel()
+        # At 8 bits first: what fits then does so with any codes, and no quantizer need run to tell its bits.
         if act_bits is not None and not (fits_int32(inputs, 8) or fits_int32(inputs, layer.weight_bits)):
             raise ValueError(f"{name} has {inputs:,} inputs, whose sums 32 bits can't hold: make it ternary or keep it")
     for name, layer in quantized.items():
