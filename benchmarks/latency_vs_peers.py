@@ -10,9 +10,9 @@ second smallest of nine runs, near the best that the machine can do.
 "flushed": 64 MiB are written between runs, so weights come from memory. The direct limit counts the multiply-adds that
 our engine executes, by the plain algorithm and without padding taps, at the measured rate of the processor: all of the
 model's, but of a ViT's last layer the output of attention and the MLP for the class token only ("model_multiply_adds"
-counts them for all tokens, as other engines may). Appends to results/latency/peers.jsonl, on a processor with AMX,
-whose int8 engines are others, to peers_amx.jsonl, unless engines are left out or their packages are missing; of lines
-with the same case, batch and "flushed" the READMEs' tables show the last.
+counts them for all tokens, as other engines may). Appends to results/latency/peers.jsonl, on a processor with AMX or
+without AVX-512 VNNI, whose int8 engines are others, to peers_amx.jsonl or peers_avx2.jsonl, unless engines are left out
+or their packages are missing; of lines with the same case, batch and "flushed" the READMEs' tables show the last.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from train_test_utils.record import append_record
 
 LEAST_ROUNDS = 12  # that an interval of 95% is of
 KINDS = {"float": peers.FLOAT, "int8": peers.INT8, "2bit": peers.TWO_BIT}
-# What the kernels are built to reach with warm caches and without matrix units: times the best engine of each kind,
+# What the kernels are built to reach with warm caches on AVX-512 VNNI: times the best engine of each kind,
 # percent of the direct limit.
 AIMS: dict[tuple[str, int], dict[str, float]] = {
     ("fc", 1): {"float": 12, "int8": 6, "2bit": 1.5, "of_direct_limit_pct": 60},
@@ -241,7 +241,8 @@ def main() -> None:
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     limits = machine_limits()
-    name = "latency/peers_amx" if limits["isa"] == "amx" else "latency/peers"
+    is_aimed_at = limits["isa"] == "avx512vnni"
+    name = "latency/peers" if is_aimed_at else f"latency/peers_{limits['isa']}"
     torch.set_grad_enabled(False)
     for case in args.cases:
         for batch in args.batches:
@@ -257,7 +258,7 @@ def main() -> None:
                 warm_ups, repetitions = (0, 5) if flushed else (10, 10) if batch == 1 else (1, 2)
                 times = measure(engines, args.rounds, warm_ups, repetitions, flushed, args.seconds)
                 figures = report(case, batch, flushed, times, work / limits["peak_multiply_adds_per_s"] * 1e3)
-                aims = {} if flushed or limits["isa"] == "amx" else AIMS.get((case, batch), {})
+                aims = {} if flushed or not is_aimed_at else AIMS.get((case, batch), {})
                 plain = round(figures["of_direct_limit_pct"] * model_work / work, 1)
                 if not complete:
                     continue

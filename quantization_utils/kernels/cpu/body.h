@@ -43,10 +43,14 @@ static inline void store_part(void* to, T value, int size) {
                         EACH(p, P, 3, __VA_ARGS__) EACH(p, P, 4, __VA_ARGS__) EACH(p, P, 5, __VA_ARGS__)
 #define EACH_VECTOR(...) EACH_J(0, __VA_ARGS__) EACH_J(1, __VA_ARGS__) EACH_J(2, __VA_ARGS__) EACH_J(3, __VA_ARGS__)
 #define EACH_QUARTER(...) EACH(q, 4, 0, __VA_ARGS__) EACH(q, 4, 1, __VA_ARGS__) EACH(q, 4, 2, __VA_ARGS__) EACH(q, 4, 3, __VA_ARGS__)
+#define EACH_PACKED(...) EACH(q, PACKED, 0, __VA_ARGS__) EACH(q, PACKED, 1, __VA_ARGS__) EACH(q, PACKED, 2, __VA_ARGS__) EACH(q, PACKED, 3, __VA_ARGS__)
 #define EACH_J(N, ...) if constexpr (N < J) { constexpr int j = N; __VA_ARGS__ }
 
 constexpr int kPrefetchBytes = 4096, kTilePrefetchBytes = 2048;  // a tile uses each weight longer
 
+#ifdef SUMS_IN_PAIRS
+#include "body_pairs.h"
+#else
 // One pixel and 2-bit weights (a linear layer at batch 1): the weights' bits are used where they stand, see kernels.h.
 template <int J>
 static void row_kernel(const Tile& t, int32_t* out) {
@@ -86,6 +90,7 @@ static void row_kernel(const Tile& t, int32_t* out) {
               const ints y2 = (ints)acc[2][j] - 32 * sum[2];
               store_ints(out + j * LANES, (vec)((ints)acc[3][j] + y0 * 64 + y1 * 16 + y2 * 4));)
 }
+#endif
 
 // P pixels x J vectors of channels in registers; K in the inner loop. The widest has 24 accumulators of AVX-512's 32.
 // take(pixel, vector, accumulator) gets them at the end.
@@ -99,6 +104,7 @@ static inline void tile_kernel(const Tile& t, const Take& take) {
   for (int run = 0; run < t.runs; ++run) {
     for (int64_t g = 0; g < t.groups; ++g) {
       vec b[J];
+#ifndef SUMS_IN_PAIRS
       if constexpr (W == Weights::kTwoBit) {
         vec codes[J];
         EACH_VECTOR(codes[j] = load_weights(w + j * LANES * 4); __builtin_prefetch(w + j * LANES * 4 + kTilePrefetchBytes);)
@@ -108,7 +114,9 @@ static inline void tile_kernel(const Tile& t, const Take& take) {
              EACH_VECTOR(acc[p][j] = dot<W>(acc[p][j], x, b[j]);))
         TERNARY_PLANE(0) TERNARY_PLANE(1) TERNARY_PLANE(2) TERNARY_PLANE(3)
 #undef TERNARY_PLANE
-      } else {
+      } else
+#endif
+      {
         EACH_VECTOR(b[j] = load_weights(w + j * LANES * 4);)
         EACH_PIXEL(const vec x = broadcast(a[p] + g * 4);
                    EACH_VECTOR(acc[p][j] = dot<W>(acc[p][j], x, b[j]);))
@@ -122,8 +130,10 @@ static inline void tile_kernel(const Tile& t, const Take& take) {
 
 template <Weights W, int P, int J>
 static void accumulators(const Tile& t, int32_t* out) {
-  if constexpr (W == Weights::kTwoBit && P == 1) row_kernel<J>(t, out);
-  else tile_kernel<W, P, J>(t, [=](int p, int j, vec acc) { store_ints(out + (p * J + j) * LANES, acc); });
+#ifndef SUMS_IN_PAIRS
+  if constexpr (W == Weights::kTwoBit && P == 1) return row_kernel<J>(t, out);
+#endif
+  tile_kernel<W, P, J>(t, [=](int p, int j, vec acc) { store_ints(out + (p * J + j) * LANES, acc); });
 }
 
 template <Weights W, int P>
@@ -190,6 +200,6 @@ static int gather_plain(const uint64_t* used, int words, const uint8_t* in, uint
 
 static void nothing() {}
 
-static const Kernels table = {ISA_NAME, LANES, VECTORS, PIXELS, {TILES4, TILES5}, nothing, nothing, multiply, multiply_rows, gather, finish, winograd_input, winograd, image_row,
+static const Kernels table = {ISA_NAME, LANES, VECTORS, PIXELS, {TILES4, TILES5}, WINOGRAD_BYTES, nothing, nothing, multiply, multiply_rows, gather, finish, winograd_input, winograd, image_row,
                               quantize_row, max_row, add_row, layer_norm, transpose_keys, attention, peak_multiply_adds,
                               read_memory};

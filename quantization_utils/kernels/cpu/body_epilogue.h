@@ -40,20 +40,21 @@ static inline void finish_vector(const Finish& f, void* out, const void* residua
   }
 }
 
-#ifdef pack_bytes
-// Four whole vectors of channels of all pixels, as finish_vector finishes one, bit for bit: rounding keeps order, so a limit that is
+#ifdef PACKED
+// So many whole vectors of channels of all pixels, as finish_vector finishes one, bit for bit: rounding keeps order, so a limit that is
 // an integer can come before it, and packing clamps at 0. (`smaller` takes its second argument where that is not a number, and
 // what is not a number is rounded to the least integer.)
 template <Residual R>
-static inline void finish_four(const Finish& f, const Epilogue& e, const Output& o, const int32_t* acc, int pixels, int vectors, int64_t channel) {
+static inline void finish_packed(const Finish& f, const Epilogue& e, const Output& o, const int32_t* acc, int pixels, int vectors, int64_t channel) {
   const floats top = floats{} + (float)e.out_max;
-  floats gain[4], bias[4];
-  EACH_QUARTER(gain[q] = *(const floats*)(e.gain + channel + q * LANES) * f.unit; bias[q] = *(const floats*)(e.bias + channel + q * LANES);)
+  typedef uint8_t packed __attribute__((vector_size(LANES * PACKED), aligned(1), may_alias));
+  floats gain[PACKED], bias[PACKED];
+  EACH_PACKED(gain[q] = *(const floats*)(e.gain + channel + q * LANES) * f.unit; bias[q] = *(const floats*)(e.bias + channel + q * LANES);)
   for (int p = 0; p < pixels; ++p, acc += vectors * LANES) {
-    ints codes[4];
-    EACH_QUARTER(const void* const residual = R == Residual::kNone ? nullptr : (const char*)o.residual[p] + (channel + q * LANES) * (R == Residual::kBytes ? 1 : 4);
+    ints codes[PACKED];
+    EACH_PACKED(const void* const residual = R == Residual::kNone ? nullptr : (const char*)o.residual[p] + (channel + q * LANES) * (R == Residual::kBytes ? 1 : 4);
                  codes[q] = rounded(smaller(top, finished<R>(f, residual, LANES, *(const ints*)(acc + q * LANES), gain[q], bias[q])));)
-    *(wide*)((char*)o.out[p] + channel) = (wide)pack_bytes(codes);
+    *(packed*)((char*)o.out[p] + channel) = (packed)pack_bytes(codes);
   }
 }
 #endif
@@ -63,9 +64,9 @@ static void finish_kind(const Epilogue& e, const Output& o, const int32_t* acc, 
   const int vectors = (channels + LANES - 1) / LANES;
   const Finish f(e);
   int j = 0;
-#ifdef pack_bytes
+#ifdef PACKED
   if constexpr (BYTES)
-    for (; (j + 4) * LANES <= channels; j += 4) finish_four<R>(f, e, o, acc + j * LANES, pixels, vectors, j * LANES);
+    for (; (j + PACKED) * LANES <= channels; j += PACKED) finish_packed<R>(f, e, o, acc + j * LANES, pixels, vectors, j * LANES);
 #endif
   for (; j < vectors; ++j) {
     const int n = channels - j * LANES < LANES ? channels - j * LANES : LANES;

@@ -49,11 +49,12 @@ static int64_t peak_multiply_adds(int64_t iterations, const uint8_t* data) {
   constexpr int P = PIXELS, J = VECTORS;
   vec acc[P][J];
   vec b[J];
-  const vec x = load_weights(data);
   EACH_VECTOR(b[j] = load_weights(data + j * LANES * 4);)
   EACH_PIXEL(EACH_VECTOR(acc[p][j] = load_ints((const int32_t*)data + p * J + j);))  // all different: nothing to merge
+  const uint8_t* volatile from = data;  // read again and again: a product that stays the same would be taken once
   for (int64_t i = 0; i < iterations; ++i) {
-    EACH_PIXEL(EACH_VECTOR(acc[p][j] = dot<Weights::kSmall>(acc[p][j], x, b[j]);))
+    const uint8_t* const a = from;
+    EACH_PIXEL(const vec x = broadcast(a + 4 * p); EACH_VECTOR(acc[p][j] = dot<Weights::kSmall>(acc[p][j], x, b[j]);))
   }
   int32_t out[LANES], keep = 0;
   EACH_PIXEL(EACH_VECTOR(store_ints(out, acc[p][j]); keep ^= out[0];))

@@ -85,17 +85,21 @@ static inline void combine(const T* m, int64_t step, T& y0, T& y1) {
   else y0 = m[0] + both + m[3 * step], y1 = both - m[2 * step] + m[4 * step];
 }
 
-// The nine numbers that a kernel's U is made of, from their five bytes (kernels.h): column B of the three.
-static inline wide low_nibble(const uint8_t* w) { return (((wide)load_weights(w) + (wide)load_weights(w)) & 0x1E); }
-static inline wide high_nibble(const uint8_t* w) { return (wide)((vec)((ints)load_weights(w) >> 3) & (vec)(ints{} + 0x1E1E1E1E)); }
-
+// The nine numbers that a kernel's U is made of (kernels.h): column B of the three.
 template <int B>
 static inline void base_column(const uint8_t* w, wide (&v)[3]) {
-  constexpr int kBytes = LANES * 4, kEnds = (B == 1 ? 3 : B / 2) * kBytes;
-  v[0] = low_nibble(w + kEnds), v[2] = high_nibble(w + kEnds);
-  if constexpr (B == 0) v[1] = low_nibble(w + 2 * kBytes);
-  else if constexpr (B == 2) v[1] = high_nibble(w + 2 * kBytes);
+  constexpr int kBytes = LANES * 4;
+#if WINOGRAD_BYTES == 9
+  for (int a = 0; a < 3; ++a) v[a] = (wide)load_weights(w + (B * 3 + a) * kBytes);
+#else
+  const auto low_nibble = [&](int i) { return ((wide)load_weights(w + i * kBytes) + (wide)load_weights(w + i * kBytes)) & 0x1E; };
+  const auto high_nibble = [&](int i) { return (wide)((vec)((ints)load_weights(w + i * kBytes) >> 3) & (vec)(ints{} + 0x1E1E1E1E)); };
+  constexpr int kEnds = B == 1 ? 3 : B / 2;
+  v[0] = low_nibble(kEnds), v[2] = high_nibble(kEnds);
+  if constexpr (B == 0) v[1] = low_nibble(2);
+  else if constexpr (B == 2) v[1] = high_nibble(2);
   else v[1] = (wide)load_weights(w + 4 * kBytes);
+#endif
 }
 
 // U of one column of positions: G in the two dimensions, by additions.
@@ -136,17 +140,28 @@ static inline void winograd_column(const WinogradTile& t, ints* rows) {
   const uint8_t* a[P];
   EACH_PIXEL(a[p] = t.input + COLUMN * t.position_stride + p * t.tile_stride;)
   const int64_t row = SIDE * t.position_stride;
-  constexpr int kStep = 5 * LANES * 4 / SIDE;
+  constexpr int kStep = WINOGRAD_BYTES * LANES * 4 / SIDE;
   const uint8_t* next = t.next_weights + (int64_t)COLUMN * t.groups * kStep;
-  for (int64_t g = 0; g < t.groups; ++g) {
+  const auto add_products = [&](auto& sums) {  // of a group of four channels
     vec u[SIDE];
     column_weights<SIDE, COLUMN>(w, u);
-    EACH_ROW(EACH_PIXEL(acc[i][p] = dot_four(acc[i][p], u[i], a[p] + i * row);))
+    EACH_ROW(EACH_PIXEL(sums[i][p] = dot_four(sums[i][p], u[i], a[p] + i * row);))
     // Each column fetches its share of the weights that come next, from the outer caches to the inner: early and evenly.
     __builtin_prefetch(next), __builtin_prefetch(next + kStep / 2);
     EACH_PIXEL(a[p] += 4;)
-    next += kStep, w += 5 * LANES * 4;
+    next += kStep, w += WINOGRAD_BYTES * LANES * 4;
+  };
+#ifdef SUMS_IN_PAIRS
+  constexpr int kMost = winograd_groups_in_sums(SIDE, COLUMN);
+  for (int left = t.groups; left > 0; left -= kMost) {
+    vec sums[SIDE][P];
+    EACH_ROW(EACH_PIXEL(sums[i][p] = vec{};))
+    for (int g = left < kMost ? left : kMost; g > 0; --g) add_products(sums);
+    EACH_ROW(EACH_PIXEL(acc[i][p] = add_sums(acc[i][p], sums[i][p], 1);))
   }
+#else
+  for (int g = 0; g < t.groups; ++g) add_products(acc);
+#endif
   EACH_PIXEL(alignas(64) ints m[SIDE]; EACH_ROW(m[i] = (ints)acc[i][p];)
              combine<SIDE>(m, 1, rows[(COLUMN * P + p) * 2], rows[(COLUMN * P + p) * 2 + 1]);)
 }

@@ -24,6 +24,7 @@ namespace avx512vnni {
 #define PIXELS 6
 #define TILES4 6
 #define TILES5 5
+#define WINOGRAD_BYTES 5
 typedef __m512i vec;
 
 static inline vec load_ints(const int32_t* p) { return _mm512_loadu_si512(p); }
@@ -90,6 +91,7 @@ static inline __m512i pack_bytes_(__m512i a, __m512i b, __m512i c, __m512i d) {
   const __m512i mixed = _mm512_packus_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d));
   return _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), mixed);
 }
+#define PACKED 4
 #define pack_bytes(v) pack_bytes_((__m512i)v[0], (__m512i)v[1], (__m512i)v[2], (__m512i)v[3])
 #define rounded(f) ((ints)_mm512_cvtps_epi32((__m512)(f)))
 #define multiply_add(a, b, c) ((floats)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c)))

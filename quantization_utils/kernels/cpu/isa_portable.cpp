@@ -9,6 +9,7 @@ namespace portable {
 #define PIXELS 4
 #define TILES4 2
 #define TILES5 2
+#define WINOGRAD_BYTES 5
 typedef int32_t vec __attribute__((vector_size(16), aligned(4), may_alias));
 
 static inline vec load_ints(const int32_t* p) { return *(const vec*)p; }

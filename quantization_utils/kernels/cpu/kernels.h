@@ -20,12 +20,14 @@ constexpr int kMaxOutputs = 32;   // and pixels that a tile, or the tiles of a W
 //            bits are used where they stand (AND only), with an accumulator each, (w + 2) * 1, 4, 16, and w * 64; then twice
 //            the sum of the group's activations is taken off. |sum(48 * a)| over a quarter of K is below 64 * 255 * K too.
 //            acc = 64 * sum(w * a): |acc| <= 64 * 255 * K < 2^31 for K <= 131,586 (`most_inputs`, checked when packing).
-//            Pair sums of AVX2's 16-bit vpmaddubsw: 2 * 255 * 64 = 32,640 <= 32,767, so it never saturates.
+//            AVX2 adds pairs in 16 bits: tables make -1, 0 and 1 of the bits, and `kGroupsInSums` groups of 16 inputs, four pairs
+//            each, are at most 64 * 2 * 255 = 32,640 <= 32,767. These sums then count 64 times.
 //   kSmall:  ternary weights as signed bytes: |acc| <= 255 * K < 2^31 for K <= 8,421,504 (checked); pair sums <= 510.
 //   kInt8:   signed bytes, |w| <= 127: |acc| <= 127 * 255 * K < 2^31 for K <= 66,311 (checked). On AVX2 the pairs would
 //            saturate (64,770), so they are widened to 16 bits first.
 // An average pool sums a plane of at most 255 * pixels, as kSmall. A linear layer of signed activations a - 128 starts at
 // -128 * sum(w): at any time its accumulator is a sum of terms w * (a - 128) and w * -128, so it is smaller still.
+constexpr int kGroupsInSums = 16;
 constexpr uint8_t kTwoBitZeros = 0x2A;  // four zero weights of kTwoBit
 enum class Weights : int { kTwoBit, kSmall, kInt8 };
 static constexpr int64_t most_inputs(Weights kind) {
@@ -63,10 +65,19 @@ struct Tile {
 // G has one row too many for its rank: with v = (2 g0, g0 + g1 + g2, 2 g2) in both dimensions, nine numbers, stride 1's U is
 // v in rows and columns 0, 1, 3 and v0 + v2 - v1 in 2; stride 2's is made of v = 2 g, without a division, so Y is twice the
 // result there. Eight of the nine are even and within +-6 (5 + v/2 is a nibble), the one in the middle is within +-9: five bytes
-// for a kernel instead of 16 or 25, small enough to come from the outer caches as fast as they are used.
+// for a kernel instead of 16 or 25, small enough to come from the outer caches as fast as they are used. Where products take
+// longer than that, and nibbles too long, nine bytes.
 // Pair sums of AVX2's vpmaddubsw: 2 * 48 * 128 <= 32,767. |M| <= 48 * 128 * C, and Y is a sum of at most nine and of a start,
 // at most 10 * 9 * 63 * C: below 2^31 for C < 35,000.
 constexpr int kWinogradOffset = 10;
+// How many groups of four channels fit in 16-bit sums of pairs, by the largest |U V| of a column of positions, its offset included.
+// Stride 1: U goes up to 10 + 6 where |V| <= 126, in the two columns in the middle up to 10 + 9 where |V| <= 128. Stride 2, whose
+// offsets are added as the numbers are: where U goes up to 20 + 4, in the second column to 40 + 8, V is a difference of two
+// activations at most; where it is one of four, U is half of that.
+static constexpr int winograd_groups_in_sums(int side, int column) {
+  const int largest = side == 4 ? (column % 3 == 0 ? 16 * 126 : 19 * 128) : (column == 1 ? 48 * 63 : 24 * 63);
+  return 32767 / (2 * largest);
+}
 static constexpr bool winograd_has_offset(int side, int i, int j) { return side == 4 && i == 1 && j == 1; }
 
 struct WinogradTile {
@@ -74,7 +85,8 @@ struct WinogradTile {
   const int32_t* start;          // [tile][2][2]: where the accumulators of the four corner positions start
   int64_t position_stride, tile_stride;
   int tiles, groups;             // tiles: 1 ... tiles[] of the instruction set; groups of 4 input channels
-  const uint8_t* weights;        // [group][5][lanes * 4 bytes]: v00 | v20 << 4, v02 | v22 << 4, v10 | v12 << 4, v01 | v21 << 4, v11
+  const uint8_t* weights;        // [group][5][lanes * 4 bytes]: v00 | v20 << 4, v02 | v22 << 4, v10 | v12 << 4, v01 | v21 << 4, v11;
+                                 // or [group][9][lanes * 4 bytes]: v00, v10, v20, v01 ... v22
   const uint8_t* next_weights;   // those of the following call, to be fetched meanwhile
   const int32_t* init;           // [lanes]: start of the accumulators where there is an offset
 };
@@ -127,6 +139,7 @@ struct Kernels {
   int max_vectors;   // vectors of channels per tile
   int max_pixels;    // pixels per tile
   int tiles[2];      // Winograd tiles at a time, of side 4 and 5
+  int winograd_bytes;  // of weights for one 3x3 kernel: 5 or 9
   void (*begin)();   // each thread calls these before and after all others
   void (*end)();
   // acc[count][vectors * lanes], vectors = ceil(channels / lanes); has room for max_pixels

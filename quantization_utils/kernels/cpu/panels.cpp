@@ -30,19 +30,21 @@ std::shared_ptr<Panels> Network::winograd_panels(int node, const Value& in, int 
   if (slot) return slot;
   auto panels = std::make_shared<Panels>();
   Panels& p = *panels;
-  const int lanes = isa_.lanes, vectors = (s.n + lanes - 1) / lanes;
+  const int lanes = isa_.lanes, vectors = (s.n + lanes - 1) / lanes, bytes = isa_.winograd_bytes;
   p.kind = Weights::kSmall, p.groups = in.cs / 4, p.block = lanes;
-  p.block_bytes = (int64_t)5 * in.cs * lanes;
+  p.block_bytes = (int64_t)bytes * in.cs * lanes;
   p.bytes.assign(vectors * p.block_bytes, 0);
   p.init.resize((size_t)vectors * lanes);
   for (int n = 0; n < s.n; ++n) {
     for (int c = 0; c < in.cs; ++c) {
       int v[3][3] = {}, u[5][5] = {};
       if (c < s.c) transform_kernel(side, s.codes.data() + ((size_t)n * s.c + c) * 9, v, u);
-      auto pair = [](int low, int high) { return (uint8_t)((kWinogradOffset + low) / 2 + (kWinogradOffset + high) / 2 * 16); };
-      const uint8_t five[5] = {pair(v[0][0], v[2][0]), pair(v[0][2], v[2][2]), pair(v[1][0], v[1][2]), pair(v[0][1], v[2][1]), (uint8_t)(kWinogradOffset + v[1][1])};
-      uint8_t* to = p.bytes.data() + n / lanes * p.block_bytes + (int64_t)c / 4 * 5 * lanes * 4 + n % lanes * 4 + c % 4;
-      for (int i = 0; i < 5; ++i) to[i * lanes * 4] = five[i];
+      auto byte = [&](int a, int b) { return (uint8_t)(kWinogradOffset + v[a][b]); };
+      auto pair = [&](int a, int b, int c, int d) { return (uint8_t)(byte(a, b) / 2 + byte(c, d) / 2 * 16); };
+      const uint8_t five[] = {pair(0, 0, 2, 0), pair(0, 2, 2, 2), pair(1, 0, 1, 2), pair(0, 1, 2, 1), byte(1, 1)};
+      const uint8_t nine[] = {byte(0, 0), byte(1, 0), byte(2, 0), byte(0, 1), byte(1, 1), byte(2, 1), byte(0, 2), byte(1, 2), byte(2, 2)};
+      uint8_t* to = p.bytes.data() + n / lanes * p.block_bytes + (int64_t)c / 4 * bytes * lanes * 4 + n % lanes * 4 + c % 4;
+      for (int i = 0; i < bytes; ++i) to[i * lanes * 4] = bytes == 5 ? five[i] : nine[i];
       p.init[n] += 128 * (kWinogradOffset + u[1][1]);  // used where there is an offset
     }
   }

@@ -57,6 +57,24 @@ def test_largest_accumulators_do_not_overflow(backend: str, bits: int | str, pix
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_largest_products_of_winograd_do_not_overflow(
+    backend: str, stride: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every kernel of +-1 on the least and the largest 6-bit activations, all alike in 64 channels: 16-bit sums of pairs too."""
+    monkeypatch.setenv("TERNARY_ALGORITHM", "winograd")
+    signs = 1 - 2 * (torch.arange(512)[:, None] >> torch.arange(9) & 1).to(torch.int8)
+    stem = Node("conv", -1, codes=torch.ones(64, 1, 1, 1, dtype=torch.int8), gain=torch.full((64,), 63 / 255),
+                bias=torch.zeros(64), out_max=63)  # fmt: skip
+    codes = signs.view(512, 1, 3, 3).expand(512, 64, 3, 3).contiguous()
+    every = Node("conv", 0, codes=codes, gain=torch.ones(512), bias=torch.zeros(512), kernel=(3, 3),
+                 stride=(stride, stride), padding=(1, 1))  # fmt: skip
+    images = torch.randint(0, 2, (4, 1, 12, 12)).float()
+    images[0] = 0
+    assert check([stem, every], images, backend)[:, 0].max() == 63 * 64 * 9
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("bits", "pixels"), [("ternary", 32897), (8, 260)])
 def test_more_inputs_than_32_bits_can_sum_are_refused(backend: str, bits: int | str, pixels: int) -> None:
     nodes, image = extremes(bits, pixels)
