@@ -61,7 +61,7 @@ def test_largest_accumulators_do_not_overflow(backend: str, bits: int | str, pix
 def test_largest_products_of_winograd_do_not_overflow(
     backend: str, stride: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every kernel of +-1 on the least and the largest 6-bit activations, all alike in 64 channels: 16-bit sums of pairs too."""
+    """Every kernel of +-1 on 6-bit activations of 0 and 63, all 64 channels alike: 16-bit sums of pairs too."""
     monkeypatch.setenv("TERNARY_ALGORITHM", "winograd")
     signs = 1 - 2 * (torch.arange(512)[:, None] >> torch.arange(9) & 1).to(torch.int8)
     stem = Node("conv", -1, codes=torch.ones(64, 1, 1, 1, dtype=torch.int8), gain=torch.full((64,), 63 / 255),
