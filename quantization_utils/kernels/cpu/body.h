@@ -1,5 +1,6 @@
 // The kernels, written once over a few vector primitives that isa_*.cpp define before including this file, inside their
-// own namespace and target: LANES, VECTORS, PIXELS, `vec` (LANES int32), load_weights, plane<S>, broadcast, dot<Weights>.
+// own namespace and target: LANES, VECTORS, PIXELS, `vec` (LANES int32), load_weights, broadcast, dot<Weights>, dot_four, and
+// for 2-bit weights plane<S> and in_place<S>, or where SUMS_IN_PAIRS is defined two_groups<S>, add_pairs and add_sums.
 // No header with inline functions may be included here: their copies would be compiled for this instruction set.
 
 typedef int32_t ints __attribute__((vector_size(LANES * 4), aligned(4), may_alias));

@@ -20,8 +20,8 @@ constexpr int kMaxOutputs = 32;   // and pixels that a tile, or the tiles of a W
 //            bits are used where they stand (AND only), with an accumulator each, (w + 2) * 1, 4, 16, and w * 64; then twice
 //            the sum of the group's activations is taken off. |sum(48 * a)| over a quarter of K is below 64 * 255 * K too.
 //            acc = 64 * sum(w * a): |acc| <= 64 * 255 * K < 2^31 for K <= 131,586 (`most_inputs`, checked when packing).
-//            AVX2 adds pairs in 16 bits: tables make -1, 0 and 1 of the bits, and `kGroupsInSums` groups of 16 inputs, four pairs
-//            each, are at most 64 * 2 * 255 = 32,640 <= 32,767. These sums then count 64 times.
+//            AVX2 adds pairs in 16 bits instead: tables make -1, 0 and 1 of the bits, and the sums of `kGroupsInSums` groups of
+//            16 inputs, four pairs each, are at most 64 * 2 * 255 = 32,640 <= 32,767. They then count 64 times.
 //   kSmall:  ternary weights as signed bytes: |acc| <= 255 * K < 2^31 for K <= 8,421,504 (checked); pair sums <= 510.
 //   kInt8:   signed bytes, |w| <= 127: |acc| <= 127 * 255 * K < 2^31 for K <= 66,311 (checked). On AVX2 the pairs would
 //            saturate (64,770), so they are widened to 16 bits first.
