@@ -65,8 +65,8 @@ struct Tile {
 // G has one row too many for its rank: with v = (2 g0, g0 + g1 + g2, 2 g2) in both dimensions, nine numbers, stride 1's U is
 // v in rows and columns 0, 1, 3 and v0 + v2 - v1 in 2; stride 2's is made of v = 2 g, without a division, so Y is twice the
 // result there. Eight of the nine are even and within +-6 (5 + v/2 is a nibble), the one in the middle is within +-9: five bytes
-// for a kernel instead of 16 or 25, small enough to come from the outer caches as fast as they are used. Where products take
-// longer than that, and nibbles too long, nine bytes.
+// for a kernel instead of 16 or 25, small enough to come from the outer caches as fast as they are used. AVX2 reads
+// nine, of which it uses fewer in a cycle: it would lose more by taking nibbles apart.
 // Pair sums of AVX2's vpmaddubsw: 2 * 48 * 128 <= 32,767. |M| <= 48 * 128 * C, and Y is a sum of at most nine and of a start,
 // at most 10 * 9 * 63 * C: below 2^31 for C < 35,000.
 constexpr int kWinogradOffset = 10;
