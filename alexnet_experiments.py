@@ -17,7 +17,7 @@ from train_test_utils.recipe import Recipe, sgd
 from train_test_utils.rows import Prune, Row, Ternary
 from train_test_utils.transforms import CalibratedStart, CalibratedTernary, ReconstructedTernary, TernaryStart
 
-SCRATCH = Recipe(epochs=100, lr=0.05, optimizer=sgd, weight_decay=5e-4, clip_norm=5.0)
+SCRATCH = Recipe(epochs=100, lr=0.05, optimizer=sgd, weight_decay=5e-4, clip_norm=5.0, cutout=8, label_smoothing=0.1)
 FINETUNE = replace(SCRATCH, epochs=30, lr=0.01, weight_decay=1e-4)
 SHORT = replace(FINETUNE, epochs=15)
 AGAIN = replace(FINETUNE, epochs=7.5, lr=0.004)

@@ -18,7 +18,7 @@ from train_test_utils.recipe import Recipe, sgd
 from train_test_utils.rows import Prune, Reinitialize, Row, Ternary
 from train_test_utils.transforms import CalibratedStart, CalibratedTernary, ReconstructedTernary, TernaryStart
 
-SCRATCH = Recipe(epochs=200, lr=0.1, optimizer=sgd, weight_decay=5e-4, cutout=8)
+SCRATCH = Recipe(epochs=200, lr=0.1, optimizer=sgd, weight_decay=5e-4, cutout=16, label_smoothing=0.1)
 FINETUNE = replace(SCRATCH, epochs=60, lr=0.05, weight_decay=1e-4, statistics_images=8192)
 SHORT = replace(FINETUNE, epochs=30)
 AGAIN = replace(FINETUNE, epochs=15, lr=0.02)

@@ -41,7 +41,7 @@ class Recipe:
     label_smoothing: float = 0.0
     ema: float | None = None  # decay per step of the averaged weights that are the result; None: the last weights
     crop_padding: int = 4  # pixels of a random crop
-    cutout: int = 0  # side of a square that is blanked, in pixels
+    cutout: int = 0  # side of a square that is blanked, in pixels, over the whole schedule (see `cutout_at`)
     distill: float = 0.0  # share of the loss taken from the row's float parent
     temperature: float = 1.0  # of the distillation
     ramp: float = 0.0  # fraction of the steps over which weights go from float to quantized
@@ -72,6 +72,13 @@ class Recipe:
         """The ramp from float (0) to quantized (1) weights, in quarters, so that few compiled steps are built."""
         position = step / (self.ramp * steps) if self.ramp else 1.0
         return min(1.0, math.floor(4 * position) / 4)
+
+    def cutout_at(self, budget: float) -> int:
+        """Side of the blanked square when `budget` of the steps are done: its area shrinks with them.
+
+        What keeps a long training from learning its images by heart keeps a short one from learning them at all.
+        """
+        return round(self.cutout * min(1.0, budget) ** 0.5)
 
     def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """The optimizer, with weight decay on tensors of two and more dimensions only."""

@@ -83,9 +83,13 @@ def train(
     start, sums, seconds_before = _resume(parts, state_path, device)
     bit_layers = [m for m in model.modules() if isinstance(m, (BitLinear, BitConv2d))]
     runner = distributed.wrapped(model)
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # all batches have one shape, so its fastest algorithms are found once
     if setup.compile:
         torch.compiler.reset()  # variants are counted over all models of a process, and the ninth would run uncompiled
-        runner = torch.compile(runner)
+        # A step is hundreds of short kernels, and a GPU would wait for Python to start them: CUDA graphs start many at
+        # once (but not with several processes, whose exchange of gradients lies between them).
+        runner = torch.compile(runner, mode="reduce-overhead" if device.type == "cuda" and world == 1 else None)
     autocast = (
         torch.autocast(device.type, setup.precision) if setup.precision != torch.float32 else nullcontext()
     )
@@ -108,7 +112,8 @@ def train(
         for layer in bit_layers:
             layer.quantized_part = recipe.quantized_part_at(step, steps)
 
-        images, labels = _augmented(dataset, batch, recipe), train_split.labels[batch]
+        images, labels = _augmented(dataset, batch, recipe, budget), train_split.labels[batch]
+        optimizer.zero_grad(set_to_none=True)  # now: CUDA graphs keep gradients in memory that the next pass may reuse
         with autocast:
             logits = runner(images)
             teacher_logits = _soft_targets(teacher, images)
@@ -164,18 +169,18 @@ def _resume(parts: dict[str, Any], path: Path | None, device: torch.device) -> t
         ) from error
 
 
-def _augmented(dataset: ImageDataset, batch: Tensor, recipe: Recipe) -> Tensor:
+def _augmented(dataset: ImageDataset, batch: Tensor, recipe: Recipe, budget: float) -> Tensor:
     """The training images of these numbers, altered at random, float32 in [0, 1]."""
     images = augment(
-        dataset.train.images[batch], crop_padding=recipe.crop_padding, flip=dataset.flip, cutout=recipe.cutout
-    )
+        dataset.train.images[batch], crop_padding=recipe.crop_padding, flip=dataset.flip,
+        cutout=recipe.cutout_at(budget),
+    )  # fmt: skip
     return to_float(images).contiguous(memory_format=torch.channels_last)
 
 
 def _step(
     loss: Tensor, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, recipe: Recipe
 ) -> None:
-    optimizer.zero_grad(set_to_none=True)
     scaler.scale(loss).backward()
     if recipe.clip_norm is not None:
         scaler.unscale_(optimizer)

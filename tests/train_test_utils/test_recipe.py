@@ -31,6 +31,12 @@ def test_warm_up_then_half_a_cosine():
     assert [Recipe(epochs=1, lr=1, warmup=0.0).lr_at(0, 1)] == [1.0]
 
 
+def test_the_area_that_is_blanked_is_in_proportion_to_the_budget():
+    recipe = Recipe(epochs=1, lr=1, cutout=16)
+    assert [recipe.cutout_at(budget) for budget in (0.001, 0.04, 0.25, 1.0, 4.0)] == [1, 3, 8, 16, 16]
+    assert Recipe(epochs=1, lr=1).cutout_at(1.0) == 0
+
+
 def test_the_ramp_goes_up_in_quarters():
     recipe = Recipe(epochs=1, lr=1, ramp=0.5)
     parts = [recipe.quantized_part_at(i, 40) for i in range(40)]
