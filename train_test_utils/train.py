@@ -84,15 +84,39 @@ def train(
     bit_layers = [m for m in model.modules() if isinstance(m, (BitLinear, BitConv2d))]
     runner = distributed.wrapped(model)
     if device.type == "cuda":
+        torch.cuda.set_device(device)  # of the streams and graphs below
         torch.backends.cudnn.benchmark = True  # all batches have one shape, so its fastest algorithms are found once
     if setup.compile:
         torch.compiler.reset()  # variants are counted over all models of a process, and the ninth would run uncompiled
-        # A step is hundreds of short kernels, and a GPU would wait for Python to start them: CUDA graphs start many at
-        # once (but not with several processes, whose exchange of gradients lies between them).
-        runner = torch.compile(runner, mode="reduce-overhead" if device.type == "cuda" and world == 1 else None)
+        runner = torch.compile(runner)
     autocast = (
         torch.autocast(device.type, setup.precision) if setup.precision != torch.float32 else nullcontext()
     )
+    images_of_all = min(recipe.batch_size, len(train_split))
+    batch = torch.empty(len(range(rank, images_of_all, world)), dtype=torch.int64, device=device)
+    number = torch.empty((), device=device)  # of the step
+
+    def do_step() -> None:
+        """From `batch`, the numbers of images, to new weights and figures in `sums`; all of it on the device."""
+        optimizer.zero_grad(set_to_none=True)
+        images, labels = _augmented(dataset, batch, recipe, budget), train_split.labels[batch]
+        with autocast:
+            logits = runner(images)
+            teacher_logits = _soft_targets(teacher, images)
+        loss = _loss(logits.float(), labels, teacher_logits, recipe)
+        _step(loss, model, optimizer, scaler, recipe)
+        # (loss, correct, images) of this epoch so far and the first step whose loss was not finite.
+        correct = (logits.argmax(1) == labels).sum()
+        # Summed over the processes, so that all of them stop when one diverges.
+        figures = torch.stack([loss.detach() / world, correct, torch.ones_like(loss) * len(labels)])
+        sums[:3] += distributed.summed(figures)
+        sums[3] = torch.where(torch.isfinite(figures[0]) | (sums[3] >= 0), sums[3], number)
+
+    # Several processes exchange gradients during a step, which is left to be started from Python.
+    repeated = Replayed(do_step) if device.type == "cuda" and world == 1 else None
+    if repeated:
+        for group in optimizer.param_groups:
+            group["lr"] = torch.empty((), device=device)
     order, order_epoch, saved_at = None, -1, time.monotonic()
     began = saved_at - seconds_before
     progress = tqdm(
@@ -104,30 +128,25 @@ def train(
         epoch, position = divmod(step, steps_per_epoch)
         if epoch != order_epoch:
             order, order_epoch = epoch_order(len(train_split), seed, epoch, device), epoch
-        batch = order[position * recipe.batch_size : (position + 1) * recipe.batch_size][rank::world]
+        batch.copy_(order[position * recipe.batch_size : (position + 1) * recipe.batch_size][rank::world])
+        number.fill_(step)
         torch.manual_seed(hash((seed, step, rank)) & 0x7FFFFFFF)  # augmentation and dropout
         lr = recipe.lr_at(step, steps)
         for group in optimizer.param_groups:
-            group["lr"] = lr * group["lr_factor"]
+            if repeated:
+                group["lr"].fill_(lr * group["lr_factor"])
+            else:
+                group["lr"] = lr * group["lr_factor"]
+        part = recipe.quantized_part_at(step, steps)
         for layer in bit_layers:
-            layer.quantized_part = recipe.quantized_part_at(step, steps)
-
-        images, labels = _augmented(dataset, batch, recipe, budget), train_split.labels[batch]
-        optimizer.zero_grad(set_to_none=True)  # now: CUDA graphs keep gradients in memory that the next pass may reuse
-        with autocast:
-            logits = runner(images)
-            teacher_logits = _soft_targets(teacher, images)
-        loss = _loss(logits.float(), labels, teacher_logits, recipe)
-        _step(loss, model, optimizer, scaler, recipe)
+            layer.quantized_part = part
+        if repeated:
+            repeated(variant=part)
+        else:
+            do_step()
         if averaged is not None:
             averaged.update_parameters(model)
 
-        # (loss, correct, images) of this epoch so far and the first step whose loss was not finite, all on the device.
-        correct = (logits.argmax(1) == labels).sum()
-        # Summed over the processes, so that all of them stop when one diverges.
-        figures = torch.stack([loss.detach() / world, correct, torch.ones_like(loss) * len(labels)])
-        sums[:3] += distributed.summed(figures)
-        sums[3] = torch.where(torch.isfinite(figures[0]) | (sums[3] >= 0), sums[3], step)
         last_of_epoch = position == steps_per_epoch - 1 or step == steps - 1
         looks = step % LOOK_EVERY == 0 or last_of_epoch
         if looks:  # all processes at the same steps, so that they stop together
@@ -152,6 +171,41 @@ def train(
     if recipe.statistics_images:
         _estimate_statistics(model, train_split, recipe, seed)
     return model.eval()
+
+
+class Replayed:
+    """A function without arguments or result, all of whose work is on the GPU, as a CUDA graph.
+
+    A step of training is hundreds of short kernels, and a GPU would wait for Python to start them one by one; a graph's
+    are started at once. It repeats what it saw: the same kernels on the same memory, so what changes from call to call
+    has to be in tensors that stay (random numbers follow `torch.manual_seed`). Another `variant` is another graph.
+
+    Reference: PyTorch's notes on CUDA semantics, "CUDA Graphs".
+    """
+
+    EAGER_CALLS = 3  # before a graph is taken: compilers and libraries choose kernels, optimizers make their state
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self.function, self.stream = function, torch.cuda.Stream()
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.variant, self.calls = None, 0
+
+    def __call__(self, variant: Any = None) -> None:
+        if variant != self.variant:
+            self.graph, self.variant, self.calls = None, variant, 0
+        self.calls += 1
+        if self.calls > self.EAGER_CALLS:
+            if self.graph is None:
+                self.graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self.graph, stream=self.stream):  # which does nothing yet
+                    self.function()
+            self.graph.replay()
+            return
+        current = torch.cuda.current_stream()
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            self.function()
+        current.wait_stream(self.stream)
 
 
 def _resume(parts: dict[str, Any], path: Path | None, device: torch.device) -> tuple[int, Tensor, float]:
@@ -185,6 +239,9 @@ def _step(
     if recipe.clip_norm is not None:
         scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
+    for group in optimizer.param_groups:
+        if "capturable" in group:  # AdamW wants to know beforehand whether a graph is taken
+            group["capturable"] = loss.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     scaler.step(optimizer)
     scaler.update()
 
