@@ -84,7 +84,7 @@ def train(
     bit_layers = [m for m in model.modules() if isinstance(m, (BitLinear, BitConv2d))]
     runner = distributed.wrapped(model)
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # of the streams and graphs below
+        torch.cuda.set_device(device.index or 0)  # of the streams and graphs below
         torch.backends.cudnn.benchmark = True  # all batches have one shape, so its fastest algorithms are found once
     if setup.compile:
         torch.compiler.reset()  # variants are counted over all models of a process, and the ninth would run uncompiled
