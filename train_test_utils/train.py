@@ -20,6 +20,7 @@ from quantization_utils.bit_layers import BitConv2d, BitLinear
 
 from . import distributed
 from .checkpoint import first_line, load_state, save_state
+from .cuda_graph import Replayed
 from .data import augment, epoch_order, to_float
 from .dataset import ImageDataset, Split
 from .recipe import Recipe
@@ -112,8 +113,10 @@ def train(
         sums[:3] += distributed.summed(figures)
         sums[3] = torch.where(torch.isfinite(figures[0]) | (sums[3] >= 0), sums[3], number)
 
-    # Several processes exchange gradients during a step, which is left to be started from Python.
-    repeated = Replayed(do_step) if device.type == "cuda" and world == 1 else None
+    # Started from Python as it is: a step in which processes exchange gradients, or on a GPU that wants loss scaling,
+    # which is slow enough for Python to keep up.
+    replays = device.type == "cuda" and world == 1 and not scaler.is_enabled()
+    repeated = Replayed(do_step) if replays else None
     if repeated:
         for group in optimizer.param_groups:
             group["lr"] = torch.empty((), device=device)
@@ -171,41 +174,6 @@ def train(
     if recipe.statistics_images:
         _estimate_statistics(model, train_split, recipe, seed)
     return model.eval()
-
-
-class Replayed:
-    """A function without arguments or result, all of whose work is on the GPU, as a CUDA graph.
-
-    A step of training is hundreds of short kernels, and a GPU would wait for Python to start them one by one; a graph's
-    are started at once. It repeats what it saw: the same kernels on the same memory, so what changes from call to call
-    has to be in tensors that stay (random numbers follow `torch.manual_seed`). Another `variant` is another graph.
-
-    Reference: PyTorch's notes on CUDA semantics, "CUDA Graphs".
-    """
-
-    EAGER_CALLS = 3  # before a graph is taken: compilers and libraries choose kernels, optimizers make their state
-
-    def __init__(self, function: Callable[[], None]) -> None:
-        self.function, self.stream = function, torch.cuda.Stream()
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.variant, self.calls = None, 0
-
-    def __call__(self, variant: Any = None) -> None:
-        if variant != self.variant:
-            self.graph, self.variant, self.calls = None, variant, 0
-        self.calls += 1
-        if self.calls > self.EAGER_CALLS:
-            if self.graph is None:
-                self.graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self.graph, stream=self.stream):  # which does nothing yet
-                    self.function()
-            self.graph.replay()
-            return
-        current = torch.cuda.current_stream()
-        self.stream.wait_stream(current)
-        with torch.cuda.stream(self.stream):
-            self.function()
-        current.wait_stream(self.stream)
 
 
 def _resume(parts: dict[str, Any], path: Path | None, device: torch.device) -> tuple[int, Tensor, float]:

@@ -282,10 +282,8 @@ def test_every_row_of_a_long_table_is_compiled(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    "recipe, precision",
-    [("sgd", torch.float32), ("sgd", torch.float16), ("everything", torch.float32), ("everything", torch.float16)],
-)
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_a_cuda_graph_does_what_its_steps_do(monkeypatch, recipe, precision):
     """The same learning rates, random numbers, ramp and figures: 15 steps, of which each graph repeats some."""
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
