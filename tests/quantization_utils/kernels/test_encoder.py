@@ -53,11 +53,16 @@ def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
     assert error.median() < 1e-5 * size and error.max() < 0.02 * size
 
 
+def written(options: dict[str, object]) -> str:
+    """For a test's name: the same in every process."""
+    return ",".join(f"{name}={getattr(value, '__name__', value)}" for name, value in options.items()) or "default"
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "options",
     [{}, {"patch_size": 8, "width": 192, "depth": 1}, {"patch_size": 16}, {"quantizer": int8_absmax}, {"act_bits": 4}],
-    ids=str,
+    ids=written,
 )
 @torch.no_grad()
 def test_equals_the_modules(backend: str, options: dict[str, object]) -> None:
@@ -81,7 +86,7 @@ def test_equals_the_modules(backend: str, options: dict[str, object]) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
-    "options", [{}, {"patch_size": 8, "width": 192, "depth": 1}, {"quantizer": int8_absmax}, {"act_bits": 4}], ids=str
+    "options", [{}, {"patch_size": 8, "width": 192, "depth": 1}, {"quantizer": int8_absmax}, {"act_bits": 4}], ids=written
 )
 @torch.no_grad()
 def test_from_images_to_logits(backend: str, options: dict[str, object]) -> None:
