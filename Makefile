@@ -19,7 +19,7 @@ quickstart: $(VENV)/requirements.stamp
 	$(RUN) resnet_18_experiments.py --quick
 
 test: $(VENV)/requirements-dev.stamp
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n logical --maxprocesses 8 --dist worksteal
 
 lint: $(VENV)/requirements-dev.stamp
 	$(RUN) -m ruff check .

@@ -1,6 +1,12 @@
-"""What all tests share: a fixed seed, and the skipping of tests that need a GPU where there is none."""
+"""What all tests share: a fixed seed, a thread for each of several processes, and the skipping of tests that need a GPU
+where there is none."""
 
 from __future__ import annotations
+
+import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # the others have the other cores; also for what the tests start
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
