@@ -86,7 +86,9 @@ def test_equals_the_modules(backend: str, options: dict[str, object]) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
-    "options", [{}, {"patch_size": 8, "width": 192, "depth": 1}, {"quantizer": int8_absmax}, {"act_bits": 4}], ids=written
+    "options",
+    [{}, {"patch_size": 8, "width": 192, "depth": 1}, {"quantizer": int8_absmax}, {"act_bits": 4}],
+    ids=written,
 )
 @torch.no_grad()
 def test_from_images_to_logits(backend: str, options: dict[str, object]) -> None:
