@@ -85,7 +85,8 @@ def train(
     bit_layers = [m for m in model.modules() if isinstance(m, (BitLinear, BitConv2d))]
     runner = distributed.wrapped(model)
     if device.type == "cuda":
-        torch.cuda.set_device(device.index or 0)  # of the streams and graphs below
+        if device.index is not None:
+            torch.cuda.set_device(device)  # for the streams and graphs below
         torch.backends.cudnn.benchmark = True  # all batches have one shape, so its fastest algorithms are found once
     if setup.compile:
         torch.compiler.reset()  # variants are counted over all models of a process, and the ninth would run uncompiled
@@ -93,8 +94,8 @@ def train(
     autocast = (
         torch.autocast(device.type, setup.precision) if setup.precision != torch.float32 else nullcontext()
     )
-    images_of_all = min(recipe.batch_size, len(train_split))
-    batch = torch.empty(len(range(rank, images_of_all, world)), dtype=torch.int64, device=device)
+    batch_of_all = min(recipe.batch_size, len(train_split))
+    batch = torch.empty(len(range(rank, batch_of_all, world)), dtype=torch.int64, device=device)
     number = torch.empty((), device=device)  # of the step
 
     def do_step() -> None:
