@@ -81,7 +81,7 @@ ROWS = [
 ]  # fmt: skip
 
 QUICK_OPTIONS = {"stem": "maxpool"}
-QUICK = ("float", "ptq_linear", "ptq_all", "qat_all", "qat_all_l1_50", "qat_all_l2_filters_50")
+QUICK = ("float", "ptq_all", "qat_all", "qat_all_l1_50", "qat_all_l2_filters_50")
 
 if __name__ == "__main__":
     main("resnet_18", ROWS, QUICK, QUICK_OPTIONS)

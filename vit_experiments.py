@@ -79,4 +79,4 @@ QUICK_OPTIONS = {"checkpoint": None, "width": 128, "depth": 4}
 QUICK = ("float", "ptq_linear", "ptq_all", "qat_all", "qat_linear_l1_50", "qat_linear_l2_filters_50")
 
 if __name__ == "__main__":
-    main("vit", rows, QUICK, QUICK_OPTIONS, **OPTIONS)
+    main("vit", rows, QUICK, QUICK_OPTIONS, quick_budget=0.04, **OPTIONS)

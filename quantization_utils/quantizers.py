@@ -91,6 +91,7 @@ def twn(weight: Tensor) -> tuple[Tensor, Tensor]:
     return codes_NK.view_as(weight), _fitted_scale(weight, codes_NK.view_as(weight))
 
 
+@by_blocks
 def mse_optimal(weight: Tensor) -> tuple[Tensor, Tensor]:
     """The codes and scale of least squared error, per output channel, exactly.
 
@@ -98,13 +99,12 @@ def mse_optimal(weight: Tensor) -> tuple[Tensor, Tensor]:
     |w|² - S_k² / k, so the best k maximises S_k² / k. All k are tried.
     """
     weight_NK = weight.flatten(1).float()
-    magnitude_NK, order_NK = weight_NK.abs().sort(dim=1, descending=True, stable=True)
+    magnitude_NK = weight_NK.abs()
+    sorted_NK = magnitude_NK.sort(dim=1, descending=True).values
     count_K = torch.arange(1, weight_NK.shape[1] + 1, device=weight.device, dtype=torch.float64)
-    gain_NK = magnitude_NK.double().cumsum(1).square() / count_K
-    best_N1 = gain_NK.argmax(1, keepdim=True)
-    position_K = torch.arange(len(count_K), device=weight.device)
-    rank_NK = torch.empty_like(order_NK).scatter_(1, order_NK, position_K.expand_as(order_NK))
-    codes_NK = (weight_NK.sign() * (rank_NK <= best_N1)).to(torch.int8)
+    gain_NK = sorted_NK.cumsum(1, dtype=torch.float64).square_().div_(count_K)
+    smallest_N1 = sorted_NK.gather(1, gain_NK.argmax(1, keepdim=True))  # of equal ones the best k keeps all or none
+    codes_NK = (weight_NK.sign() * (magnitude_NK >= smallest_N1)).to(torch.int8)
     return codes_NK.view_as(weight), _fitted_scale(weight, codes_NK.view_as(weight))
 
 

@@ -16,7 +16,7 @@ from models.normalize import Normalize
 from models.select import Selection, select_layers
 from models.state import evaluating
 
-from .bit_layers import BitConv2d, BitLinear, PackedConv2d, PackedLinear, Quantized, StaticQuantizer
+from .bit_layers import BitConv2d, BitLinear, PackedConv2d, PackedLinear, Quantized, StaticQuantizer, fixed_weights
 from .dead_channels import remove_dead_channels
 from .network import NotANetwork, PackedNetwork, to_nodes
 from .packed_encoder import fuse_encoder_, remove_dead_neurons_
@@ -224,7 +224,7 @@ def _observe(model: nn.Module, producers: dict[str, Quantized], images: Tensor, 
     try:
         for q in producers.values():
             q.quantizer = nn.Identity()  # type: ignore[assignment]
-        with evaluating(model):
+        with evaluating(model), fixed_weights(model):
             for batch in images.split(batch_size):
                 model(batch)
     finally:

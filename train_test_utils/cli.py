@@ -47,8 +47,8 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (--help lists all options)\n")
 
 
-def parse_arguments(model_name: str, words: list[str]) -> Arguments:
-    """Parse the command line; exits with code 2 and one sentence on a mistake."""
+def parse_arguments(model_name: str, words: list[str], quick_budget: float = 0.015) -> Arguments:
+    """Parse the command line; exits with code 2 and one sentence on a mistake. `quick_budget`: that of `--quick`."""
     parser = Parser(description=f"1.58-bit weights and pruning of {model_name}: its table.")
     add = parser.add_argument
     add("--dataset", nargs="+", metavar="NAME",
@@ -59,7 +59,8 @@ def parse_arguments(model_name: str, words: list[str]) -> Arguments:
     add("--seeds", nargs="+", type=int, default=[0], help="a run of every row for each (default: 0)")
     add("--quick", action="store_true", help="handwritten digits and a few rows: minutes on a CPU, nothing to download")
     add("--budget", type=float, metavar="FRACTION",
-        help="scale every recipe's optimizer steps; recorded in the rows (default: 1, with --quick 0.04)")  # fmt: skip
+        help="scale every recipe's optimizer steps; recorded in the rows "
+             f"(default: 1, with --quick {quick_budget:g})")  # fmt: skip
     add("--holdout", type=float, default=0.0, metavar="FRACTION",
         help="measure on this part of the training split, left out of training: for choosing")  # fmt: skip
     add("--measure-again", nargs="?", const="everything", choices=["everything", "latency"],
@@ -75,7 +76,7 @@ def parse_arguments(model_name: str, words: list[str]) -> Arguments:
         help=f"of the model's constructor: {', '.join(option_names(model_name))}")  # fmt: skip
     given = parser.parse_args(words)
     try:
-        budget = given.budget if given.budget is not None else (0.04 if given.quick else 1.0)
+        budget = given.budget if given.budget is not None else (quick_budget if given.quick else 1.0)
         if not 0 < budget <= 100:
             raise ValueError(f"--budget is from above 0 to 100, 1 for the full recipes, not {budget:g}")
         if not 0 <= given.holdout < 1:

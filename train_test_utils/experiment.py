@@ -40,6 +40,7 @@ from .rows import (
     describe,
     folder_hashes,
     format_rows,
+    in_small_batches,
     is_named,
     pruned_text,
     transformed,
@@ -54,12 +55,14 @@ def main(
     rows: Sequence[Row] | Callable[[dict[str, Any]], Sequence[Row]],
     quick: Sequence[str],
     quick_options: dict[str, Any] | None = None,
+    quick_budget: float = 0.015,
     **default_options: Any,
 ) -> None:
     """Run the table of a script from the command line.
 
-    `rows`: the table, or a function that makes it from the model's options. `quick`, `quick_options`: the rows and the
-    model options of `--quick`. `default_options`: the model's options unless `--options` says otherwise.
+    `rows`: the table, or a function that makes it from the model's options. `quick`, `quick_options`, `quick_budget`:
+    the rows, model options and budget of `--quick`. `default_options`: the model's options unless `--options` says
+    otherwise.
     Exits with code 2 and one sentence on a user's mistake, with 1 if a training diverged (the other rows are done),
     with 130 on Ctrl-C.
     """
@@ -68,12 +71,14 @@ def main(
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     # A GPU's convolutions outside of autocast are held against exact integers, and their outputs are calibrated on.
     torch.backends.cudnn.allow_tf32 = False
-    arguments = parse_arguments(model_name, sys.argv[1:])
+    arguments = parse_arguments(model_name, sys.argv[1:], quick_budget)
     commit()  # of the code that is about to run
     options = default_options | ((quick_options or {}) if arguments.quick else {}) | arguments.options
     try:
         table = rows(options) if callable(rows) else rows
         chosen = choose(table, arguments.only or (quick if arguments.quick else None))
+        if arguments.quick:
+            chosen = [in_small_batches(row) for row in chosen]
         if arguments.list:
             print(format_rows(model_name, chosen))
             return
@@ -294,7 +299,7 @@ class Run:
         """Latency fields of the row's line: on the CPU, where the integer kernels run, beside the float model's."""
         floating, _ = load_model(self.origin.file)
         return {
-            **latency_beside(floating, packed, seconds=2.0 if self.arguments.quick else 6.0),
+            **latency_beside(floating, packed, seconds=1.0 if self.arguments.quick else 6.0),
             "latency_device": device_name(torch.device("cpu")), "threads": torch.get_num_threads(),
             "backend": backend_of(packed),
         }  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cache
 from os.path import isdir
@@ -21,9 +21,10 @@ from pruning_utils import prune_
 from quantization_utils import absmean_fitted, calibrate_, quantize_
 from quantization_utils.quantizers import Quantizer, int8_absmax
 
-from .recipe import Recipe
+from .recipe import Recipe, sgd
 
 CALIBRATION_IMAGES = 1024
+QUICK_BATCH = 64  # images: of the digits 1,438 are for training
 Transform = Callable[[nn.Module, Tensor, int], nn.Module]  # (model, unlabelled images float (B, 3, H, W), seed)
 
 
@@ -107,6 +108,19 @@ def choose(rows: Sequence[Row], patterns: Sequence[str] | None) -> list[Row]:
         if row.name in wanted and row.parent is not None:
             wanted.add(row.parent)
     return [row for row in rows if row.name in wanted]
+
+
+def in_small_batches(row: Row) -> Row:
+    """The row for a small data set and a short training: its epochs have more steps, which are shorter.
+
+    The learning rate is proportional to the batch for SGD (P. Goyal et al., arXiv 1706.02677), to its square root for
+    Adam (S. Malladi et al., arXiv 2205.10287).
+    """
+    if row.recipe is None or row.recipe.batch_size <= QUICK_BATCH:
+        return row
+    smaller = QUICK_BATCH / row.recipe.batch_size
+    shorter = smaller if row.recipe.optimizer is sgd else smaller**0.5
+    return replace(row, recipe=replace(row.recipe, batch_size=QUICK_BATCH, lr=shorter * row.recipe.lr))
 
 
 def is_named(row: Row, patterns: Sequence[str] | None) -> bool:

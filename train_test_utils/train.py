@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from tqdm import tqdm
 
-from quantization_utils.bit_layers import BitConv2d, BitLinear
+from quantization_utils.bit_layers import BitConv2d, BitLinear, fixed_weights
 
 from . import distributed
 from .checkpoint import first_line, load_state, save_state
@@ -221,7 +221,8 @@ def _estimate_statistics(model: nn.Module, split: Split, recipe: Recipe, seed: i
     chosen = epoch_order(len(split), seed, 0, split.images.device)[: recipe.statistics_images]
     if len(chosen) % recipe.batch_size == 1 < len(chosen):
         chosen = chosen[:-1]  # one image alone has no variance
-    update_bn((to_float(split.images[batch]) for batch in chosen.split(recipe.batch_size)), model)
+    with fixed_weights(model):
+        update_bn((to_float(split.images[batch]) for batch in chosen.split(recipe.batch_size)), model)
 
 
 def _soft_targets(teacher: nn.Module | None, images: Tensor) -> Tensor | None:

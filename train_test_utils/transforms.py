@@ -11,7 +11,7 @@ from torch.optim.swa_utils import update_bn
 
 from models.select import Selection
 from quantization_utils import absmean_fitted, calibrate_, quantize_
-from quantization_utils.bit_layers import BitConv2d, BitLinear
+from quantization_utils.bit_layers import BitConv2d, BitLinear, fixed_weights
 from quantization_utils.post_training import DEFAULT, Settings, ternarize_
 from quantization_utils.quantizers import Quantizer, as_is
 from quantization_utils.reconstruction import DEFAULT as DEFAULT_RECONSTRUCTION
@@ -34,7 +34,8 @@ class TernaryStart(Ternary):
     def __call__(self, model: nn.Module, images: Tensor, seed: int) -> nn.Module:
         quantize_(model, self.quantizer, self.act_bits, self.only, self.keep)
         torch.manual_seed(seed)  # dropout
-        update_bn(images.tensor_split(max(1, len(images) // BATCH)), model)  # type: ignore[arg-type]
+        with fixed_weights(model):
+            update_bn(images.tensor_split(max(1, len(images) // BATCH)), model)  # type: ignore[arg-type]
         return model if self.act_bits is None else calibrate_(model, images)
 
     def structure(self, model: nn.Module, images: Tensor, seed: int) -> nn.Module:

@@ -20,7 +20,7 @@ def test_what_holds_unless_told_otherwise():
 
 
 def test_quick_is_digits_at_a_small_budget_unless_told_otherwise():
-    assert (parse("--quick").dataset, parse("--quick").budget) == (("digits",), 0.04)
+    assert (parse("--quick").dataset, parse("--quick").budget) == (("digits",), 0.015)
     given = parse("--quick", "--budget", "0.01", "--dataset", "cifar10")
     assert (given.dataset, given.budget) == (("cifar10",), 0.01)
     assert parse("--budget", "2").budget == 2

@@ -14,7 +14,7 @@ from pruning_utils import l1, l2_filters, random, zero_fraction
 from quantization_utils import absmean, int8_absmax, mse_optimal
 from quantization_utils.bit_layers import BitLinear, Quantized
 from tests.networks import images, make
-from train_test_utils.recipe import Recipe
+from train_test_utils.recipe import Recipe, adamw, sgd
 from train_test_utils.rows import (
     Prune,
     Reinitialize,
@@ -27,6 +27,7 @@ from train_test_utils.rows import (
     describe,
     folder_hashes,
     format_rows,
+    in_small_batches,
     pruned_text,
     transformed,
 )
@@ -142,6 +143,17 @@ def test_a_transformation_gets_as_many_images_as_it_asks_for():
 
     transformed(Row("x", "float", [Looks()], None), nn.Identity(), torch.zeros(9, 3, 4, 4, dtype=torch.uint8), 0)
     assert counts == [5]
+
+
+def test_small_batches_take_steps_as_much_shorter():
+    def small(*, batch_size: int, optimizer=sgd) -> Recipe:
+        recipe = Recipe(epochs=1, lr=0.1, batch_size=batch_size, optimizer=optimizer)
+        return in_small_batches(Row("float", None, [], recipe)).recipe
+
+    assert small(batch_size=128) == Recipe(epochs=1, lr=0.05, batch_size=64)
+    assert small(batch_size=256, optimizer=adamw) == Recipe(epochs=1, lr=0.05, batch_size=64, optimizer=adamw)
+    assert small(batch_size=32) == Recipe(epochs=1, lr=0.1, batch_size=32)
+    assert in_small_batches(Row("ptq", "float", [], None)).recipe is None
 
 
 def test_what_a_row_prunes_in_words():
