@@ -60,6 +60,12 @@ def quantized_and_packed(kind: str, path: Path) -> None:
     torch.testing.assert_close(load_model(path, NAME)[0](moved).cpu(), wanted, rtol=0, atol=2e-2)
 
 
+def library(path: Path) -> None:
+    weights_and_masks()
+    for kind in KINDS:
+        quantized_and_packed(kind, path / kind)
+
+
 def post_training() -> None:
     torch.manual_seed(0)
     model, batch = make("resnet_like"), images(32)
@@ -109,7 +115,7 @@ def rows_of_a_script(path: Path) -> None:
     experiment.load_dataset = lambda name, folder: small(load_dataset(name, folder))
     experiment.latency_beside = lambda *models, seconds: {}  # on the CPU
     rows = ["ptq_all_corrected_8bit_acts", "qat_all", "qat_linear_l2_filters_50"]
-    options = ["--options", "checkpoint=none", "width=64", "depth=1", "patch_size=16", "--budget", "0.005"]
+    options = ["--options", "checkpoint=none", "width=64", "depth=1", "patch_size=8", "--budget", "0.005"]
     where = ["--out", str(path), "--dataset", "digits", "--wandb", "disabled", "--precision", "fp32"]
     sys.argv = ["vit_experiments.py", "--only", *rows, *options, *where]
     experiment.main("vit", vit_experiments.rows, ())
@@ -121,8 +127,7 @@ def rows_of_a_script(path: Path) -> None:
 @pytest.mark.parametrize(
     "case",
     [
-        "weights_and_masks()",
-        *(f"quantized_and_packed({kind!r}, path / 'model')" for kind in KINDS),
+        "library(path)",
         "post_training()",
         "training_that_continues(path)",
         "rows_of_a_script(path)",

@@ -26,7 +26,7 @@ from train_test_utils.train import NonFiniteLoss
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("alexnet", "resnet_18", "vit")
 TINY = (
-    "--dataset digits --options checkpoint=none width=64 depth=1 patch_size=16 --budget 0.005 --device cpu "
+    "--quick --dataset digits --options checkpoint=none width=64 depth=1 patch_size=16 --budget 0.005 --device cpu "
     "--precision fp32 --wandb disabled --seeds 3"
 ).split()
 
