@@ -34,12 +34,13 @@ tables: $(VENV)/requirements.stamp
 kernels: $(VENV)/requirements.stamp
 	$(RUN) -m quantization_utils.kernels
 
+# --no-compile: Python compiles what it imports when it does; all of the packages take a minute.
 $(VENV)/requirements.stamp: requirements.txt | $(VENV)/bin/pip
-	$(RUN) -m pip install --disable-pip-version-check --no-input -r requirements.txt
+	$(RUN) -m pip install --no-compile --disable-pip-version-check --no-input -r requirements.txt
 	@touch $@
 
 $(VENV)/requirements-dev.stamp: requirements-dev.txt $(VENV)/requirements.stamp
-	$(RUN) -m pip install --disable-pip-version-check --no-input -r requirements-dev.txt
+	$(RUN) -m pip install --no-compile --disable-pip-version-check --no-input -r requirements-dev.txt
 	@touch $@
 
 # pip is the last thing that venv installs, so where it is the environment is whole.
