@@ -35,7 +35,7 @@ class TernaryStart(Ternary):
         quantize_(model, self.quantizer, self.act_bits, self.only, self.keep)
         torch.manual_seed(seed)  # dropout
         with fixed_weights(model):
-            update_bn(images.tensor_split(max(1, len(images) // BATCH)), model)  # type: ignore[arg-type]
+            update_bn(images.tensor_split(max(1, len(images) // BATCH)), model)
         return model if self.act_bits is None else calibrate_(model, images)
 
     def structure(self, model: nn.Module, images: Tensor, seed: int) -> nn.Module:
