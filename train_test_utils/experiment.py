@@ -23,7 +23,7 @@ from quantization_utils.storage import load_model, save_model
 
 from . import distributed
 from .checkpoint import load_weights, save_weights
-from .cli import Arguments, parse_arguments, sentence
+from .cli import QUICK_BUDGET, Arguments, parse_arguments, sentence
 from .data import load_dataset
 from .dataset import ImageDataset
 from .evaluate import accuracy_pct, predict
@@ -55,7 +55,7 @@ def main(
     rows: Sequence[Row] | Callable[[dict[str, Any]], Sequence[Row]],
     quick: Sequence[str],
     quick_options: dict[str, Any] | None = None,
-    quick_budget: float = 0.015,
+    quick_budget: float = QUICK_BUDGET,
     **default_options: Any,
 ) -> None:
     """Run the table of a script from the command line.
