@@ -46,7 +46,7 @@ class Recipe:
     temperature: float = 1.0  # of the distillation
     ramp: float = 0.0  # fraction of the steps over which weights go from float to quantized
     clip_norm: float | None = None  # largest gradient norm
-    statistics_images: int = 0  # training images, unaltered, that batch norm's statistics are taken from at the end
+    statistics_images: int = 0  # training images that batch norm's statistics are taken from at the end
 
     def __str__(self) -> str:
         ramped = f", {self.ramp:.0%} ramp" if self.ramp else ""

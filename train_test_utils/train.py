@@ -22,7 +22,7 @@ from . import distributed
 from .checkpoint import first_line, load_state, save_state
 from .cuda_graph import Replayed
 from .data import augment, epoch_order, to_float
-from .dataset import ImageDataset, Split
+from .dataset import ImageDataset
 from .recipe import Recipe
 
 LOOK_EVERY = 20  # steps between two looks at the loss, where states are saved, too: each makes a GPU wait
@@ -173,7 +173,7 @@ def train(
     if averaged is not None:
         model.load_state_dict(averaged.module.state_dict())
     if recipe.statistics_images:
-        _estimate_statistics(model, train_split, recipe, seed)
+        _estimate_statistics(model, dataset, recipe, budget, seed)
     return model.eval()
 
 
@@ -215,14 +215,18 @@ def _step(
     scaler.update()
 
 
-def _estimate_statistics(model: nn.Module, split: Split, recipe: Recipe, seed: int) -> None:
-    """Batch norm's statistics anew: running averages lag behind weights that move, far after few steps."""
-    torch.manual_seed(seed)  # dropout; a run may have been interrupted after its last step
-    chosen = epoch_order(len(split), seed, 0, split.images.device)[: recipe.statistics_images]
+def _estimate_statistics(model: nn.Module, dataset: ImageDataset, recipe: Recipe, budget: float, seed: int) -> None:
+    """Batch norm's statistics anew: running averages lag behind weights that move, far after few steps.
+
+    Of images altered as in training. Under those of unaltered ones a network that was trained for long gets worse: it
+    knows them by heart, and never saw them without a blanked square.
+    """
+    torch.manual_seed(seed)  # augmentation and dropout; a run may have been interrupted after its last step
+    chosen = epoch_order(len(dataset.train), seed, 0, dataset.train.images.device)[: recipe.statistics_images]
     if len(chosen) % recipe.batch_size == 1 < len(chosen):
         chosen = chosen[:-1]  # one image alone has no variance
     with fixed_weights(model):
-        update_bn((to_float(split.images[batch]) for batch in chosen.split(recipe.batch_size)), model)
+        update_bn((_augmented(dataset, batch, recipe, budget) for batch in chosen.split(recipe.batch_size)), model)
 
 
 def _soft_targets(teacher: nn.Module | None, images: Tensor) -> Tensor | None:
