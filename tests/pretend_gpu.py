@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -123,7 +124,13 @@ def install() -> None:
         found = load(file, map_location="cpu" if _is_ours(map_location) else map_location, **kwargs)
         return tree_map(lambda x: x.to(map_location) if isinstance(x, torch.Tensor) else x, found)
 
-    torch.tensor, torch.load = new_tensor, loaded
+    to_double = nn.Module.double
+
+    def double(module: nn.Module) -> nn.Module:  # its tensors can't change their type in place
+        device = next(module.parameters()).device
+        return to_double(module.cpu()).to(device)
+
+    torch.tensor, torch.load, nn.Module.double = new_tensor, loaded, double
     # Its tensors count no writes, as inference mode wants of views.
     torch.inference_mode = lambda mode=True: torch.no_grad() if mode else torch.enable_grad()
     _ForFactories().__enter__()

@@ -26,7 +26,7 @@ from .checkpoint import load_weights, save_weights
 from .cli import QUICK_BUDGET, Arguments, parse_arguments, sentence
 from .data import load_dataset
 from .dataset import ImageDataset
-from .evaluate import accuracy_pct, predict
+from .evaluate import accuracy_pct, agreement_pct, predict
 from .logbook import Logbook
 from .measure import code_zero_fraction, count_macs, ideal_bytes, latency_beside, weight_bits
 from .record import commit, device_name, versions
@@ -276,7 +276,7 @@ class Run:
         save_model(packed, path, metadata, calibration_images(self.data.train.images, self.seed).cpu())
         packed, _ = load_model(path)
         logits = predict(packed if args.device.type == "cpu" else load_model(path, str(args.device))[0], test.images)
-        agreement = 100 * (logits.argmax(1) == trainable_logits.argmax(1)).double().mean().item()
+        agreement = agreement_pct(model, test.images, trainable_logits, logits)
         return {
             "model": self.model_name, "dataset": self.data.name, "row": self.row.name, "seed": self.seed,
             "options": self.options, "parent": self.row.parent,

@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from train_test_utils.evaluate import accuracy_pct, predict
+from train_test_utils.evaluate import accuracy_pct, agreement_pct, predict
 
 
 def test_predictions_are_of_images_between_0_and_1_batch_by_batch():
@@ -21,3 +21,31 @@ def test_a_model_predicts_in_evaluation_and_trains_on():
 def test_accuracy_by_hand():
     logits = torch.tensor([[2.0, 1.0], [0.0, 1.0], [3.0, -1.0], [0.0, 0.5]])
     assert accuracy_pct(logits, torch.tensor([0, 1, 1, 1])) == 75.0
+
+
+class Cancels(nn.Module):
+    """Of a pixel p of 0 … 255: logits 1e8 + p - 1e8 and 2.5 (0 and 8 are what float32 makes of the first)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(1e8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pixel = (x[:, 0, 0, 0] * 255).round()
+        return torch.stack([pixel + self.weight - self.weight, torch.full_like(pixel, 2.5)], 1)
+
+
+def test_agreement_is_with_the_model_in_float64_where_its_own_rounding_could_decide():
+    model = Cancels()
+    images = torch.full((20, 3, 2, 2), 200, dtype=torch.uint8)
+    images[3], images[5] = 3, 1  # classes 0 and 1; both 1 in float32
+    logits = predict(model, images)
+    assert logits[[3, 5]].tolist() == [[0, 2.5], [0, 2.5]] and logits[0, 0] == 200
+    right = logits.clone()
+    right[3, 0] = 3
+    assert agreement_pct(model, images, logits, right) == 100
+    for image, logit in ((5, 0), (7, 1)):  # next to equal in the model too; not a matter of rounding
+        wrong = right.clone()
+        wrong[image, logit] = 300
+        assert agreement_pct(model, images, logits, wrong) == 95
+    assert predict(model, images).dtype == torch.float32 and model.weight.dtype == torch.float32
