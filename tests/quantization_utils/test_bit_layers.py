@@ -291,6 +291,13 @@ def test_mixed_precision_quantizes_in_float32():
     torch.testing.assert_close(out.float(), layer(x), rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize("quantizer", [StaticQuantizer(8, 1.0), DynamicQuantizer(8, "token")])
+def test_in_float64_a_value_that_float32_puts_on_a_tie_is_rounded_to_its_side(quantizer):
+    above, top = 2.5 + 1e-9, 127.0  # the largest value makes the dynamic scale 1, too
+    x = torch.tensor([[above, top]], dtype=torch.float64)
+    assert quantizer(x).tolist() == [[3, top]] and quantizer(x.float()).tolist() == [[2, top]]
+
+
 def test_a_weight_that_is_computed_is_computed_once_in_a_forward_pass() -> None:
     """As a pruned one is, by its mask: for AlexNet's 57 million that takes a fifth of a training step."""
 
