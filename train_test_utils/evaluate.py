@@ -15,9 +15,7 @@ from .data import to_float
 
 
 @torch.inference_mode()
-def predict(
-    model: nn.Module, images_u8: Tensor, batch_size: int = 64, dtype: torch.dtype = torch.float32
-) -> Tensor:
+def predict(model: nn.Module, images_u8: Tensor, batch_size: int = 64, dtype: torch.dtype = torch.float32) -> Tensor:
     """Logits (N, classes) on the CPU for uint8 images (N, 3, H, W), whose device and `dtype` are the model's."""
     with evaluating(model), fixed_weights(model):
         return torch.cat([model(to_float(batch).to(dtype)).to(dtype).cpu() for batch in images_u8.split(batch_size)])
@@ -36,9 +34,10 @@ def agreement_pct(model: nn.Module, images_u8: Tensor, model_logits: Tensor, fil
     whose two best classes are as near as that, a tenth of all at most, are given to the model in float64.
     """
     first, second = model_logits.topk(2).values.T
-    off = 2 * (model_logits - file_logits).abs().amax(1).quantile(0.99)
-    nearest = (first - second).argsort()[: math.ceil(len(first) / 10)]
-    doubtful = nearest[(first - second)[nearest] < off]
+    margin = first - second
+    noise = (model_logits - file_logits).abs().amax(1).quantile(0.99)
+    nearest = margin.argsort()[: math.ceil(len(margin) / 10)]
+    doubtful = nearest[margin[nearest] < 2 * noise]
     classes = model_logits.argmax(1)
     if len(doubtful):
         exact = copy.deepcopy(model).double()
