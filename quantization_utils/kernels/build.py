@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 SOURCES = Path(__file__).parent / "cpu"
-# No contraction: the reference rounds every float operation separately, and so do we.
+# No contraction: what is rounded once, and what is not, is written down, as in the reference.
 FLAGS = ["-O3", "-std=c++20", "-ffp-contract=off", "-fno-math-errno", "-pthread"]
 
 

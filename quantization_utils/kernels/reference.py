@@ -6,8 +6,8 @@ the study); where that bound reaches 2^24 (8-bit weights, long rows) the contain
 TF32 products of 8-bit integers are exact too, but a library may choose a Winograd convolution there, which is not: its
 error is far below 1/2, so rounding restores the integer.
 
-Every operation after the accumulator is one float32 operation, rounded separately (no fused multiply-add), in the order
-written here; other kernels do the same and so agree bit for bit.
+After the accumulator come float32 operations in the order written here, each rounded once, a product together with the
+sum that it goes into (`multiply_add`); other kernels do the same and so agree bit for bit.
 """
 
 from __future__ import annotations
@@ -36,6 +36,15 @@ def quantize_dynamic(x: Tensor, bits: int, per: str) -> tuple[Tensor, Tensor]:
     return (x * (code_max / absmax)).round().clamp(-code_max - 1, code_max), absmax / code_max
 
 
+def multiply_add(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """a · b + c of float32, rounded once, as the instruction of that name (IEEE 754's fusedMultiplyAdd) does.
+
+    float64 holds the product exactly, and most sums; of the others, which are rounded twice, one in some 2^29 is off by
+    its last bit.
+    """
+    return torch.addcmul(c.double(), a.double(), b.double()).float()
+
+
 class Linear:
     """Dynamic integer linear layer: x float32 (…, K) → float32 (…, N); y = acc · (scale_n · token scale) + bias_n."""
 
@@ -48,8 +57,8 @@ class Linear:
     def __call__(self, x: Tensor) -> Tensor:
         codes, token_scale = quantize_dynamic(x.float(), self.act_bits, "token")
         accumulator = _integers(F.linear(codes.to(self.weight_NK.dtype), self.weight_NK))
-        y = accumulator * (self.scale_N * token_scale)
-        return y if self.bias_N is None else y + self.bias_N
+        gain = self.scale_N * token_scale
+        return accumulator * gain if self.bias_N is None else multiply_add(accumulator, gain, self.bias_N)
 
 
 class Conv2d:
@@ -68,8 +77,8 @@ class Conv2d:
     def __call__(self, x: Tensor) -> Tensor:
         codes, image_scale = quantize_dynamic(x.float(), self.act_bits, "image")
         accumulator = _integers(F.conv2d(codes.to(self.weight.dtype), self.weight, **self.geometry))
-        y = accumulator * (self.scale_N11 * image_scale)
-        return y if self.bias_N11 is None else y + self.bias_N11
+        gain = self.scale_N11 * image_scale
+        return accumulator * gain if self.bias_N11 is None else multiply_add(accumulator, gain, self.bias_N11)
 
 
 class NetworkExecutor:
@@ -105,11 +114,11 @@ def _run(node: Node, weight: Tensor | None, x: Tensor, residual: Tensor | None) 
     assert weight is not None and node.gain is not None and node.bias is not None
     if node.op == "conv":
         y = _integers(F.conv2d(_padded(node, x).to(weight.dtype), weight, stride=node.stride))
-        y = y * node.gain.view(-1, 1, 1) + node.bias.view(-1, 1, 1)
+        y = multiply_add(y, node.gain.view(-1, 1, 1), node.bias.view(-1, 1, 1))
     else:
-        y = _integers(F.linear(x.flatten(1).to(weight.dtype), weight)) * node.gain + node.bias
+        y = multiply_add(_integers(F.linear(x.flatten(1).to(weight.dtype), weight)), node.gain, node.bias)
     if residual is not None:
-        y = y + residual * node.residual_gain
+        y = multiply_add(residual, y.new_tensor(node.residual_gain), y)
     return _finish(node, y)
 
 

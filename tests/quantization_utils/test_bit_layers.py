@@ -205,14 +205,14 @@ def test_packed_linear_is_the_trainable_one(quantizer, k):
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_packed_linear_by_its_formula_bit_for_bit(bias):
-    """y = float(acc) · (scale_n · (a / 127)) + bias_n, one float32 operation after the other."""
+    """y = acc · (scale_n · (a / 127)) + bias_n: the gain rounded, and the product with the sum."""
     layer, x = linear(absmean, 8, bias=bias), torch.randn(7, 37)
     packed = PackedLinear.from_bit_layer(layer, 8)
     codes, scale = layer.quantized_weight()
     absmax = x.abs().amax(1, keepdim=True).clamp_min(1e-5)
     q = (x * (127 / absmax)).round().clamp(-128, 127).long()
-    y = (q @ codes.long().T).float() * (scale * (absmax / 127))
-    y = y + layer.bias if bias else y
+    y = (q @ codes.long().T).double() * (scale * (absmax / 127)).double()
+    y = (y + layer.bias.double() if bias else y).float()
     for backend in ("reference", "auto"):
         packed.backend, packed._runner = backend, None
         assert torch.equal(packed(x), y)

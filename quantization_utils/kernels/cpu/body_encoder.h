@@ -24,8 +24,8 @@ static void layer_norm(const float* x, int n, const float* weight, const float* 
   const float inverse = 1.0f / __builtin_sqrtf(square / (float)n + epsilon);
   int i = 0;
   for (; i + LANES <= n; i += LANES)
-    *(floats*)(out + i) = (*(const floats*)(x + i) - mean) * inverse * *(const floats*)(weight + i) + *(const floats*)(bias + i);
-  for (; i < n; ++i) out[i] = (x[i] - mean) * inverse * weight[i] + bias[i];
+    *(floats*)(out + i) = multiply_add((*(const floats*)(x + i) - mean) * inverse, *(const floats*)(weight + i), *(const floats*)(bias + i));
+  for (; i < n; ++i) out[i] = __builtin_fmaf((x[i] - mean) * inverse, weight[i], bias[i]);
 }
 
 // out[p][j] = gain[p] * sum over i of a[p][i] * b[i][j], P rows and J vectors of columns in registers.

@@ -14,12 +14,11 @@ struct Finish {
 // Of the first n channels of a vector, before rounding.
 template <Residual R>
 static inline floats finished(const Finish& f, const void* residual, int n, ints acc, floats gain, floats bias) {
-  floats y = __builtin_convertvector(acc, floats) * gain;
-  y = y + bias;
+  floats y = multiply_add(__builtin_convertvector(acc, floats), gain, bias);
   if constexpr (R == Residual::kFloats) {
-    y = y + (n == LANES ? *(const floats*)residual : load_part<floats>(residual, n * 4)) * f.residual_gain;
+    y = multiply_add(n == LANES ? *(const floats*)residual : load_part<floats>(residual, n * 4), f.residual_gain, y);
   } else if constexpr (R == Residual::kBytes) {
-    y = y + bytes_to_floats(n == LANES ? *(const bytes*)residual : load_part<bytes>(residual, n)) * f.residual_gain;
+    y = multiply_add(bytes_to_floats(n == LANES ? *(const bytes*)residual : load_part<bytes>(residual, n)), f.residual_gain, y);
   }
   return y;
 }

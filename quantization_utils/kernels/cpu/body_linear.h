@@ -4,8 +4,8 @@
 template <Then THEN>
 static inline void finish_row(const LinearOutput& r, int p, int channel, int n, vec acc) {
   float* const out = r.out + p * r.stride + channel;
-  floats y = __builtin_convertvector((ints)acc, floats) * (*(const floats*)(r.gain + channel) * r.row_scale[p]);
-  y = y + *(const floats*)(r.bias + channel);
+  const floats gain = *(const floats*)(r.gain + channel) * r.row_scale[p];
+  floats y = multiply_add(__builtin_convertvector((ints)acc, floats), gain, *(const floats*)(r.bias + channel));
   if constexpr (THEN == Then::kGelu) y = gelu(y);
   if constexpr (THEN == Then::kAdd) y = y + (n == LANES ? *(const floats*)out : load_part<floats>(out, n * 4));
   store_part<floats>(out, y, n * 4);

@@ -47,9 +47,19 @@ static inline vec dot(vec acc, vec a, vec w) {
 }
 // As dot, of unsigned bytes with four signed ones from memory.
 static inline vec dot_four(vec acc, vec a, const uint8_t* four) { return dot<Weights::kSmall>(acc, a, broadcast(four)); }
+typedef float four_floats __attribute__((vector_size(16), aligned(4), may_alias));
+// a * b + c, rounded once.
+static inline four_floats multiply_add(four_floats a, four_floats b, four_floats c) {
+#ifdef __FP_FAST_FMAF  // not in the first x86-64, where it is a call
+  return four_floats{__builtin_fmaf(a[0], b[0], c[0]), __builtin_fmaf(a[1], b[1], c[1]), __builtin_fmaf(a[2], b[2], c[2]), __builtin_fmaf(a[3], b[3], c[3])};
+#else  // as the reference does it
+  typedef double doubles __attribute__((vector_size(32)));
+  const auto wide = [](four_floats x) { return __builtin_convertvector(x, doubles); };
+  return __builtin_convertvector(wide(a) * wide(b) + wide(c), four_floats);
+#endif
+}
 #define bytes_to_floats(b) __builtin_convertvector(b, floats)
 #define ints_to_bytes(i) __builtin_convertvector(i, bytes)
-#define multiply_add(a, b, c) ((a) * (b) + (c))
 #define sum_of(v) (((v)[0] + (v)[2]) + ((v)[1] + (v)[3]))
 #define larger(a, b) ((a) > (b) ? (a) : (b))
 #define smaller(a, b) ((a) < (b) ? (a) : (b))

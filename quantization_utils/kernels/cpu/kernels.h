@@ -91,8 +91,8 @@ struct WinogradTile {
   const int32_t* init;           // [lanes]: start of the accumulators where there is an offset
 };
 
-// y = float(acc) * (gain_n * unit); y += bias_n; y += residual * residual_gain; ReLU; round; clamp.
-// Each is one float32 operation (compiled without contraction), in this order. The unit of the accumulators is a power of two,
+// y = float(acc) * (gain_n * unit) + bias_n; y += residual * residual_gain; ReLU; round; clamp.
+// Each is rounded once, a product with the sum that it goes into (multiply_add). The unit of the accumulators is a power of two,
 // so it changes no rounding: float(acc) * (gain * unit) = float(acc * unit) * gain, bit for bit (of gains above 2^-120).
 struct Epilogue {
   const float* gain;
@@ -112,7 +112,7 @@ struct Output {
 };
 
 // Where the pixels of a tile go that are rows of a linear layer with a scale each: float32.
-//   y = float(acc) * (gain_n * row_scale); y += bias_n; y = GELU(y) or y += out; out = y     (gain_n: in the accumulators' unit)
+//   y = float(acc) * (gain_n * row_scale) + bias_n; y = GELU(y) or y += out; out = y     (gain_n: in the accumulators' unit)
 enum class Then { kStore, kGelu, kAdd };
 struct LinearOutput {
   const float *gain, *bias;  // of the tile's channels, padded to whole vectors
