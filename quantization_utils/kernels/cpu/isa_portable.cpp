@@ -52,10 +52,10 @@ typedef float four_floats __attribute__((vector_size(16), aligned(4), may_alias)
 static inline four_floats multiply_add(four_floats a, four_floats b, four_floats c) {
 #ifdef __FP_FAST_FMAF  // not in the first x86-64, where it is a call
   return four_floats{__builtin_fmaf(a[0], b[0], c[0]), __builtin_fmaf(a[1], b[1], c[1]), __builtin_fmaf(a[2], b[2], c[2]), __builtin_fmaf(a[3], b[3], c[3])};
-#else  // as the reference does it
+#else  // as the reference does
   typedef double doubles __attribute__((vector_size(32)));
-  const auto wide = [](four_floats x) { return __builtin_convertvector(x, doubles); };
-  return __builtin_convertvector(wide(a) * wide(b) + wide(c), four_floats);
+  const doubles product = __builtin_convertvector(a, doubles) * __builtin_convertvector(b, doubles);
+  return __builtin_convertvector(product + __builtin_convertvector(c, doubles), four_floats);
 #endif
 }
 #define bytes_to_floats(b) __builtin_convertvector(b, floats)
