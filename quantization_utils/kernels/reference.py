@@ -13,6 +13,7 @@ sum that it goes into (`multiply_add`); other kernels do the same and so agree b
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -36,13 +37,13 @@ def quantize_dynamic(x: Tensor, bits: int, per: str) -> tuple[Tensor, Tensor]:
     return (x * (code_max / absmax)).round().clamp(-code_max - 1, code_max), absmax / code_max
 
 
-def multiply_add(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """a · b + c of float32, rounded once, as the instruction of that name (IEEE 754's fusedMultiplyAdd) does.
+def multiply_add(a: Tensor, b: Tensor | float, c: Tensor) -> Tensor:
+    """a · b + c of float32 numbers, rounded once, as the instruction of that name (IEEE 754's fusedMultiplyAdd) does.
 
     float64 holds the product exactly, and most sums; of the others, which are rounded twice, one in some 2^29 is off by
     its last bit.
     """
-    return torch.addcmul(c.double(), a.double(), b.double()).float()
+    return (a.double() * b + c).float()
 
 
 class Linear:
@@ -87,7 +88,8 @@ class NetworkExecutor:
     backend = "reference"
 
     def __init__(self, nodes: Sequence[Node]) -> None:
-        self.nodes = list(nodes)
+        # Gains as the float32 numbers that all kernels compute with.
+        self.nodes = [replace(n, residual_gain=torch.tensor(n.residual_gain).float().item()) for n in nodes]
         self.weights = [None if n.codes is None else n.codes.to(_container(n.codes, 255)) for n in self.nodes]
         # The last reader of each value, so that it can be dropped as soon as nobody needs it.
         self.last_reader = {i: k for k, n in enumerate(self.nodes) for i in (n.input, n.residual) if i is not None}
@@ -118,7 +120,7 @@ def _run(node: Node, weight: Tensor | None, x: Tensor, residual: Tensor | None) 
     else:
         y = multiply_add(_integers(F.linear(x.flatten(1).to(weight.dtype), weight)), node.gain, node.bias)
     if residual is not None:
-        y = multiply_add(residual, y.new_tensor(node.residual_gain), y)
+        y = multiply_add(residual, node.residual_gain, y)
     return _finish(node, y)
 
 
