@@ -65,6 +65,19 @@ def test_residuals_and_output_codes(backend: str, out_max: int, relu: bool, shor
     check(nodes, images_of(2, 11, 6), backend)
 
 
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@pytest.mark.parametrize("terms", [(1 + 2**-23, -255.0, 0.0), (1.0, 0.0, -1 - 2**-23)], ids=["bias", "residual"])
+def test_products_are_rounded_with_their_sums(backend: str, terms: tuple[float, float, float]) -> None:
+    """255 · (1 + 2^-23) - 255: what is left is what rounding the product alone would have changed."""
+    gain, bias, residual_gain = terms
+    one = Node("conv", -1, codes=torch.ones(1, 3, 1, 1, dtype=torch.int8), gain=torch.tensor([1 / 3]),
+               bias=torch.zeros(1), out_max=255)  # fmt: skip
+    last = Node("conv", 0, codes=torch.ones(1, 1, 1, 1, dtype=torch.int8), gain=torch.tensor([gain]),
+                bias=torch.tensor([bias]), residual=0, residual_gain=residual_gain)  # fmt: skip
+    found = kernels.make_executor([one, last], backend)(torch.ones(1, 3, 2, 2))
+    assert found.abs().unique().tolist() == [255 * 2**-23]
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("size", [2, 3, 4, 5, 8, 17, 32])
 @pytest.mark.parametrize("channels", [16, 64, 100, 130])
