@@ -11,7 +11,7 @@ ends.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -162,12 +162,17 @@ class _BitLayer(nn.Module):
 
 
 @contextmanager
-def fixed_weights(model: nn.Module) -> Iterator[None]:
-    """Quantize every weight once and not in every forward pass: for many passes between which no weight changes."""
+def fixed_weights(
+    model: nn.Module, weight_of: Callable[[_BitLayer], Tensor] = _BitLayer.effective_weight
+) -> Iterator[None]:
+    """Quantize every weight once and not in every forward pass: for many passes between which no weight changes.
+
+    Where only shapes matter, `weight_of` may be another that costs less.
+    """
     before = {module: module.fixed for module in model.modules() if isinstance(module, _BitLayer)}
     try:
         for layer in before:
-            layer.fixed = layer.effective_weight().detach()
+            layer.fixed = weight_of(layer).detach()
         yield
     finally:
         for layer, fixed in before.items():

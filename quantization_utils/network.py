@@ -17,7 +17,7 @@ from models.normalize import Normalize
 from models.state import device_of
 
 from . import kernels
-from .bit_layers import BitConv2d, BitLinear, Quantized
+from .bit_layers import BitConv2d, BitLinear, Quantized, fixed_weights
 from .nodes import IMAGE, IMAGE_SHAPE, Node
 
 
@@ -90,7 +90,8 @@ def to_nodes(model: nn.Module, image_shape: tuple[int, ...] = IMAGE_SHAPE) -> li
     if graph is None:
         raise NotANetwork("not a chain of convolutions, batch norms and ReLUs")
     try:
-        _ShapeProp(fx.GraphModule(model, graph)).run(torch.zeros(1, *image_shape, device=device_of(model)))
+        with fixed_weights(model, lambda layer: layer.weight):
+            _ShapeProp(fx.GraphModule(model, graph)).run(torch.zeros(1, *image_shape, device=device_of(model)))
     except Exception as error:  # whatever its layers raise for images that are not theirs
         raise NotANetwork("it does not take images of {}×{}×{}".format(*image_shape)) from error
     return _Builder(model).build(graph)

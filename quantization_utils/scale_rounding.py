@@ -13,7 +13,8 @@ from .bit_layers import PackedConv2d, PackedLinear
 
 PACKED = (PackedLinear, PackedConv2d)
 MAX_CHANGED = 0.0005  # share of images whose class may change
-STRETCH = 32  # a thousand images are too few to see that share, so logits are moved this much further
+IMAGES = 512  # that many are looked at
+STRETCH = 32  # they are too few to see that share, so logits are moved this much further
 WORTH_HALVING = 32  # numbers: for fewer, the note in the file that they are float32 takes more than half of them saves
 MAX_RELATIVE_ERROR = 2**-10  # float16 rounds by at most 2^-11 unless a value is too small or too large for it
 
@@ -23,13 +24,15 @@ def with_float16_scales(model: nn.Module, images: Tensor, batch_size: int = 256)
     """Return a copy of a packed model whose scales and biases are float16 numbers, in float32 tensors.
 
     Both are tried at once, then scales alone and biases alone. What changes the classes of too many `images`
-    (B, 3, H, W) stays as it was: near zero their number grows in proportion to how far logits move, so `MAX_CHANGED`
-    is held if at most `STRETCH` times that share changes when logits move `STRETCH` times as far. Codes are shared with
-    the model, which is not changed. A model without packed layers is returned as it is; a `PackedNetwork`, too, whose
-    next activations are rounded at other places if a gain is another by a hair.
+    (B, 3, H, W), of which the first `IMAGES` are looked at, stays as it was: near zero their number grows in proportion
+    to how far logits move, so `MAX_CHANGED` is held if at most `STRETCH` times that share changes when logits move
+    `STRETCH` times as far. Codes are shared with the model, which is not changed. A model without packed layers is
+    returned as it is; a `PackedNetwork`, too, whose next activations are rounded at other places if a gain is another
+    by a hair.
     """
     if not any(isinstance(m, PACKED) for m in model.modules()):
         return model
+    images = images[:IMAGES]
     logits = _logits(model, images, batch_size)
     for names in (("scale", "bias"), ("scale",), ("bias",)):
         candidate = _rounded(model, names)

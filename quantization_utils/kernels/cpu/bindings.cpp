@@ -1,6 +1,7 @@
 // The operators, as torch.library sees them. Networks and layers are kept here under a number; Python frees them.
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <algorithm>
