@@ -1,6 +1,6 @@
 """Ternary (1.58-bit) weights: quantize, calibrate, pack, save, load.
 
-    quantize_(model); ...train...; pack_(model); save_model(model, "model.safetensors")
+    quantize_(model); calibrate_(model, images); ...train...; pack_(model); save_model(model, "model.safetensors")
     model, metadata = load_model("model.safetensors")
 """
 

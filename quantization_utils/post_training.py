@@ -74,8 +74,10 @@ def ternarize_(
     """Make a trained float model ternary from unlabelled images (B, 3, H, W) in [0, 1], in place; return the model.
 
     The layers chosen (`models.select.select_layers`) become `BitLinear` and `BitConv2d` whose weights are ternary
-    already, so that packing, saving and loading treat them as after training. Pruned weights stay pruned. `act_bits`:
-    see `quantize_`. `reconstruction`: the rounding of every block is then learned further (`reconstruct_block`).
+    already, so that packing, saving and loading treat them as after training; not to be trained on, since whatever is
+    not 0 then counts as ±1 (`train_test_utils.transforms.CalibratedStart` is for that). Pruned weights stay pruned.
+    `act_bits`: see `quantize_`. `reconstruction`: the rounding of every block is then learned further
+    (`reconstruct_block`).
 
     Raises:
         ValueError: too few images, a layer that does not run, a grouped convolution, activations that are not finite;

@@ -88,8 +88,8 @@ def load_model(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ModelFileError: the file is damaged, forged, cut off, of a newer version, or something else; the one exception
-        for it. ValueError: a backend or a device that is not here.
+        ModelFileError: the file is damaged, forged, cut off, of a newer version, or something else.
+        ValueError: a backend or a device that is not here.
     """
     try:
         torch.empty(0, device=device)
