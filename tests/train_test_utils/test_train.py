@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from types import SimpleNamespace
 
 import pytest
@@ -58,13 +58,18 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("saves", [1, 7, 15])
-@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
-def test_an_interrupted_run_ends_in_the_same_bits(recipe, saves, tmp_path, monkeypatch):
-    """Fifteen steps, broken off after some of them, in the middle of an epoch too, and continued in a new model."""
-    data, path = dataset(), tmp_path / "last.pt"
+@cache
+def whole_run(name: str) -> tuple[nn.Module, list[dict]]:
     records: list[dict] = []
-    whole = train(model(), data, recipe, Setup(CPU), seed=3, on_epoch=records.append)
+    return train(model(), dataset(), RECIPES[name], Setup(CPU), seed=3, on_epoch=records.append), records
+
+
+@pytest.mark.parametrize("saves", [1, 7, 15])
+@pytest.mark.parametrize("name", RECIPES)
+def test_an_interrupted_run_ends_in_the_same_bits(name, saves, tmp_path, monkeypatch):
+    """Fifteen steps, broken off after some of them, in the middle of an epoch too, and continued in a new model."""
+    (whole, records), recipe = whole_run(name), RECIPES[name]
+    data, path = dataset(), tmp_path / "last.pt"
     done = 0
 
     def save_and_stop(state, path, save=train_module.save_state):
