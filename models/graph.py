@@ -9,6 +9,8 @@ import torch
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
+from .state import evaluating
+
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 ADDITIONS = (operator.add, operator.iadd, torch.add)
 PASSES = (nn.Identity, nn.Dropout, nn.Dropout2d)  # in evaluation they put out what they read
@@ -23,7 +25,7 @@ class ChainTracer(fx.Tracer):
 
 
 def trace(model: nn.Module) -> fx.Graph | None:
-    """The data flow of a chain network; every `call_module` target is a name in `model.named_modules()`.
+    """The data flow of a chain network in evaluation; every `call_module` target is in `model.named_modules()`.
 
     None for a model that is no chain: one whose non-linearities are not ReLU modules (a transformer), or whose own
     Python can't be traced.
@@ -32,7 +34,8 @@ def trace(model: nn.Module) -> fx.Graph | None:
     if nn.ReLU not in kinds or nn.LayerNorm in kinds:
         return None
     try:
-        return ChainTracer().trace(model)
+        with evaluating(model):  # in training a model may run other layers, for other outputs
+            return ChainTracer().trace(model)
     except Exception:  # it runs on proxies, on which it may fail in any way
         return None
 
@@ -50,8 +53,10 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     if parametrize.is_parametrized(old):
         for tensor_name, parametrizations in old.parametrizations.items():  # type: ignore[union-attr, operator]
             if hasattr(new, tensor_name):
-                for parametrization in parametrizations:
-                    parametrize.register_parametrization(new, tensor_name, parametrization)
+                # A placeholder makes room for the list: to register what is in it would change the tensor anew, where
+                # a parametrization (`orthogonal`) has a `right_inverse`.
+                parametrize.register_parametrization(new, tensor_name, nn.Identity())
+                new.parametrizations[tensor_name] = parametrizations  # type: ignore[operator, index]
     put_module(model, old, new)
 
 

@@ -6,11 +6,13 @@ ternary codes do not change.
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from models.graph import ADDITIONS, BATCH_NORMS, PASSES, module_of, trace
 from models.normalize import Normalize
@@ -19,6 +21,9 @@ from models.state import device_of
 from . import kernels
 from .bit_layers import BitConv2d, BitLinear, Quantized, fixed_weights
 from .nodes import IMAGE, IMAGE_SHAPE, Node
+
+KNOWN = {BitConv2d, BitLinear, Normalize, Quantized, nn.ReLU, nn.AdaptiveAvgPool2d, nn.MaxPool2d, nn.Flatten}
+KNOWN |= {*BATCH_NORMS, *PASSES}
 
 
 class PackedNetwork(nn.Module):
@@ -89,6 +94,8 @@ def to_nodes(model: nn.Module, image_shape: tuple[int, ...] = IMAGE_SHAPE) -> li
     graph = trace(model)
     if graph is None:
         raise NotANetwork("not a chain of convolutions, batch norms and ReLUs")
+    if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
+        raise NotANetwork("it has hooks, which may change what its modules put out")
     try:
         with fixed_weights(model, lambda layer: layer.weight):
             _ShapeProp(fx.GraphModule(model, graph)).run(torch.zeros(1, *image_shape, device=device_of(model)))
@@ -107,6 +114,8 @@ class _ShapeProp(fx.Interpreter):
 
 
 class _Builder:
+    """Takes the classes of `KNOWN` for what PyTorch makes of them: a subclass may compute something else."""
+
     def __init__(self, model: nn.Module) -> None:
         self.model, self.nodes = model, list[Node]()
         self.values: dict[fx.Node, _Value] = {}
@@ -129,11 +138,18 @@ class _Builder:
     def step(self, fx_node: fx.Node) -> _Value:
         if fx_node.kwargs or not fx_node.args:
             raise NotANetwork(f"{fx_node.target} is not called with values alone")
-        if fx_node.target in ADDITIONS:
-            return self.add(*map(self.value, fx_node.args))
         module, source = module_of(self.model, fx_node), fx_node.args[0]
+        if fx_node.target is operator.iadd or getattr(getattr(module, "module", None), "inplace", False):
+            self.refuse_if_read_again(source)
+        if fx_node.target in ADDITIONS:
+            if len({operand.meta["shape"] for operand in fx_node.args if isinstance(operand, fx.Node)}) > 1:
+                raise NotANetwork("an addition of tensors of two shapes")
+            return self.add(*map(self.value, fx_node.args))
+        for part in (module, getattr(module, "module", None)):
+            if part is not None and (kind := type_before_parametrizations(part)) not in KNOWN:
+                raise NotANetwork(f"{fx_node.target} is or holds a {kind.__name__}")
         value = self.value(source)
-        one_row = fx_node.meta["shape"][:-1] == (1,)  # of the one image traced
+        one_row = (fx_node.meta["shape"] or ())[:-1] == (1,)  # of the one image traced; None: no tensor
         if isinstance(module, (nn.Flatten, BitLinear)) and not one_row:
             raise NotANetwork("a linear layer or a flattening that leaves more than one dimension of an image")
         if isinstance(module, nn.Flatten) and value.open is not None and value.open.op == "conv":
@@ -157,6 +173,14 @@ class _Builder:
         if isinstance(module, Quantized):
             return self.requantize(module, value, source.meta["shape"])  # type: ignore[union-attr]
         raise NotANetwork(f"{fx_node.target} has a float output inside the network")
+
+    def refuse_if_read_again(self, fx_node: Any) -> None:
+        """What is changed in place is another tensor for its later readers; a node's value never changes."""
+        while isinstance(fx_node, fx.Node):
+            if len(fx_node.users) > 1:
+                raise NotANetwork(f"{fx_node} is changed in place and read again")
+            passes_on = isinstance(module_of(self.model, fx_node), (nn.Flatten, *PASSES))
+            fx_node = fx_node.args[0] if passes_on else None
 
     def layer(self, module: BitConv2d | BitLinear, value: _Value) -> _Value:
         if value.index is None or module.input_quantizer is not None:

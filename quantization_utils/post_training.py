@@ -80,14 +80,18 @@ def ternarize_(
     (`reconstruct_block`).
 
     Raises:
-        ValueError: too few images, a layer that does not run, a grouped convolution, activations that are not finite;
-            the model is as it was.
+        ValueError: too few images, a layer that does not run, a grouped convolution, activations that are not finite,
+            and what `quantize_` and `calibrate_` refuse; the model is as it was.
     """
     if len(images) < MIN_IMAGES:
         raise ValueError(f"calibration needs at least {MIN_IMAGES} images (1024 are usual), not {len(images)}")
     reference = Stream(copy.deepcopy(model), images, batch_size)
     followers = execution_order(reference.model, images[:2])
     chosen = check_layers(model, followers, only, keep)
+    trial = quantize_(copy.deepcopy(model), as_is, act_bits, only, keep)  # what is refused is refused before the work
+    if act_bits is not None:
+        calibrate_(trial, images[:2])
+    del trial
     with evaluating(model):
         try:
             short_of_columns = _ternarize_layers(
@@ -218,26 +222,31 @@ def correct_(float_model: nn.Module, model: nn.Module, name: str, follower: str 
     layer: Any = model.get_submodule(name)
     weight_NK = layer.weight.flatten(1)
     if follower is not None:
-        correct_batch_norm_(model.get_submodule(follower), float_model.get_submodule(follower), moments, weight_NK)
+        norms = (model.get_submodule(follower), float_model.get_submodule(follower))
+        correct_batch_norm_(*norms, moments, weight_NK, layer.bias)
     elif layer.bias is not None:
         float_layer: Any = float_model.get_submodule(name)
         assign(layer, "bias", float_layer.bias + moments.target_mean_N - moments.output_mean(weight_NK))
 
 
-def correct_batch_norm_(norm: Any, float_norm: Any, moments: Moments, weight_NK: Tensor) -> None:
+def correct_batch_norm_(
+    norm: Any, float_norm: Any, moments: Moments, weight_NK: Tensor, bias_N: Tensor | None = None
+) -> None:
     """Set a batch norm's statistics so that its output is nearest to what the float network's has, in mean square.
 
     Its mean becomes that of the float network, and its slope that of the regression of the targets on the ternary
     outputs: a slope that restored the variance would let the rounding error pass as if it were signal. Not the
     statistics of its input as such: those of training, on augmented images, differ from what calibration images give,
-    and it is the float network in evaluation that is to be met.
+    and it is the float network in evaluation that is to be met. `bias_N`: the layer's, which `moments` do not include.
     """
     variance_N = moments.output_variance(weight_NK)
     gain_N = (moments.covariance(weight_NK) / variance_N.clamp_min(NO_VARIANCE)).clamp(*GAINS)
     gain_N = gain_N.where(variance_N > NO_VARIANCE, 1.0)
     float_mean_N, float_variance_N = float_norm.running_mean, float_norm.running_var
     norm.running_var.copy_(((float_variance_N + norm.eps) / gain_N.square() - norm.eps).clamp_min(0))
-    norm.running_mean.copy_(moments.output_mean(weight_NK) - (moments.target_mean_N - float_mean_N) / gain_N)
+    bias_N = torch.zeros_like(float_mean_N) if bias_N is None else bias_N
+    target_mean_N = moments.target_mean_N + bias_N - float_mean_N
+    norm.running_mean.copy_(moments.output_mean(weight_NK) + bias_N - target_mean_N / gain_N)
 
 
 def assign(module: nn.Module, name: str, value: Tensor) -> None:

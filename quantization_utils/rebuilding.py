@@ -74,7 +74,8 @@ def _swap_layers(model: nn.Module, described: Any, records: Mapping[str, Record]
         require(codes.shape == shapes[name], f"the codes of layer {name!r} have the wrong shape")
         model.set_submodule(name, _empty_packed(layer, codes.shape, codes.bits, options["act_bits"]))
     for name, options in quantized.items():
-        require(name in built and name not in packed and name != "", f"there is no module {name!r} to quantize")
+        leaf = name in built and not list(built[name].children())
+        require(leaf and name not in packed and name != "", f"there is no module {name!r} to quantize")
         fits = isinstance(options, dict) and set(options) == {"bits"} and whole(options["bits"], 2, 8)
         require(fits, f"module {name!r} has no such bits")
         with torch.device("meta"):

@@ -117,6 +117,9 @@ def _error(block: nn.Module, weights: dict[str, Tensor], calls: list[Call], targ
 
 
 def _output(block: nn.Module, call: Call, weights: dict[str, Tensor] | None = None) -> Tensor:
-    """The output of one call, with `weights` in the place of the block's own; the first of a tuple."""
-    output = functional_call(block, weights or {}, call.args, call.kwargs)
+    """The output of one call, with `weights` in the place of the block's own; the first of a tuple.
+
+    A module that the block holds under two names is given its weight once: twice, it would be put back once.
+    """
+    output = functional_call(block, weights or {}, call.args, call.kwargs, tie_weights=False)
     return output[0] if isinstance(output, tuple) else output

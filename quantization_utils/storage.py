@@ -272,7 +272,7 @@ def decode_record(name: str, record: Record) -> Tensor:
 
 
 def _check_values(records: Mapping[str, Record], tensors: Mapping[str, Tensor]) -> None:
-    """Finite floats; positive scales."""
+    """Finite floats; positive scales; variances that are none below zero."""
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             continue
@@ -283,6 +283,8 @@ def _check_values(records: Mapping[str, Record], tensors: Mapping[str, Tensor]) 
         layer, _, last = name.rpartition(".")
         if last == "scale" and f"{layer}.codes" in records:
             require(bool((tensor > 0).all()), f"scales {name!r} are not all positive")
+        if last == "running_var":
+            require(bool((tensor >= 0).all()), f"variances {name!r} are not all positive or zero")
 
 
 def _set_backend(model: nn.Module, backend: str) -> None:

@@ -19,6 +19,7 @@ from models.state import evaluating
 from .bit_layers import BitConv2d, BitLinear, PackedConv2d, PackedLinear, Quantized, StaticQuantizer, fixed_weights
 from .dead_channels import remove_dead_channels
 from .network import NotANetwork, PackedNetwork, to_nodes
+from .nodes import IMAGE_SHAPE
 from .packed_encoder import fuse_encoder_, remove_dead_neurons_
 from .quantizers import Quantizer, absmean, fits_int32
 
@@ -65,6 +66,9 @@ def quantize_(
             raise ValueError(f"{name} has {inputs:,} inputs, whose sums 32 bits can't hold: make it ternary or keep it")
     for name, layer in quantized.items():
         replace_module(model, name, layer)
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0  # its fast path would read the float weights, past the layers
     return model
 
 
@@ -84,6 +88,12 @@ def check_replaceable(layers: Sequence[tuple[str, nn.Module]]) -> None:
                     f"{name} computes its {tensor} from other tensors (weight_norm, torch.nn.utils.prune): make it a "
                     "parameter again first (remove_parametrizations, torch.nn.utils.prune.remove)"
                 )
+        _refuse_hooks(name, layer)
+
+
+def _refuse_hooks(name: str, layer: nn.Module) -> None:
+    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+        raise ValueError(f"{name} has hooks, which the layer that takes its place would not have: remove them first")
 
 
 @torch.no_grad()
@@ -94,7 +104,7 @@ def calibrate_(model: nn.Module, images: Tensor, batch_size: int = 128) -> nn.Mo
     all readers of that tensor share it; the step is the one of least squared error on these images (60 clipping points
     are tried). Inputs that come straight from the normalised image need none: pixels are 8-bit already. Models whose
     data flow can't be traced (transformers) keep their dynamic scales per token. Steps that exist stay and are only set
-    anew.
+    anew. `pack_` makes the network for images of this size.
 
     Raises:
         ValueError: no images, activations that are not finite, readers of one tensor with different bits, or a ReLU or
@@ -112,6 +122,7 @@ def calibrate_(model: nn.Module, images: Tensor, batch_size: int = 128) -> nn.Mo
                 raise ValueError(f"{name} is not finite on the calibration images: has training diverged?")
     for name, quantized in producers.items():
         quantized.quantizer.step.fill_(_best_step(samples[name], quantized.quantizer.code_max))
+    model.calibrated_shape = tuple(images.shape[1:])  # type: ignore[assignment]  # of images to pack_ the network for
     return model
 
 
@@ -143,18 +154,22 @@ def pack_(model: nn.Module) -> nn.Module:
     model.eval()
     if isinstance(model, PackedNetwork):
         return model
+    model.float()  # what packed layers compute in; codes stay as they are
     for name, layer in model.named_modules():
         if isinstance(layer, (BitLinear, BitConv2d)) and not layer.weight.isfinite().all():
             raise ValueError(f"{name} has a weight that is not finite: has training diverged?")
         if isinstance(layer, BitConv2d) and (layer.padding_mode != "zeros" or isinstance(layer.padding, str)):
             raise ValueError(f"{name} can't be packed: only convolutions with zero padding, given as numbers, can")
+        if isinstance(layer, (BitLinear, BitConv2d)):
+            _refuse_hooks(name, layer)
+    image_shape: Any = getattr(model, "calibrated_shape", IMAGE_SHAPE)
     try:
-        nodes = remove_dead_channels(to_nodes(model))
+        nodes = remove_dead_channels(to_nodes(model, image_shape))
     except NotANetwork as error:
         model.why_no_network = str(error)  # type: ignore[assignment]  # told if it can't be saved either
         _pack_layers(model)
         return fuse_encoder_(remove_dead_neurons_(model.requires_grad_(False)))
-    packed = PackedNetwork(nodes, getattr(model, "constructor", None))
+    packed = PackedNetwork(nodes, getattr(model, "constructor", None), image_shape=image_shape)
     model.__dict__.clear()
     model.__dict__.update(packed.__dict__)
     model.__class__ = PackedNetwork
@@ -185,6 +200,8 @@ def _insert_static_quantizers(model: nn.Module) -> dict[str, Quantized]:
         ends = [producer]
         if isinstance(module_of(model, producer), nn.AdaptiveAvgPool2d):
             ends.append(_producer(model, producer.all_input_nodes[0]))  # of integers, so what it reads is quantized too
+            if isinstance(module_of(model, ends[-1]), Normalize):
+                continue  # signed pixels, whose average is no unsigned code
         if not all(isinstance(module_of(model, e), NODE_ENDS) for e in ends):
             continue  # an input that no node ends (a model of another kind): it keeps its dynamic scale
         for name, module in ((str(e.target), module_of(model, e)) for e in ends):

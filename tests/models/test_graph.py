@@ -3,10 +3,12 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import orthogonal
 
 from models.graph import module_of, replace_module, trace
 from pruning_utils import l1, prune_
 from pruning_utils.masks import mask_of
+from quantization_utils import quantize_
 from tests.networks import CHAINS, KINDS, make
 
 
@@ -23,9 +25,33 @@ def test_the_trace_calls_every_leaf_once(kind):
     assert sorted(called) == sorted(leaves)
 
 
+def test_the_trace_is_that_of_evaluation():
+    class WithAnAuxiliaryHead(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.relu, self.head, self.auxiliary = nn.ReLU(), nn.Linear(4, 2), nn.Linear(4, 2)
+
+        def forward(self, x):
+            x = self.relu(x)
+            return (self.head(x), self.auxiliary(x)) if self.training else self.head(x)
+
+    model = WithAnAuxiliaryHead().train()
+    assert "auxiliary" not in str(trace(model)) and model.training
+
+
 def test_a_masked_layer_is_still_one_step():
     model = prune_(make("alexnet_like"), l1, 0.5)
     assert not any("parametrizations" in str(node.target) for node in trace(model).nodes)
+
+
+def test_replace_module_does_not_compute_a_weight_anew():
+    """`orthogonal` would fit its base to the tensor that it is registered for."""
+    model = nn.Sequential(orthogonal(nn.Linear(4, 4)))
+    weight = model[0].weight.clone()
+    quantize_(model, act_bits=None)
+    assert torch.equal(model[0].weight, weight)
+    model[0].weight.sum().backward()
+    assert model[0].parametrizations.weight.original.grad.any()
 
 
 def test_replace_module_carries_masks_over():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 from models.graph import module_of, trace
 from models.normalize import Normalize
 from models.resnet_18 import BasicBlock
-from quantization_utils import absmean_fitted, calibrate_, int8_absmax, pack_, quantize_
+from quantization_utils import absmean_fitted, calibrate_, int8_absmax, load_model, pack_, quantize_, save_model
 from quantization_utils.bit_layers import Quantized
 from quantization_utils.kernels import reference
 from quantization_utils.network import NotANetwork, PackedNetwork, to_nodes
@@ -207,12 +208,98 @@ def test_options_that_nodes_do_not_have_are_not_lost(layer, pixels):
     torch.testing.assert_close(packed(batch), expected, rtol=0, atol=1e-4)
 
 
-def test_a_chain_for_images_of_another_size_is_packed_layer_by_layer():
-    layers = [Normalize(), nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 18 * 18, 5)]
-    model = nn.Sequential(*layers).eval()
-    batch = torch.rand(4, 3, 20, 20)
+@pytest.mark.parametrize("pooled", [True, False])
+def test_a_network_is_packed_for_images_of_the_size_that_it_was_calibrated_with(pooled, tmp_path):
+    torch.manual_seed(0)
+    ends = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)] if pooled else [nn.Flatten(), nn.Linear(8 * 396, 5)]
+    model = nn.Sequential(Normalize(), nn.Conv2d(3, 8, 3), nn.ReLU(), *ends).eval()
+    batch = torch.randint(0, 256, (4, 3, 20, 24)).float() / 255
     expected = calibrate_(quantize_(model), batch)(batch)
-    torch.testing.assert_close(pack_(model)(batch), expected, rtol=0, atol=1e-4)
+    packed = pack_(model)
+    assert isinstance(packed, PackedNetwork) and packed.image_shape == (3, 20, 24)
+    torch.testing.assert_close(packed(batch), expected, rtol=0, atol=1e-4)
+    save_model(packed, tmp_path / "model.safetensors")
+    assert torch.equal(load_model(tmp_path / "model.safetensors")[0](batch), packed(batch))
+
+
+class Broadcasting(nn.Module):
+    """Its sum adds one pixel, or one channel, to all."""
+
+    def __init__(self, channels: int, pool: bool) -> None:
+        super().__init__()
+        self.normalize, self.first, self.relu = Normalize(), nn.Conv2d(3, 8, 3, padding=1), nn.ReLU()
+        self.main, self.side = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, channels, 1)
+        self.pool = nn.AdaptiveAvgPool2d(1) if pool else nn.Identity()
+        self.last_relu, self.mean, self.flatten = nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        self.last = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.first(self.normalize(x)))
+        x = self.last_relu(self.main(x) + self.side(self.pool(x)))
+        return self.last(self.flatten(self.mean(x)))
+
+
+class Reshaping(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.normalize, self.first, self.relu = Normalize(), nn.Conv2d(3, 4, 3), nn.ReLU()
+        self.last = nn.Linear(3600, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        count = x.size(0)
+        return self.last(self.relu(self.first(self.normalize(x))).view(count, -1))
+
+
+class Preactivated(nn.Module):
+    """The ReLU changes in place what the sum reads after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.normalize, self.first, self.relu = Normalize(), nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(inplace=True)
+        self.inner, self.last_relu, self.flatten = nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Flatten()
+        self.dropout, self.last = nn.Dropout(), nn.Linear(8192, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(self.normalize(x))
+        return self.last(self.flatten(self.last_relu(x + self.inner(self.relu(self.dropout(x))))))
+
+
+class Doubled(nn.Identity):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+class Steeper(nn.ReLU):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def small(*middle: nn.Module) -> nn.Module:
+    layers = [Normalize(), nn.Conv2d(3, 8, 3), nn.ReLU(), *middle, nn.Conv2d(8, 4, 3), nn.ReLU(), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(4 * 28 * 28, 5))
+
+
+def hooked() -> nn.Module:
+    model = small()
+    model[2].register_forward_hook(lambda module, args, output: 2 * output)
+    return model
+
+
+@pytest.mark.parametrize(
+    "make_model",
+    [
+        *(partial(Broadcasting, channels, pool) for channels, pool in ((1, False), (8, True), (1, True))),
+        Reshaping, Preactivated, hooked, partial(small, Doubled()), partial(small, nn.Conv2d(8, 8, 1), Steeper()),
+    ],
+    ids=["one channel", "one pixel", "one number", "view", "in place", "hook", "own identity", "own ReLU"],
+)  # fmt: skip
+def test_what_nodes_do_not_say_is_packed_layer_by_layer(make_model):
+    torch.manual_seed(0)
+    model, batch = make_model().eval(), images(4)
+    expected = calibrate_(quantize_(model), batch)(batch)
+    packed = pack_(model)
+    assert not isinstance(packed, PackedNetwork)
+    torch.testing.assert_close(packed(batch), expected, rtol=0, atol=1e-4)
 
 
 NOT_FOLDED = {

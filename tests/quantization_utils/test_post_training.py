@@ -181,6 +181,36 @@ def test_biases_give_the_mean_of_the_float_network(every_position: None) -> None
         torch.testing.assert_close(found.mean(1), wanted.mean(1), rtol=1e-3, atol=1e-3)
 
 
+def test_a_bias_before_a_batch_norm_is_part_of_the_mean(every_position: None) -> None:
+    model, images = networks.make("alexnet_like"), networks.images(64)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.bias = nn.Parameter(torch.randn(module.out_channels))
+    ternary = ternarize_(copy.deepcopy(model), images)
+    norms = (nn.BatchNorm2d,)
+    pairs = zip(outputs_of(ternary, norms, images), outputs_of(model, norms, images), strict=True)
+    for found, wanted in pairs:
+        torch.testing.assert_close(found.mean(1), wanted.mean(1), rtol=1e-3, atol=1e-3)
+
+
+class Twice(nn.Module):
+    """A block that runs one of its modules two times, under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = self.second = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).clamp_min(0))
+
+
+def test_a_module_of_two_names_is_reconstructed_as_one() -> None:
+    model = nn.Sequential(Twice(), nn.ReLU(), nn.Flatten(), nn.Linear(3072, 5)).eval()
+    ternarize_(model, networks.images(32), reconstruction=Reconstruction(3, lr=0.1))
+    layer = model[0].first[0]
+    assert isinstance(layer, BitConv2d) and layer is model[0].second[0] and isinstance(layer.weight, nn.Parameter)
+
+
 @pytest.mark.parametrize("reconstruction", [None, Reconstruction(10, lr=0.1)])
 def test_pruned_weights_stay_pruned(reconstruction: Reconstruction | None) -> None:
     model = prune_(networks.make("resnet_like"), l1, 0.5)
@@ -275,6 +305,25 @@ def test_a_model_that_is_refused_half_way_is_as_it_was() -> None:
         ternarize_(model, networks.images(32))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert [m for m in model.modules() if not m.training] == [first]
+
+
+@pytest.mark.parametrize(("act_bits", "sentence"), [(16, "2 to 8 bits"), (8, "relu runs more than once")])
+def test_what_quantization_refuses_is_refused_before_the_work(act_bits: int, sentence: str) -> None:
+    class OneReLU(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two, self.relu = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.ReLU()
+            self.last = nn.Linear(4, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.relu(self.two(self.relu(self.one(x)))).mean((2, 3)))
+
+    model = OneReLU().eval()
+    before, structure = copy.deepcopy(model.state_dict()), str(model)
+    with pytest.raises(ValueError, match=sentence):
+        ternarize_(model, networks.images(16), act_bits=act_bits)
+    assert str(model) == structure
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_a_relu_in_place_changes_nothing() -> None:

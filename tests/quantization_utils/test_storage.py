@@ -23,7 +23,15 @@ from pruning_utils import l2_filters, prune_
 from quantization_utils import calibrate_, file_format, int8_absmax, pack_, quantize_
 from quantization_utils.kernels import build as kernel_build
 from quantization_utils.network import PackedNetwork
-from quantization_utils.storage import ModelFileError, Stored, _set_backend, decode_record, load_model, save_model
+from quantization_utils.storage import (
+    ModelFileError,
+    Stored,
+    _check_values,
+    _set_backend,
+    decode_record,
+    load_model,
+    save_model,
+)
 from quantization_utils.storage_checks import Record
 from tests.golden.make_version_1 import images
 
@@ -233,6 +241,10 @@ FORGERIES = {
     "classes": (lambda p, h: p["metadata"].update(classes=["one"]), "classes"),
     "other type": (lambda p, h: h["network.classifier.scale"].update(dtype="I32"), "is int32, its model float32"),
     "whole model quantized": (lambda p, h: p["modules"]["quantized"].update({"": {"bits": 8}}), "no module ''"),
+    "quantized twice": (
+        lambda p, h: p["modules"]["quantized"].update({"network.vit": {"bits": 8}, "network.vit.layers": {"bits": 8}}),
+        "no module 'network.vit' to quantize",
+    ),
     "layer of no kind": (lambda p, h: p["modules"]["packed"].pop("network.classifier"), "classifier"),
 }
 
@@ -246,6 +258,12 @@ def test_forged_files_with_right_hashes_are_refused_for_the_right_reason(name, g
     with pytest.raises(ModelFileError, match=reason) as caught:
         load_model(good)
     assert str(good) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_variance_below_zero_is_refused():
+    _check_values({}, {"2.running_var": torch.tensor([1.0, 0.0])})
+    with pytest.raises(ModelFileError, match="variances '2.running_var' are not all positive or zero"):
+        _check_values({}, {"2.running_var": torch.tensor([1.0, -1.0])})
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0, -1.0])

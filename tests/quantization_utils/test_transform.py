@@ -252,6 +252,41 @@ def test_what_is_computed_from_other_tensors_is_asked_for_as_a_parameter(compute
     assert type(model[0]) is nn.Linear
 
 
+def test_hooks_are_not_lost_without_a_word():
+    model = make("alexnet_like")
+    handle = model[5].register_forward_hook(lambda module, args, output: None)
+    with pytest.raises(ValueError, match="5 has hooks, .*: remove them first"):
+        quantize_(model)
+    handle.remove()
+    handle = quantize_(model)[5].register_forward_pre_hook(lambda module, args: None)
+    with pytest.raises(ValueError, match="5 has hooks, .*: remove them first"):
+        pack_(model)
+    handle.remove()
+    assert isinstance(pack_(model)[5], PackedConv2d)
+
+
+def test_the_fast_path_of_a_transformer_layer_does_not_read_float_weights():
+    layer = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True).eval()
+    model, x = quantize_(nn.Sequential(layer), keep="0.self_attn.out_proj"), torch.randn(2, 5, 32)
+    trainable = model(x)
+    torch.testing.assert_close(logits_of(model, x), trainable)
+    torch.testing.assert_close(logits_of(pack_(model), x), trainable, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind, dtype", [("alexnet_like", torch.bfloat16), ("vit_like", torch.float64)])
+def test_models_of_other_types_are_packed_in_float32(kind, dtype):
+    model = quantize_(make(kind)).to(dtype)
+    batch = images(4)
+    expected = logits_of(copy.deepcopy(model).float(), batch)
+    torch.testing.assert_close(logits_of(pack_(model), batch), expected, rtol=0, atol=1e-4)
+
+
+def test_the_average_of_signed_pixels_is_given_no_unsigned_codes():
+    layers = [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 14 * 14, 5)]
+    model = calibrate_(quantize_(nn.Sequential(Normalize(), nn.AdaptiveAvgPool2d(16), *layers)), images(8))
+    assert type(model[1]) is nn.AdaptiveAvgPool2d and model[2].input_quantizer.bits == 8
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_diverged_model_is_neither_calibrated_nor_packed(value):
     model = quantize_(make("alexnet_like"))
