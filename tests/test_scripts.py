@@ -218,13 +218,15 @@ def test_results_that_were_moved_aside_come_back_with_their_configuration(finish
     assert capsys.readouterr().out.count("done before") == 3
 
 
-@pytest.mark.parametrize("how", ["gone", "cut"])
+@pytest.mark.parametrize("how", ["gone", "cut", "one bit"])
 def test_a_packed_file_that_is_damaged_is_made_from_its_checkpoint(how, finished, monkeypatch, capsys):
     """Before anything that is measured beside it."""
     out, _ = finished
     path = out / "vit-digits" / "float-seed3" / "model.safetensors"
     before = path.read_bytes()
-    path.unlink() if how == "gone" else path.write_bytes(before[:1000])
+    path.unlink()
+    if how != "gone":
+        path.write_bytes(before[:1000] if how == "cut" else before[:-1] + bytes([before[-1] ^ 1]))
     assert start(monkeypatch, "vit", *TINY, "--only", "ptq_all", "--out", str(out)) == 0
     assert f"{path} is gone or damaged: the row is packed and measured again" in capsys.readouterr().err
     assert path.stat().st_size == len(before) and lines_of(out)[-1]["row"] == "float"
@@ -238,7 +240,7 @@ def test_other_images_of_the_same_name(finished, monkeypatch, capsys, tmp_path):
             Image.new("RGB", (32, 32), (i, 0, 0)).save(tmp_path / "digits" / name / f"{i}.png")
     lines, words = lines_of(out), [str(tmp_path / "digits") if w == "digits" else w for w in TINY]
     assert start(monkeypatch, "vit", *words, "--only", "float", "--out", str(out)) == 2
-    assert "has results of other images that are called digits too: give another --out" in capsys.readouterr().err
+    assert "has results of other images that are called digits too, or of these in another" in capsys.readouterr().err
     assert lines_of(out) == lines
 
 
@@ -324,13 +326,46 @@ def test_two_processes_do_not_work_in_one_folder(finished, monkeypatch, capsys, 
     assert (finished[0] / "vit-digits" / "float-seed3" / "model.safetensors").exists()
 
 
+def test_a_row_is_not_held_against_results_that_another_process_has_put_in_place(finished, monkeypatch, capsys):
+    """The other one came while this one had not taken its parent's folder."""
+    out, _ = finished
+    folder = out / "vit-digits" / "float-seed3"
+    before = (folder / "config_hash").read_text()
+    loaded = experiment.Run.finished_in
+
+    def then_another_comes(run, logbook):
+        line = loaded(run, logbook)
+        if run.row.name == "float":
+            (folder / "config_hash").write_text("another\n")
+        return line
+
+    monkeypatch.setattr(experiment.Run, "finished_in", then_another_comes)
+    assert start(monkeypatch, "vit", *TINY, "--only", "ptq_all_per_tensor", "--out", str(out)) == 2
+    assert f"{folder} was taken by another process with other options: start again" in capsys.readouterr().err
+    (folder / "config_hash").write_text(before)
+    assert "ptq_all_per_tensor" not in {line["row"] for line in lines_of(out)}
+
+
+def test_what_is_not_done_is_not_measured_again(finished, monkeypatch, capsys):
+    out, _ = finished
+    before = lines_of(out)
+    other = [w if w != "0.005" else "0.003" for w in TINY]
+    monkeypatch.setattr(experiment, "train", None)
+    assert start(monkeypatch, "vit", *other, "--only", "qat_all", "--measure-again", "--out", str(out)) == 0
+    assert capsys.readouterr().err == "float, seed 3: not done with these options, so not measured\n"
+    assert lines_of(out) == before and not list((out / "vit-digits").glob("float-seed3.*"))
+
+
 def test_measuring_again_leaves_the_rows_that_are_not_named(finished, monkeypatch):
     out, _ = finished
     before = lines_of(out)
+    monkeypatch.setattr("train_test_utils.experiment.commit", lambda: "now")
     assert start(monkeypatch, "vit", *TINY, "--only", "ptq_all", "--measure-again", "--out", str(out)) == 0
     (line,) = lines_of(out)[len(before) :]
     old = [line for line in before if line["row"] == "ptq_all"][-1]
     assert all(line[field] == old[field] for field in ("row", "train_seconds", "transform_seconds"))
+    assert line["commit"] == "now" and line["trained_commit"] == old["commit"]
+    assert line["trained_versions"] == old["versions"] and line["trained_device"] == old["device"]
 
 
 def test_a_short_training_is_not_compiled(monkeypatch, tmp_path):
@@ -355,4 +390,5 @@ def test_latency_alone_is_measured_again_without_an_image_of_the_data(finished, 
     assert start(monkeypatch, "vit", *TINY, "--only", "ptq_all", "--measure-again", "latency", "--out", str(out)) == 0
     (line,) = lines_of(out)[len(before) :]
     old = [line for line in before if line["row"] == "ptq_all"][-1]
-    assert line == old | {"throughput_batch": 5, "latency_commit": "now"}
+    now = {"latency_commit": "now", "latency_versions": old["versions"]}
+    assert line == old | {"throughput_batch": 5} | now

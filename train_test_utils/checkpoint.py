@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
-from torch import nn
+from torch import Tensor, nn
 
 from quantization_utils.file_format import replacing
 
@@ -23,7 +24,8 @@ def save_weights(model: nn.Module, path: Path, config_hash: str) -> None:
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
-        file.write(save(state, {"config_hash": config_hash}))
+        # One entry: of several the library writes whichever first.
+        file.write(save(state, {"config_hash": f"{config_hash} {_digest(state)}"}))
 
 
 def load_weights(model: nn.Module, path: Path, config_hash: str | None = None) -> None:
@@ -34,9 +36,12 @@ def load_weights(model: nn.Module, path: Path, config_hash: str | None = None) -
     """
     try:
         with safe_open(path, "pt") as file:
-            owner = (file.metadata() or {}).get("config_hash", config_hash)  # files did not always say
+            mark = (file.metadata() or {}).get("config_hash", "")
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no dictionary
-        if config_hash not in (None, owner):
+        owner, _, digest = mark.partition(" ")  # files did not always say either
+        if digest and digest != _digest(state):
+            raise ValueError("its weights do not agree with its SHA-256: the file is damaged")
+        if owner and config_hash not in (None, owner):
             raise ValueError(f"it was trained with configuration {owner}, not {config_hash}")
         if other := state.keys() ^ model.state_dict().keys():
             raise ValueError(f"{min(other)} is in one of the two only")
@@ -48,6 +53,14 @@ def load_weights(model: nn.Module, path: Path, config_hash: str | None = None) -
         raise ValueError(
             f"{path} is not a checkpoint of this model ({reason}): delete it to train the row again"
         ) from error
+
+
+def _digest(state: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        digest.update(name.encode())
+        digest.update(state[name].reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def save_state(state: dict[str, Any], path: Path) -> None:

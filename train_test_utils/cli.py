@@ -52,13 +52,13 @@ class Parser(argparse.ArgumentParser):
 def parse_arguments(model_name: str, words: list[str], quick_budget: float = QUICK_BUDGET) -> Arguments:
     """Parse the command line; exits with code 2 and one sentence on a mistake. `quick_budget`: that of `--quick`."""
     parser = Parser(description=f"1.58-bit weights and pruning of {model_name}: its table.")
-    add = parser.add_argument
-    add("--dataset", nargs="+", metavar="NAME",
+    add, several = parser.add_argument, {"nargs": "+", "action": "extend"}  # given twice, both count
+    add("--dataset", **several, metavar="NAME",
         help="cifar10, cifar100, digits, or a folder of class folders (default: cifar10 cifar100)")  # fmt: skip
     add("--data-dir", type=Path, default=Path("data"), help="where data sets lie or are downloaded to")
-    add("--only", nargs="+", default=[], metavar="PATTERN", help="rows to run, e.g. 'qat*' (their parents too)")
+    add("--only", **several, metavar="PATTERN", help="rows to run, e.g. 'qat*' (their parents too)")
     add("--list", action="store_true", help="print the table of rows and stop")
-    add("--seeds", nargs="+", type=int, default=[0], help="a run of every row for each (default: 0)")
+    add("--seeds", **several, type=int, help="a run of every row for each (default: 0)")
     add("--quick", action="store_true", help="handwritten digits and a few rows: minutes on a CPU, nothing to download")
     add("--budget", type=float, metavar="FRACTION",
         help="scale every recipe's optimizer steps; recorded in the rows "
@@ -74,7 +74,7 @@ def parse_arguments(model_name: str, words: list[str], quick_budget: float = QUI
     add("--out", type=Path, default=Path("runs"), help="where results go (default: runs)")
     add("--wandb", default="online", choices=["online", "offline", "disabled"],
         help="online (default) uploads rows and packed files; without a key or a network it goes offline")  # fmt: skip
-    add("--options", nargs="+", default=[], metavar="KEY=VALUE",
+    add("--options", **several, metavar="KEY=VALUE",
         help=f"of the model's constructor: {', '.join(option_names(model_name))}")  # fmt: skip
     given = parser.parse_args(words)
     try:
@@ -83,7 +83,8 @@ def parse_arguments(model_name: str, words: list[str], quick_budget: float = QUI
             raise ValueError(f"--budget is from above 0 to 100, 1 for the full recipes, not {budget:g}")
         if not 0 <= given.holdout < 1:
             raise ValueError(f"--holdout is a fraction in [0, 1), 0 for the test split, not {given.holdout:g}")
-        if wrong := [seed for seed in given.seeds if not 0 <= seed < 2**32]:
+        seeds = tuple(dict.fromkeys(given.seeds or [0]))
+        if wrong := [seed for seed in seeds if not 0 <= seed < 2**32]:
             raise ValueError(f"--seeds are whole numbers from 0 to 2^32 - 1, not {wrong[0]}")
         if not given.checkpoint_seconds >= 0:
             raise ValueError(f"--checkpoint-seconds is a time from 0 on, not {given.checkpoint_seconds:g}")
@@ -91,11 +92,11 @@ def parse_arguments(model_name: str, words: list[str], quick_budget: float = QUI
             if path.exists() and not path.is_dir():
                 raise ValueError(f"{option} is a folder, and {path} is a file")
         device = pick_device(given.device)
-        options = parse_options(given.options)
+        options = parse_options(given.options or [])
         check_options(model_name, options)
         return Arguments(
             dataset=tuple(given.dataset or (["digits"] if given.quick else ["cifar10", "cifar100"])),
-            data_dir=given.data_dir, only=tuple(given.only), list=given.list, seeds=tuple(dict.fromkeys(given.seeds)),
+            data_dir=given.data_dir, only=tuple(given.only or ()), list=given.list, seeds=seeds,
             quick=given.quick, budget=budget, holdout=given.holdout, measure_again=given.measure_again,
             checkpoint_seconds=given.checkpoint_seconds, device=device,
             precision=pick_precision(given.precision, device),

@@ -7,8 +7,8 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch import nn
 
 from models import build
 from quantization_utils import pack_
+from quantization_utils.file_format import ModelFileError, read_file
 from quantization_utils.storage import load_model, save_model
 
 from . import distributed
@@ -30,8 +31,8 @@ from .evaluate import accuracy_pct, agreement_pct, predict
 from .logbook import Logbook
 from .measure import code_zero_fraction, count_macs, ideal_bytes, latency_beside, weight_bits
 from .record import commit, device_name, versions
-from .report import print_table, write_report
-from .row_folder import claim, locked
+from .report import print_table, print_text, write_report
+from .row_folder import claim, locked, owner_of
 from .rows import (
     Row,
     calibration_images,
@@ -48,6 +49,7 @@ from .rows import (
 from .train import NonFiniteLoss, Setup, train
 
 WORTH_COMPILING = 500  # steps of a training: compilation takes a minute
+LIBRARIES = ("torch", "transformers", "numpy")  # that figures depend on
 
 
 def main(
@@ -80,7 +82,7 @@ def main(
         if arguments.quick:
             chosen = [in_small_batches(row) for row in chosen]
         if arguments.list:
-            print(format_rows(model_name, chosen))
+            print_text(format_rows(model_name, chosen))
             return
         device = distributed.start(arguments.device)
         with distributed.first_alone():  # one process downloads; all sets, so that a missing one is told now
@@ -107,12 +109,18 @@ def main(
 def run_table(
     model_name: str, options: dict[str, Any], rows: Sequence[Row], dataset: ImageDataset, arguments: Arguments
 ) -> bool:
-    """Every row for every seed on one data set; then the table, the report and the pictures. False if one diverged."""
+    """Every row for every seed on one data set; then the table, the report and the pictures. False if one diverged.
+
+    Where rows are to be measured again, those that have not been done are left out.
+    """
     folder = arguments.out / f"{model_name}-{dataset.name}"
     folder.mkdir(parents=True, exist_ok=True)
     logbook = Logbook(folder / "rows.jsonl", wandb_mode=arguments.wandb, group=folder.name)
     if any(line.get("data_fingerprint", dataset.fingerprint) != dataset.fingerprint for line in logbook.rows()):
-        raise ValueError(f"{folder} has results of other images that are called {dataset.name} too: give another --out")
+        raise ValueError(
+            f"{folder} has results of other images that are called {dataset.name} too, or of these in another order: "
+            "give another --out"
+        )
     data = dataset.to(arguments.device)
     table: list[dict[str, Any]] = []
     all_finished = True
@@ -126,6 +134,9 @@ def run_table(
                 run = Run(model_name, options, row, parent, seed, data, arguments, folder)
                 try:
                     line = run.finished_in(logbook)
+                    if line is None and arguments.measure_again:
+                        print(f"{row.name}, seed {seed}: not done with these options, so not measured", file=sys.stderr)
+                        continue
                     if line is None:
                         line = run.execute(logbook)
                     else:
@@ -141,7 +152,7 @@ def run_table(
                     print(f"{row.name}, seed {seed}: {error}", file=sys.stderr)
         if distributed.rank() == 0 and table:
             print_table(table)
-            paths = write_report(logbook.rows(), folder)
+            paths = write_report([*logbook.rows(), *table], folder)  # of two lines the later counts: this table's
             print(f"report and pictures: {folder / 'report.html'}")
             logbook.close(table, paths)
     finally:
@@ -167,6 +178,8 @@ class Run:
         }  # fmt: skip
         if folders := folder_hashes(options):  # a checkpoint that was written anew under its name makes another row
             self.config["folders"] = folders
+        if distributed.world_size() > 1:  # each has random numbers of its own
+            self.config["processes"] = distributed.world_size()
         self.hash = config_hash(self.config)
         self.folder = folder / f"{row.name}-seed{seed}"
         self.file = self.folder / "model.safetensors"
@@ -185,22 +198,39 @@ class Run:
         return line
 
     def is_damaged(self, line: dict[str, Any]) -> bool:
-        """Whether the packed file of a finished row is gone or shorter than it was; its weights can be packed again."""
-        if self.file.exists() and self.file.stat().st_size == line["file_bytes"]:
-            return False
+        """Whether the packed file of a finished row is gone or not as it was; its weights can be packed again."""
+        with suppress(OSError, ModelFileError):
+            read_file(self.file)  # and hold it against the hash in it
+            return self.file.stat().st_size != line["file_bytes"]
         if distributed.rank() == 0:
             print(f"{self.file} is gone or damaged: the row is packed and measured again", file=sys.stderr)
         return True
 
     def execute(self, logbook: Logbook) -> dict[str, Any]:
         """Do the row and append its line to the logbook."""
-        model = self.start()
-        began = time.monotonic()
-        model = self.transformed(model)  # first: options that make no model move no finished results aside
-        transform_seconds = round(time.monotonic() - began, 3)
-        claim(self.folder, self.hash)
-        with locked(self.folder) if distributed.rank() == 0 else nullcontext():
-            return self._train_and_record(logbook, model, transform_seconds)
+        with self._ancestors_kept():
+            model = self.start()
+            began = time.monotonic()
+            model = self.transformed(model)  # first: options that make no model move no finished results aside
+            transform_seconds = round(time.monotonic() - began, 3)
+            claim(self.folder, self.hash)
+            with self._alone():
+                return self._train_and_record(logbook, model, transform_seconds)
+
+    @contextmanager
+    def _ancestors_kept(self) -> Iterator[None]:
+        """No other process puts other results in the place of those that this row starts from and is held against."""
+        with ExitStack() as stack:
+            ancestor = self.parent
+            while ancestor is not None and distributed.rank() == 0:
+                stack.enter_context(locked(ancestor.folder, shared=True))
+                if owner_of(ancestor.folder) != ancestor.hash:
+                    raise ValueError(f"{ancestor.folder} was taken by another process with other options: start again")
+                ancestor = ancestor.parent
+            yield
+
+    def _alone(self) -> AbstractContextManager[None]:
+        return locked(self.folder) if distributed.rank() == 0 else nullcontext()
 
     def _train_and_record(self, logbook: Logbook, model: nn.Module, transform_seconds: float) -> dict[str, Any]:
         logbook.start_row(f"{self.row.name}-seed{self.seed}", self.config)
@@ -226,22 +256,31 @@ class Run:
         return self._record(logbook, model, {"train_seconds": seconds, "transform_seconds": transform_seconds})
 
     def measure_again(self, logbook: Logbook, line: dict[str, Any]) -> dict[str, Any]:
-        """A new line for a row that is done, without training: the later of two lines counts."""
-        logbook.start_row(f"{self.row.name}-seed{self.seed}", self.config)
-        seconds = {field: line.get(field) for field in ("train_seconds", "transform_seconds")}
-        return self._record(logbook, self.trained(), seconds)
+        """A new line for a row that is done, without training: the later of two lines counts.
+
+        Beside the device and the code of the measurement it says those of the training.
+        """
+        with self._ancestors_kept(), self._alone():
+            logbook.start_row(f"{self.row.name}-seed{self.seed}", self.config)
+            kept = {field: line.get(field) for field in ("train_seconds", "transform_seconds")}
+            for field in ("device", "commit", "versions"):
+                kept[f"trained_{field}"] = line.get(f"trained_{field}", line.get(field))
+            return self._record(logbook, self.trained(), kept)
 
     def time_again(self, logbook: Logbook, line: dict[str, Any]) -> dict[str, Any]:
         """As `measure_again`, for latency and throughput alone: seconds a row, on a machine that is quiet now."""
-        logbook.start_row(f"{self.row.name}-seed{self.seed}", self.config)
-        if distributed.rank() == 0:
-            logbook.row(line | self.timed(load_model(self.file)[0]) | {"latency_commit": commit()})
-        distributed.barrier()
-        return logbook.done(self.hash) or {}
+        with self._ancestors_kept(), self._alone():
+            logbook.start_row(f"{self.row.name}-seed{self.seed}", self.config)
+            if distributed.rank() == 0:
+                now = {"latency_commit": commit(), "latency_versions": versions(*LIBRARIES)}
+                logbook.row(line | self.timed(load_model(self.file)[0]) | now)
+            distributed.barrier()
+            return logbook.done(self.hash) or {}
 
-    def _record(self, logbook: Logbook, model: nn.Module, seconds: dict[str, float | None]) -> dict[str, Any]:
+    def _record(self, logbook: Logbook, model: nn.Module, more: dict[str, Any]) -> dict[str, Any]:
+        """Measure, and append a line with `more` fields."""
         if distributed.rank() == 0:
-            logbook.row(self.measured(model) | seconds)
+            logbook.row(self.measured(model) | more)
             (self.folder / "last.pt").unlink(missing_ok=True)
         distributed.barrier()
         return logbook.done(self.hash) or {}
@@ -291,7 +330,7 @@ class Run:
             "precision": str(args.precision).removeprefix("torch."),
             "config_hash": self.hash, "data_fingerprint": self.data.fingerprint,
             "command": f"{distributed.launcher()} {shlex.join(sys.argv)}", "commit": commit(),
-            "versions": versions("torch", "transformers", "numpy"),
+            "versions": versions(*LIBRARIES),
             "finished_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }  # fmt: skip
 

@@ -42,9 +42,13 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
     """Print the table for the terminal."""
-    text = format_table(rows)
+    print_text("\n" + format_table(rows))
+
+
+def print_text(text: str) -> None:
+    """Print what has characters that the terminal may not have."""
     encoding = sys.stdout.encoding or "utf-8"
-    print("\n" + text.encode(encoding, "replace").decode(encoding))
+    print(text.encode(encoding, "replace").decode(encoding))
 
 
 def write_report(rows: Sequence[Mapping[str, Any]], out_dir: str | Path) -> list[Path]:

@@ -13,6 +13,8 @@ from quantization_utils.file_format import replacing
 
 from . import distributed
 
+MARK = "config_hash"
+
 
 def claim(folder: Path, config_hash: str) -> None:
     """Make the folder. Another configuration's results in it are moved aside; those of this one come back.
@@ -20,9 +22,9 @@ def claim(folder: Path, config_hash: str) -> None:
     Raises:
         ValueError: another process is at work there.
     """
-    mark = folder / "config_hash"
+    mark = folder / MARK
     if distributed.rank() == 0:
-        owner = mark.read_text().strip() if mark.exists() else config_hash
+        owner = owner_of(folder) or config_hash
         if owner != config_hash:
             aside = _aside(folder, owner)
             with locked(folder):
@@ -37,8 +39,10 @@ def claim(folder: Path, config_hash: str) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, shared: bool = False) -> Iterator[None]:
     """Keep other processes from training in the folder, or moving it, meanwhile; the end of this one frees it, too.
+
+    `shared`: others may do the same, but none may write there.
 
     Raises:
         ValueError: another one is at work there.
@@ -46,12 +50,18 @@ def locked(folder: Path) -> Iterator[None]:
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"another process is at work in {folder}: let it finish, or give another --out") from None
         yield
     finally:
         os.close(handle)
+
+
+def owner_of(folder: Path) -> str | None:
+    """The hash of the configuration that the folder belongs to; None if there is none yet."""
+    mark = folder / MARK
+    return mark.read_text().strip() if mark.exists() else None
 
 
 def _aside(folder: Path, config_hash: str) -> Path:

@@ -174,6 +174,8 @@ def train(
         model.load_state_dict(averaged.module.state_dict())
     if recipe.statistics_images:
         _estimate_statistics(model, dataset, recipe, budget, seed)
+    if not all(bool(tensor.isfinite().all()) for tensor in model.state_dict().values()):  # after the last step's loss
+        raise _diverged("a weight was not finite at the end", state_path)
     return model.eval()
 
 
@@ -248,11 +250,14 @@ def _loss(logits: Tensor, labels: Tensor, teacher_logits: Tensor | None, recipe:
     return (1 - recipe.distill) * loss + recipe.distill * t * t * divergence
 
 
+def _diverged(what: str, state_path: Path | None) -> NonFiniteLoss:
+    saved = state_path is not None and state_path.exists()
+    kept = f"the last good state is {state_path}" if saved else "nothing was saved yet"
+    return NonFiniteLoss(f"{what}; {kept}. Lower the recipe's learning rate.")
+
+
 def _look(sums: Tensor, batches: int, epoch: int, lr: float, state_path: Path | None) -> dict[str, Any]:
     loss, correct, images, bad_step = sums.tolist()
     if bad_step >= 0:
-        saved = state_path is not None and state_path.exists()
-        kept = f"the last good state is {state_path}" if saved else "nothing was saved yet"
-        step = int(bad_step)
-        raise NonFiniteLoss(f"the loss was not finite at step {step}; {kept}. Lower the recipe's learning rate.")
+        raise _diverged(f"the loss was not finite at step {int(bad_step)}", state_path)
     return {"epoch": epoch, "train_loss": loss / batches, "train_accuracy_pct": 100 * correct / images, "lr": lr}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import netrc
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -47,9 +48,7 @@ class Mirror:
 
     def start(self, name: str, config: Mapping[str, Any], job_type: str | None = None) -> None:
         """Open the run of a row; one that is still open was not finished."""
-        if self._run is not None:
-            self._guarded(lambda: self._run.finish(exit_code=1))
-        self._run = None
+        self.finish()
         if self._wandb is None:
             return
         row = config.get("row")
@@ -67,10 +66,9 @@ class Mirror:
         def write() -> None:
             self._run.config.update({k: row[k] for k in NESTED if k in row}, allow_val_change=True)
             self._run.summary.update({k: v for k, v in row.items() if k not in NESTED})
-            self._run.finish()
 
         self._guarded(write)
-        self._run = None
+        self.finish(exit_code=0)
 
     def close(self, table: Sequence[Mapping[str, Any]], files: Sequence[Path], packed: Sequence[Path]) -> None:
         """The closing run: table, pictures, and one artifact with the report, the rows and the packed models."""
@@ -84,20 +82,21 @@ class Mirror:
                 {"rows": self._wandb.Table(columns=columns, data=[[r.get(c) for c in columns] for r in table])}
             )
             self._run.log({f.stem: self._wandb.Image(str(f)) for f in files if f.suffix == ".png"})
-            artifact = self._wandb.Artifact(self.group, type="table")
+            name = re.sub(r"[^\w.-]", "-", self.group, flags=re.ASCII)  # a data set's folder may have any
+            artifact = self._wandb.Artifact(name, type="table")
             for file in dict.fromkeys([*files, *packed]):
                 if file.exists():
                     # Not "mutable": that would copy every model into a staging folder first.
                     artifact.add_file(str(file), name=str(file.relative_to(self.folder)), policy="immutable")
             self._run.log_artifact(artifact)
-            self._run.finish()
 
         self._guarded(write)
-        self._run = None
+        self.finish(exit_code=0)
         self._say_where()
 
-    def finish(self) -> None:
-        self._guarded(lambda: self._run.finish(exit_code=1))
+    def finish(self, exit_code: int = 1) -> None:
+        """End the run that is open, if any: the next row would be written to it."""
+        self._guarded(lambda: self._run.finish(exit_code=exit_code))
         self._run = None
 
     def _open(self, name: str, config: dict[str, Any], job_type: str) -> None:

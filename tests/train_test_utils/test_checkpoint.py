@@ -65,6 +65,16 @@ def test_damage_is_one_sentence_that_says_what_to_do(how, tmp_path):
         load_state(state, CPU)
 
 
+def test_one_bit_of_a_weight_is_noticed(tmp_path):
+    path = tmp_path / "checkpoint.safetensors"
+    save_weights(make("alexnet_like"), path, "0123")
+    data = bytearray(path.read_bytes())
+    data[-2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="SHA-256: the file is damaged.*delete it to train the row again"):
+        load_weights(make("alexnet_like"), path)
+
+
 def test_a_checkpoint_of_another_model(tmp_path):
     path = tmp_path / "checkpoint.safetensors"
     save_weights(make("alexnet_like"), path, "0123")

@@ -30,6 +30,9 @@ def test_lists_and_options():
     given = parse(*"--seeds 0 2 0 --only qat* float --options batch_norm=false dropout=0.1 --device cpu".split())
     assert given.seeds == (0, 2) and given.only == ("qat*", "float")
     assert given.options == {"batch_norm": False, "dropout": 0.1} and given.device == torch.device("cpu")
+    words = "--seeds 0 --only float --options dropout=0.1 --seeds 1 --only ptq_all --options batch_norm=false"
+    twice = parse(*words.split())
+    assert twice.seeds == (0, 1) and twice.only == ("float", "ptq_all") and len(twice.options) == 2
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
-from train_test_utils.row_folder import claim
+import pytest
+
+from train_test_utils.row_folder import claim, locked
 
 
 def test_results_that_are_moved_aside_take_the_place_of_none(tmp_path):
@@ -12,3 +14,13 @@ def test_results_that_are_moved_aside_take_the_place_of_none(tmp_path):
     (aside,) = tmp_path.glob("row.a.*")
     assert (aside / "config_hash").read_text() == "a\n" and (tmp_path / "row.a" / "older").exists()
     assert (tmp_path / "row" / "config_hash").read_text() == "b\n"
+
+
+def test_several_may_read_what_none_may_write_meanwhile(tmp_path):
+    claim(tmp_path / "row", "a")
+    with locked(tmp_path / "row", shared=True), locked(tmp_path / "row", shared=True):
+        with pytest.raises(ValueError, match="another process is at work"), locked(tmp_path / "row"):
+            pass
+        with pytest.raises(ValueError, match="another process is at work"):
+            claim(tmp_path / "row", "b")
+    claim(tmp_path / "row", "b")

@@ -225,6 +225,19 @@ def test_the_step_is_named_however_late_it_is_looked_at(step):
         train(Bomb(step), dataset(), PLAIN, Setup(CPU))
 
 
+def test_weights_that_the_last_step_has_ruined_are_no_result():
+    """Its loss was finite, and there is no other one behind it."""
+
+    class Ruin(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step(closure)
+            self.param_groups[0]["params"][0].data.fill_(math.inf)
+
+    recipe = replace(PLAIN, epochs=1, batch_size=80, optimizer=lambda *args, **kwargs: Ruin(args[0], lr=0.1))
+    with pytest.raises(NonFiniteLoss, match="a weight was not finite at the end; nothing was saved yet"):
+        train(Bomb(99), dataset(), recipe, Setup(CPU))
+
+
 def test_learning_rates_and_ramp_follow_the_recipe(monkeypatch):
     rates, parts = [], []
 

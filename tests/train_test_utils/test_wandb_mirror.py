@@ -130,6 +130,26 @@ def test_the_run_of_a_row_that_was_not_finished_is_a_failed_one(how, tmp_path, m
     assert mirror.mode == "offline" and codes == [1]
 
 
+def test_a_table_that_cannot_be_logged_leaves_no_run_open(tmp_path, monkeypatch):
+    """Else the next data set's first row would be written to it."""
+    codes, names = [], []
+
+    class Working(Broken):
+        Table = Image = staticmethod(lambda *args, **kwargs: None)
+
+        def init(self, **settings):
+            return types.SimpleNamespace(finish=lambda exit_code=0: codes.append(exit_code), log=lambda record: None)
+
+        def Artifact(self, name, type):
+            names.append(name)
+            raise ValueError("no artifact today")
+
+    monkeypatch.setitem(sys.modules, "wandb", Working("wandb"))
+    mirror = wandb_mirror.Mirror("offline", tmp_path, "project", "resnet_18-my größte images")
+    mirror.close([], [], [])
+    assert names == ["resnet_18-my-gr--te-images"] and codes == [0] and mirror._run is None
+
+
 def test_whatever_wandb_raises_is_said_once(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "wandb", Broken("wandb"))
     fill(tmp_path)
