@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from models.select import Selection, select_layers
 
@@ -48,7 +49,8 @@ def prune_(
 
     Raises:
         ValueError: an amount outside [0, 1), an unknown granularity or scope, a score that does not fit them, weights
-            or scores that are not finite (the model has diverged), or no layer to prune.
+            or scores that are not finite (the model has diverged), a weight that is no parameter (`weight_norm`), or no
+            layer to prune; the model is as it was.
     """
     granularity, scope = _meaning(score, granularity, scope)
     if not isinstance(amount, Real) or not 0 <= amount < 1:
@@ -59,6 +61,10 @@ def prune_(
     if not layers:
         kept_out = " other than the classifier, whose filters are the classes," if granularity == "filter" else ""
         raise ValueError(f"no linear or convolution layer{kept_out} matches only={only!r}: nothing to prune")
+    for name, layer in layers:
+        if "weight" not in layer._parameters and not is_parametrized(layer, "weight"):
+            raise ValueError(f"{name} computes its weight anew in every pass (weight_norm, torch.nn.utils.prune): "
+                             "make it a parameter first (remove_weight_norm, torch.nn.utils.prune.remove)")  # fmt: skip
 
     generator = torch.Generator().manual_seed(seed)
     keys = [_keys(name, layer, score, granularity, generator) for name, layer in layers]

@@ -287,6 +287,16 @@ def test_a_diverged_model_is_refused(score):
         prune_(model, score, 0.5)
 
 
+def test_a_weight_that_is_no_parameter_is_told_before_any_layer_is_masked():
+    model = network()
+    torch_prune.l1_unstructured(model[2], "weight", 0.5)
+    with pytest.raises(ValueError, match="2 computes its weight anew .*: make it a parameter first"):
+        prune_(model, l1, 0.5)
+    assert not hasattr(model[0], "parametrizations")
+    torch_prune.remove(model[2], "weight")
+    assert zeros(prune_(model, l1, 0.5))[0] == 135
+
+
 def test_prune_returns_the_model_itself():
     model = network()
     assert prune_(model, l1, 0.5) is model
