@@ -67,12 +67,10 @@ class PackedEncoder:
         layers = []
         for layer in network.vit.layers:
             queries, keys, values, *others = linear_layers(layer)
-            biases = [layer.bias for layer in (queries, keys, values)]
-            qkv = (
-                torch.cat([layer.codes for layer in (queries, keys, values)]),
-                torch.cat([layer.scale for layer in (queries, keys, values)]),
-                None if any(bias is None for bias in biases) else torch.cat(biases),  # type: ignore[arg-type]
-            )
+            three = (queries, keys, values)
+            biases = [torch.zeros_like(layer.scale) if layer.bias is None else layer.bias for layer in three]
+            codes, scales = ([getattr(layer, name) for layer in three] for name in ("codes", "scale"))
+            qkv = tuple(map(torch.cat, (codes, scales, biases)))
             norms = (layer.layernorm_before, layer.layernorm_after)
             layers.append((qkv, *map(_dense, others), [t for n in norms for t in (n.weight, n.bias)]))
         config, act_bits = network.config, first.act_bits

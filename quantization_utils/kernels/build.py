@@ -42,12 +42,12 @@ def load() -> None:
 @cache
 def _load() -> str:
     """What went wrong, or nothing."""
-    flags = [*FLAGS, *_openmp(), *os.environ.get("TERNARY_CXXFLAGS", "").split()]
-    library = _cache_folder() / _fingerprint(flags) / "ternary_kernels.so"
     try:
-        if library.exists():
+        flags = [*FLAGS, *_openmp(), *os.environ.get("TERNARY_CXXFLAGS", "").split()]
+        library = _cache_folder() / _fingerprint(flags) / "ternary_kernels.so"
+        try:
             torch.ops.load_library(str(library))
-        else:
+        except OSError:  # it is not there, or cut off, or of a machine with other libraries that shares the folder
             _compile_and_load(library, flags)
     except Exception as error:  # every cause means the same: these kernels cannot be used here
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
@@ -59,8 +59,9 @@ def _load() -> str:
 
 def _openmp() -> list[str]:
     """Flags for PyTorch's own OpenMP threads: the library in its folder, or the compiler's; none without GNU's."""
-    if sys.platform != "linux":
-        return []  # threads are made for each call
+    compiler = os.environ.get("CXX", "c++")
+    if sys.platform != "linux" or "clang" in os.path.realpath(shutil.which(compiler) or compiler):
+        return []  # threads are made for each call: clang would call functions that GNU's library does not have
     bundled = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
     return ["-fopenmp", *(str(path.resolve()) for path in bundled[:1])]  # one, by whatever link one comes to it
 

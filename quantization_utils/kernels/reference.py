@@ -77,7 +77,7 @@ class Conv2d:
 
     def __call__(self, x: Tensor) -> Tensor:
         codes, image_scale = quantize_dynamic(x.float(), self.act_bits, "image")
-        accumulator = _integers(F.conv2d(codes.to(self.weight.dtype), self.weight, **self.geometry))
+        accumulator = _integers(_conv2d(codes.to(self.weight.dtype), self.weight, **self.geometry))
         gain = self.scale_N11 * image_scale
         return accumulator * gain if self.bias_N11 is None else multiply_add(accumulator, gain, self.bias_N11)
 
@@ -115,13 +115,21 @@ def _run(node: Node, weight: Tensor | None, x: Tensor, residual: Tensor | None) 
         return _finish(node, x.sum((2, 3), dtype=torch.float64).float() * node.gain)  # exact for any image
     assert weight is not None and node.gain is not None and node.bias is not None
     if node.op == "conv":
-        y = _integers(F.conv2d(_padded(node, x).to(weight.dtype), weight, stride=node.stride))
+        y = _integers(_conv2d(_padded(node, x).to(weight.dtype), weight, stride=node.stride))
         y = multiply_add(y, node.gain.view(-1, 1, 1), node.bias.view(-1, 1, 1))
     else:
         y = multiply_add(_integers(F.linear(x.flatten(1).to(weight.dtype), weight)), node.gain, node.bias)
     if residual is not None:
         y = multiply_add(residual, node.residual_gain, y)
     return _finish(node, y)
+
+
+def _conv2d(x: Tensor, weight: Tensor, **geometry: Any) -> Tensor:
+    """A convolution that is exact: not by NNPACK, which PyTorch turns to on a CPU for which it has no oneDNN."""
+    if x.device.type != "cpu" or (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+        return F.conv2d(x, weight, **geometry)
+    with torch.backends.nnpack.flags(enabled=False):
+        return F.conv2d(x, weight, **geometry)
 
 
 def _finish(node: Node, y: Tensor) -> Tensor:

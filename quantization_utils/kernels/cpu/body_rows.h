@@ -44,7 +44,8 @@ static void add_row(const uint8_t* in, int n, int32_t* inout) {
   for (int i = 0; i < n; ++i) inout[i] += in[i];
 }
 
-// What the machine can do at most, for benchmarks: the multiply-adds of `dot` on registers alone, and reading memory.
+// What the machine can do at most, for benchmarks: the multiply-adds of `dot` on registers alone, and reading memory. On AVX2, where
+// sums in pairs of ternary weights take less, that is the limit of 8-bit weights of small magnitude.
 static int64_t peak_multiply_adds(int64_t iterations, const uint8_t* data) {
   constexpr int P = PIXELS, J = VECTORS;
   vec acc[P][J];

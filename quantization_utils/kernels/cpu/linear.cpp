@@ -42,37 +42,41 @@ void Linear::multiply(const uint8_t* codes, const float* row_scale, int rows, Th
   isa_.multiply_rows(panels_.kind, t, output(0, row_scale, then, out));
 }
 
+static int at_most(int threads) { return std::clamp(threads, 1, kMaxThreads); }
+
 void Linear::run(const float* x, int64_t rows, int threads, float* out) {
   const int64_t rows_an_item = std::max<int64_t>(1, 4096 / k_);
-  run_rows(rows, (rows + rows_an_item - 1) / rows_an_item, threads, out, [&](int64_t item) {
+  run_rows(rows, (rows + rows_an_item - 1) / rows_an_item, threads, out, [&](int64_t item, int) {
     for (int64_t r = item * rows_an_item; r < std::min(rows, (item + 1) * rows_an_item); ++r)
       row_scale_[r] = quantize(x + r * k_, rows_.data() + r * stride_);
   });
 }
 
 void Linear::run_patches(const float* images, int64_t count, const Patches& p, int threads, float* out) {
-  run_rows(count * p.count(), count, threads, out, [&](int64_t image) {
-    std::vector<uint8_t> codes(p.image());
-    const float scale = isa_.quantize_row(images + image * p.image(), p.image(), code_max_, codes.data());
+  threads = at_most(threads);
+  std::vector<uint8_t> codes_of_threads(threads * (int64_t)p.image());  // made here: memory that runs out there ends the process
+  run_rows(count * p.count(), count, threads, out, [&](int64_t image, int thread) {
+    uint8_t* const codes = codes_of_threads.data() + thread * (int64_t)p.image();
+    const float scale = isa_.quantize_row(images + image * p.image(), p.image(), code_max_, codes);
     for (int patch = 0; patch < p.count(); ++patch) {
       const int64_t r = image * p.count() + patch;
-      p.row(patch, codes.data(), rows_.data() + r * stride_), row_scale_[r] = scale;
+      p.row(patch, codes, rows_.data() + r * stride_), row_scale_[r] = scale;
     }
   });
 }
 
-// quantize(item), for each of `items`: fills some of rows_ and row_scale_.
+// quantize(item, number of the thread), for each of `items`: fills some of rows_ and row_scale_.
 template <typename Quantize>
 void Linear::run_rows(int64_t rows, int64_t items, int threads, float* out, const Quantize& quantize) {
   if (rows == 0) return;
   std::lock_guard<std::mutex> lock(mutex_);
-  threads = std::max(1, std::min(threads, kMaxThreads));
+  threads = at_most(threads);
   const int blocks = this->blocks(), most = isa_.max_pixels;
   if ((int64_t)row_scale_.size() < rows) rows_.resize((rows + most) * stride_ + 64), row_scale_.resize(rows);
   const int64_t groups = (rows + most - 1) / most;
   const int64_t chunk = std::max<int64_t>(1, std::min<int64_t>(16, groups * blocks / (threads * 8)));
   parallel(isa_, threads, [&](Member& member) {
-    member.share(items, quantize);
+    member.share(items, [&](int64_t item) { quantize(item, member.index()); });
     member.share((groups + chunk - 1) / chunk * blocks, [&](int64_t item) {
       const int block = item % blocks;
       Tile t = tile(block, 1);

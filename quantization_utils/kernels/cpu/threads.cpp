@@ -29,7 +29,8 @@ Team* team = nullptr;
 bool forked = false;
 
 // A child has none of its parent's OpenMP threads, whoever woke them, and what its parent's regions left is of no use to it. It
-// has one thread now, so nothing here needs a lock.
+// has one thread now, so nothing here needs a lock. A network or layer that another thread was running meanwhile stays locked: what
+// the child uses, it has to load itself.
 void start_as_child() { region = new std::mutex, team = nullptr, forked = true; }
 [[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, start_as_child);
 

@@ -14,20 +14,49 @@ from quantization_utils.kernels import build, ops
 
 
 def test_kernels_are_loaded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the compilation, which loads what it made, or from the cache; a second registration would be an error."""
+    """By the compilation, which loads what it made, or from the cache, if what is there can be loaded; a second
+    registration would be an error."""
     loaded: list[str] = []
 
     def compile_and_load(name: str, build_directory: str, **options: Any) -> None:
         (Path(build_directory) / f"{name}.so").write_bytes(b"made")
         loaded.append("compiled")
 
+    def load_library(path: str) -> None:
+        if not Path(path).exists() or Path(path).read_bytes() != b"made":
+            raise OSError("file too short")
+        loaded.append("from the cache")
+
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setenv("CXX", "true")
     monkeypatch.setattr(cpp_extension, "load", compile_and_load)
-    monkeypatch.setattr(torch.ops, "load_library", lambda path: loaded.append(Path(path).read_bytes().decode()))
+    monkeypatch.setattr(torch.ops, "load_library", load_library)
     monkeypatch.setattr(ops, "register", lambda: None)
     assert build._load.__wrapped__() == "" and loaded == ["compiled"]
-    assert build._load.__wrapped__() == "" and loaded == ["compiled", "made"]
+    assert build._load.__wrapped__() == "" and loaded == ["compiled", "from the cache"]
+    (library,) = tmp_path.rglob("ternary_kernels.so")
+    library.write_bytes(b"")  # cut off
+    assert build._load.__wrapped__() == "" and loaded == ["compiled", "from the cache", "compiled"]
+
+
+def test_without_a_place_for_a_cache_there_are_no_kernels_and_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", home)
+    assert build._load.__wrapped__() == "RuntimeError: Could not determine home directory."
+
+
+def test_clang_is_not_linked_with_the_library_of_another_compiler(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "clang-14").write_text("#!/bin/sh\n")
+    (tmp_path / "clang-14").chmod(0o755)
+    (tmp_path / "c++").symlink_to(tmp_path / "clang-14")
+    monkeypatch.setenv("CXX", str(tmp_path / "c++"))
+    assert build._openmp() == []
 
 
 def test_openmp_is_linked_once() -> None:

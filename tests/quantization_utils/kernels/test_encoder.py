@@ -244,6 +244,14 @@ def test_what_is_not_finite_reaches_its_whole_image(backend: str, bad: float) ->
 
 
 @torch.no_grad()
+def test_a_layer_without_a_bias_takes_none_from_the_others() -> None:
+    model, images = packed_vit(), torch.rand(4, 3, 32, 32)
+    model.network.vit.layers[0].attention.k_proj.bias = None
+    close(model(images), model.network(model.normalize(images)).logits)
+    assert model.encoder.backend.startswith("cpu-")
+
+
+@torch.no_grad()
 def test_a_model_takes_it_and_keeps_it_through_copies_moves_and_files(tmp_path: Path) -> None:
     model, images = packed_vit(), torch.rand(4, 3, 32, 32)
     logits = model(images)

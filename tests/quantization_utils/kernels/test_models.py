@@ -53,6 +53,16 @@ def test_networks_equal_the_reference(
         torch.set_num_threads(before)
 
 
+@pytest.mark.filterwarnings("ignore:TF32 acceleration:UserWarning")
+def test_the_reference_is_exact_without_onednn_too() -> None:
+    """Where NNPACK would take large batches, in Winograd's way and in float32: integers beyond 2^20."""
+    codes = torch.randint(-1, 2, (64, 256, 3, 3), dtype=torch.int8)
+    pixels = torch.randint(0, 256, (16, 256, 16, 16)).float()
+    expected = reference._conv2d(pixels.double(), codes.double(), padding=1)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert torch.equal(reference._conv2d(pixels, codes.float(), padding=1).double(), expected)
+
+
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 def test_the_linear_layers_of_a_transformer(backend: str) -> None:
     model, images = packed("vit", 8, width=64, depth=2), torch.rand(3, 3, 32, 32)
