@@ -24,6 +24,7 @@ from ..nodes import Node
 
 SMALLEST_ABSMAX = 1e-5  # as BitNet b1.58's reference code: an all-zero token has a scale too
 EXACT_FLOAT32 = 2**24
+ONEDNN = torch.backends.mkldnn.is_available()
 
 
 def quantize_dynamic(x: Tensor, bits: int, per: str) -> tuple[Tensor, Tensor]:
@@ -126,7 +127,7 @@ def _run(node: Node, weight: Tensor | None, x: Tensor, residual: Tensor | None) 
 
 def _conv2d(x: Tensor, weight: Tensor, **geometry: Any) -> Tensor:
     """A convolution that is exact: not by NNPACK, which PyTorch turns to on a CPU for which it has no oneDNN."""
-    if x.device.type != "cpu" or (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+    if ONEDNN or x.device.type != "cpu":
         return F.conv2d(x, weight, **geometry)
     with torch.backends.nnpack.flags(enabled=False):
         return F.conv2d(x, weight, **geometry)

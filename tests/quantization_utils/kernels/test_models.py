@@ -54,11 +54,12 @@ def test_networks_equal_the_reference(
 
 
 @pytest.mark.filterwarnings("ignore:TF32 acceleration:UserWarning")
-def test_the_reference_is_exact_without_onednn_too() -> None:
+def test_the_reference_is_exact_without_onednn_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where NNPACK would take large batches, in Winograd's way and in float32: integers beyond 2^20."""
     codes = torch.randint(-1, 2, (64, 256, 3, 3), dtype=torch.int8)
     pixels = torch.randint(0, 256, (16, 256, 16, 16)).float()
     expected = reference._conv2d(pixels.double(), codes.double(), padding=1)
+    monkeypatch.setattr(reference, "ONEDNN", False)
     with torch.backends.mkldnn.flags(enabled=False):
         assert torch.equal(reference._conv2d(pixels, codes.float(), padding=1).double(), expected)
 
@@ -96,6 +97,13 @@ def test_packed_models_compile_and_export(name: str, options: dict[str, object],
         program = torch.export.export(model, (images,))
         assert torch.equal(program.module()(images), expected)
         assert any("ternary" in str(node.target) for node in program.graph.nodes)
+
+
+@torch.no_grad()
+def test_what_runs_on_the_reference_compiles_in_one_graph_too() -> None:
+    layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=2), nn.Flatten(), nn.Linear(8 * 28 * 28, 5)]
+    model, images = pack_(quantize_(nn.Sequential(*layers).eval())), torch.rand(2, 3, 32, 32)
+    assert torch.equal(torch.compile(model, backend="eager", fullgraph=True)(images), model(images))
 
 
 def test_numbers_of_another_process_are_unknown() -> None:
