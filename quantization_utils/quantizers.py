@@ -144,7 +144,7 @@ def dequantize(codes: Tensor, scale_N: Tensor, dtype: torch.dtype = torch.float3
 def _descending(rows_NK: Tensor) -> Tensor:
     """Every row sorted, largest first; on a CPU by NumPy, whose sort without indices takes an eighth of the time."""
     if rows_NK.device.type == "cpu":
-        return torch.from_numpy(np.sort(rows_NK.numpy(), axis=1)).flip(1)
+        return torch.from_numpy(np.sort(rows_NK.detach().numpy(), axis=1)).flip(1)
     return rows_NK.sort(dim=1, descending=True).values
 
 

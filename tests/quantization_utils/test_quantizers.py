@@ -254,6 +254,12 @@ def test_a_block_is_small_and_never_empty():
 
 
 @pytest.mark.parametrize("quantizer", [*TERNARY, as_is, int8_absmax])
+def test_a_parameter_is_a_weight_too(quantizer):
+    weight = torch.nn.Parameter(torch.randn(3, 8))
+    assert torch.equal(quantizer(weight)[0], quantizer(weight.detach())[0])
+
+
+@pytest.mark.parametrize("quantizer", [*TERNARY, as_is, int8_absmax])
 def test_a_weight_that_is_not_a_number_is_not_hidden(quantizer):
     for broken in (torch.nan, torch.inf):
         weight = torch.randn(3, 8)

@@ -6,9 +6,9 @@
 // A few rows go through everything between two attentions while they lie in the nearest cache. Only attention needs all rows of
 // an image: with many images, each thread takes whole ones through all layers; with few, all threads share an image's rows,
 // and a layer has two phases. The results are the same, bit for bit. Of a classifier's last layer only the class token is used
-// later: what no other token reads any more is not computed (but for queries). Patches become tokens as the first layer takes them, and the class
-// token goes through the last norm and the classifier where it lies: between operators of PyTorch, whose code the weights of
-// the layers have driven from the caches, these few steps take as long as a layer.
+// later: what no other token reads any more is not computed (but for queries). Patches become tokens as the first layer takes
+// them, and the class token goes through the last norm and the classifier where it lies: between operators of PyTorch, whose code
+// the weights of the layers have driven from the caches, these few steps take as long as a layer.
 #pragma once
 #include <memory>
 #include <vector>
