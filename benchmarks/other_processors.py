@@ -4,7 +4,7 @@
     python3 benchmarks/other_processors.py
 
 Compiles the kernels, without PyTorch, with other_processors.cpp for this processor and for 64-bit ARM, runs both, and
-compares a hash of what each case computes. Writes results/files/other_processors.jsonl anew.
+compares a hash of what each case computes; takes no options. Writes results/files/other_processors.jsonl anew.
 """
 
 from __future__ import annotations

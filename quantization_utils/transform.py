@@ -98,7 +98,9 @@ def _refuse_hooks(name: str, layer: nn.Module) -> None:
 
 @torch.no_grad()
 def calibrate_(model: nn.Module, images: Tensor, batch_size: int = 128) -> nn.Module:
-    """Give a quantized chain network static activation scales from unlabelled images (B, 3, H, W) in [0, 1], in place.
+    """Give a quantized convolution network static activation scales, in place: a chain, that torch.fx can trace.
+
+    `images`: unlabelled, (B, 3, H, W) in [0, 1].
 
     The quantizer of a layer's input moves to where the node before it ends (after its ReLU or average pool), so that
     all readers of that tensor share it; the step is the one of least squared error on these images (60 clipping points
@@ -144,7 +146,7 @@ def _as_it_was_after_an_error(model: nn.Module) -> Iterator[None]:
 def pack_(model: nn.Module) -> nn.Module:
     """Turn a quantized model into its integer inference form, in place; return the model.
 
-    A calibrated chain network whose layers are all quantized becomes a `PackedNetwork` (the object itself changes
+    A chain network that was calibrated and whose layers are all quantized becomes a `PackedNetwork` (the object itself changes
     class), without the channels that pruning has silenced; any other model keeps its modules and has its quantized
     layers replaced by packed ones, those of a ViT's MLPs without silenced neurons. Packing twice changes nothing.
 
