@@ -146,9 +146,10 @@ def _as_it_was_after_an_error(model: nn.Module) -> Iterator[None]:
 def pack_(model: nn.Module) -> nn.Module:
     """Turn a quantized model into its integer inference form, in place; return the model.
 
-    A chain network that was calibrated and whose layers are all quantized becomes a `PackedNetwork` (the object itself changes
-    class), without the channels that pruning has silenced; any other model keeps its modules and has its quantized
-    layers replaced by packed ones, those of a ViT's MLPs without silenced neurons. Packing twice changes nothing.
+    A chain network that was calibrated and whose layers are all quantized becomes a `PackedNetwork` (the object itself
+    changes class), without the channels that pruning has silenced; any other model keeps its modules and has its
+    quantized layers replaced by packed ones, those of a ViT's MLPs without silenced neurons. Packing twice changes
+    nothing.
 
     Raises:
         ValueError: a weight that is not finite, or a layer that can't be packed.
