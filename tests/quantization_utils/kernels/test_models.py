@@ -41,7 +41,7 @@ def test_networks_equal_the_reference(
     model, before = packed(name, act_bits, **options), torch.get_num_threads()
     images = torch.rand(2 if options else 1, 3, 32, 32)  # the larger networks take long in portable code
     expected = reference.NetworkExecutor(model.nodes)(images)
-    assert expected.unique().numel() > 10
+    assert expected.unique().numel() >= 10
     try:
         for backend in BACKENDS:
             monkeypatch.setenv("TERNARY_ISA", backend.removeprefix("cpu-"))
