@@ -10,6 +10,9 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
+# Empty is off. Where it is set, as in many containers, every start of Python would compile its packages anew: half a minute.
+export PYTHONDONTWRITEBYTECODE :=
+
 TABLES := $(RUN) -m train_test_utils.report results --readme
 
 .PHONY: quickstart test lint tables kernels
