@@ -33,7 +33,8 @@ def conv(source: int, n: int, c: int, kernel: int = 3, stride: int = 1, padding:
     )  # fmt: skip
 
 
-def check(nodes: list[Node], images: Tensor, backend: str) -> Tensor:
+def assert_equals_reference(nodes: list[Node], images: Tensor, backend: str) -> Tensor:
+    """The outputs of nodes on a backend, which are those of the reference bit for bit."""
     expected = reference.NetworkExecutor(nodes)(images)
     executor = kernels.make_executor(nodes, backend)
     assert executor.backend == backend

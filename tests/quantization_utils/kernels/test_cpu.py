@@ -10,7 +10,7 @@ import torch
 from quantization_utils import kernels
 from quantization_utils.kernels import reference
 from quantization_utils.nodes import Node
-from tests.nodes import BACKENDS, check, codes_of, conv, images_of
+from tests.nodes import BACKENDS, assert_equals_reference, codes_of, conv, images_of
 
 pytestmark = pytest.mark.skipif("cpu" not in kernels.available_backends(), reason="no C++ compiler")
 
@@ -32,7 +32,7 @@ def test_convolution(
     backend: str, kernel: int, stride: int, padding: int, n: int, c: int, size: int, batch: int
 ) -> None:
     stem = conv(-1, c, 3, pad_values=torch.tensor([125, 3, 255], dtype=torch.uint8))
-    check(
+    assert_equals_reference(
         [stem, conv(0, n, c, kernel, stride, padding, out_max=None, relu=False)], images_of(batch, size, size), backend
     )
 
@@ -48,7 +48,7 @@ def test_kernels_that_are_not_square(
 ) -> None:
     codes = codes_of((33, 19, *kernel))
     node = replace(conv(0, 33, 19), codes=codes, kernel=kernel, stride=stride, padding=padding, out_max=None)
-    check([conv(-1, 19, 3), node], images_of(batch, 11, 14), backend)
+    assert_equals_reference([conv(-1, 19, 3), node], images_of(batch, 11, 14), backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -62,7 +62,7 @@ def test_residuals_and_output_codes(backend: str, out_max: int, relu: bool, shor
     last = len(nodes) - 1
     nodes.append(conv(1, 37, 37, out_max=out_max, relu=relu, residual=last, residual_gain=0.37))
     nodes.append(conv(last + 1, 5, 37, out_max=None, relu=False))
-    check(nodes, images_of(2, 11, 6), backend)
+    assert_equals_reference(nodes, images_of(2, 11, 6), backend)
 
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
@@ -92,7 +92,7 @@ def test_winograd_equals_direct(backend: str, size: int, channels: int, monkeypa
     for batch in (1, 7):
         for algorithm in ("winograd", "direct"):
             monkeypatch.setenv("TERNARY_ALGORITHM", algorithm)
-            check(nodes, images_of(batch, size, size + size % 3), backend)
+            assert_equals_reference(nodes, images_of(batch, size, size + size % 3), backend)
     executor = kernels.make_executor(nodes, backend)
     monkeypatch.setenv("TERNARY_ALGORITHM", "winograd")
     executor = kernels.make_executor(nodes, backend)
@@ -104,7 +104,7 @@ def test_winograd_equals_direct(backend: str, size: int, channels: int, monkeypa
 def test_pixels_between_codes_and_out_of_range(backend: str) -> None:
     images = torch.linspace(-0.5, 1.5, 3 * 9 * 37).reshape(1, 3, 9, 37)
     images[0, 0, 0, :4] = torch.tensor([0.5, 1.5, 2.5, 254.5]) / 255  # halves go to the even code
-    check([conv(-1, 7, 3)], images, backend)
+    assert_equals_reference([conv(-1, 7, 3)], images, backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -150,17 +150,17 @@ def test_a_whole_network(backend: str, bits: int | str, batch: int) -> None:
         Node("linear", 3, codes=codes_of((10, 97), bits), weight_bits=bits, gain=torch.rand(10), bias=torch.randn(10)),
     ]  # fmt: skip
     nodes[0].gain[:9] = 100.0
-    check(nodes, images_of(batch, 8, 5), backend)
+    assert_equals_reference(nodes, images_of(batch, 8, 5), backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("out_max", [None, 255])
 def test_average_pool(backend: str, out_max: int | None) -> None:
     nodes = [conv(-1, 21, 3, 3, 2), Node("avg_pool", 0, gain=torch.tensor([0.11]), out_max=out_max)]
-    check(nodes, images_of(3, 9, 13), backend)
+    assert_equals_reference(nodes, images_of(3, 9, 13), backend)
     nodes.append(Node("linear", 1, codes=codes_of((7, 21)), gain=torch.rand(7), bias=torch.randn(7)))
     if out_max:
-        check(nodes, images_of(3, 9, 13), backend)
+        assert_equals_reference(nodes, images_of(3, 9, 13), backend)
 
 
 def test_results_do_not_depend_on_threads() -> None:

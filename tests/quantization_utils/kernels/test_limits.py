@@ -14,7 +14,7 @@ from quantization_utils import kernels
 from quantization_utils.kernels import cpu, reference
 from quantization_utils.nodes import Node
 from quantization_utils.storage_checks import MAX_NODES
-from tests.nodes import BACKENDS, check, codes_of, conv, images_of
+from tests.nodes import BACKENDS, assert_equals_reference, codes_of, conv, images_of
 
 pytestmark = pytest.mark.skipif("cpu" not in kernels.available_backends(), reason="no C++ compiler")
 
@@ -50,7 +50,8 @@ def test_largest_accumulators_do_not_overflow(backend: str, bits: int | str, pix
     nodes, image = extremes(bits, pixels)
     top = (1 if bits == "ternary" else 127) * 255 * 256 * pixels
     images = image.expand(rows, 1, 1, pixels)
-    assert check(nodes, images, backend).tolist() == [torch.tensor([top, -top]).float().tolist()] * rows
+    logits = assert_equals_reference(nodes, images, backend)
+    assert logits.tolist() == [torch.tensor([top, -top]).float().tolist()] * rows
     linear = kernels.make_linear(nodes[1].codes, torch.ones(2), None, 8, backend)
     x = torch.ones(rows, 256 * pixels)
     assert torch.equal(linear(x), reference.Linear(nodes[1].codes, torch.ones(2), None, 8)(x))
@@ -71,7 +72,8 @@ def test_largest_products_of_winograd_do_not_overflow(
                  stride=(stride, stride), padding=(1, 1))  # fmt: skip
     images = torch.randint(0, 2, (4, 1, 12, 12)).float()
     images[0] = 0
-    assert check([stem, every], images, backend)[:, 0].max() == 63 * 64 * 9
+    outputs = assert_equals_reference([stem, every], images, backend)
+    assert outputs[:, 0].max() == 63 * 64 * 9
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -104,7 +106,7 @@ def test_networks_longer_than_a_parallel_region_are_refused(monkeypatch: pytest.
     nodes = [conv(-1, 4, 3), *(replace(pool, input=i) for i in range(1022))]
     try:
         torch.set_num_threads(2)
-        check(nodes, images, "cpu-portable")
+        assert_equals_reference(nodes, images, "cpu-portable")
     finally:
         torch.set_num_threads(before)
     with pytest.raises(ValueError, match="more than 1023 nodes"):

@@ -9,7 +9,7 @@ from torch import Tensor
 from quantization_utils import kernels
 from quantization_utils.kernels import reference
 from quantization_utils.nodes import Node
-from tests.nodes import BACKENDS, check, codes_of, conv, images_of
+from tests.nodes import BACKENDS, assert_equals_reference, codes_of, conv, images_of
 
 pytestmark = pytest.mark.skipif("cpu" not in kernels.available_backends(), reason="no C++ compiler")
 
@@ -52,7 +52,7 @@ def test_zero_blocks_are_skipped(
         Node("linear", 3, codes=codes_of((10, 97)), gain=torch.rand(10), bias=torch.randn(10)),
     ]  # fmt: skip
     nodes[0].gain[:9] = 100.0
-    check(nodes, images_of(batch, 5, 3), backend)
+    assert_equals_reference(nodes, images_of(batch, 5, 3), backend)
     if algorithm == "skipping":
         executor = kernels.make_executor(nodes, backend)
         executor(images_of(batch, 5, 3))
@@ -69,7 +69,7 @@ def test_every_pattern_of_bytes_is_gathered(backend: str, monkeypatch: pytest.Mo
     codes = codes.repeat_interleave(16, 0)
     nodes = [conv(-1, 136, 3, out_max=255),
              Node("linear", 0, codes=codes, gain=torch.ones(4096), bias=torch.zeros(4096))]  # fmt: skip
-    check(nodes, images_of(2, 1, 1), backend)
+    assert_equals_reference(nodes, images_of(2, 1, 1), backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
