@@ -8,6 +8,12 @@ import torch
 from torch import Tensor, nn
 
 
+def require_pixels(images: Tensor) -> None:
+    """Refuse bytes, which every model here would take for pixels 255 times as bright."""
+    if not images.is_floating_point():
+        raise ValueError(f"images are floating-point numbers in [0, 1], not {images.dtype}")
+
+
 class Normalize(nn.Module):
     """(x - mean_c) / std_c.
 
@@ -35,6 +41,7 @@ class Normalize(nn.Module):
         self.register_buffer("std_C11", torch.tensor(self.std).view(-1, 1, 1) / 255, persistent=False)
 
     def forward(self, images_NCHW: Tensor) -> Tensor:
+        require_pixels(images_NCHW)
         return (images_NCHW - self.mean_C11) / self.std_C11
 
     def extra_repr(self) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .normalize import Normalize
+from .normalize import Normalize, require_pixels
 
 
 class ViT(nn.Module):
@@ -25,6 +25,7 @@ class ViT(nn.Module):
         self.encoder: Any = None  # packing puts a faster way through the network here
 
     def forward(self, images_NCHW: Tensor) -> Tensor:
+        require_pixels(images_NCHW)
         side: Any = self.network.config.image_size  # type: ignore[union-attr]
         if images_NCHW.shape[-2:] != (side, side):
             images_NCHW = F.interpolate(images_NCHW, (side, side), mode="bicubic", antialias=True).clamp(0, 1)

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from . import kernels
 from .kernels import reference
-from .quantizers import TERNARY, Quantizer, as_is, block_length, dequantize, int8_absmax
+from .quantizers import TERNARY, Quantizer, as_is, dequantize, in_blocks, int8_absmax
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -56,8 +56,9 @@ class _LearnedStep(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, step: Tensor, code_max: int) -> Tensor:
         ctx.save_for_backward(x, step)
         ctx.code_max = code_max
+        x, step = x.detach(), step.detach()  # torch.export wants views of what has no gradient here
         out = torch.empty_like(x)
-        for x_B, out_B in zip(*(tensor.split(block_length(x)) for tensor in (x, out)), strict=True):
+        for x_B, out_B in in_blocks(x, out):
             out_B.copy_((_wide(x_B) / step).round_().clamp_(0, code_max).mul_(step))
         return out
 
@@ -65,8 +66,7 @@ class _LearnedStep(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, step = ctx.saved_tensors
         grad_x, grad_step = torch.empty_like(x), torch.zeros_like(step)
-        blocks = (tensor.split(block_length(x)) for tensor in (x, grad, grad_x))
-        for x_B, grad_B, grad_x_B in zip(*blocks, strict=True):
+        for x_B, grad_B, grad_x_B in in_blocks(x, grad, grad_x):
             ratio, grad_out = x_B.float() / step, grad_B.float()
             clipped = ratio.clamp(0, ctx.code_max)
             inside = (clipped == ratio).float()
@@ -237,6 +237,14 @@ class _PackedLayer(nn.Module):
         self.backend = "auto"
         self._runner: Any = None
 
+    def forward(self, input: Tensor) -> Tensor:
+        if self._runner is None:
+            self._runner = self._make_runner()
+        return self._runner(input)
+
+    def _make_runner(self) -> Callable[[Tensor], Tensor]:
+        raise NotImplementedError
+
     @property
     def weight(self) -> Tensor:
         """The dense weight in the scale's type, for code that asks a layer for it (transformers reads its dtype)."""
@@ -262,14 +270,11 @@ class PackedLinear(_PackedLayer):
         bias = None if layer.bias is None else layer.bias.detach().clone()
         return cls(*layer.quantized_weight(), bias, layer.weight_bits, act_bits)
 
-    def forward(self, input: Tensor) -> Tensor:
-        if self._runner is None:
-            if self.act_bits is None:
-                dense_NK = self.weight
-                self._runner = lambda x: F.linear(x, dense_NK, self.bias)
-            else:
-                self._runner = kernels.make_linear(self.codes, self.scale, self.bias, self.act_bits, self.backend)
-        return self._runner(input)
+    def _make_runner(self) -> Callable[[Tensor], Tensor]:
+        if self.act_bits is not None:
+            return kernels.make_linear(self.codes, self.scale, self.bias, self.act_bits, self.backend)
+        dense_NK = self.weight
+        return lambda x: F.linear(x, dense_NK, self.bias)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.codes.shape)}, weight_bits={self.weight_bits}, act_bits={self.act_bits}"
@@ -294,16 +299,11 @@ class PackedConv2d(_PackedLayer):
         geometry = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups")}
         return cls(*layer.quantized_weight(), bias, layer.weight_bits, act_bits, geometry=geometry)
 
-    def forward(self, input: Tensor) -> Tensor:
-        if self._runner is None:
-            if self.act_bits is None:
-                dense = self.weight
-                self._runner = lambda x: F.conv2d(x, dense, self.bias, **self.geometry)
-            else:
-                self._runner = kernels.make_conv(
-                    self.codes, self.scale, self.bias, self.act_bits, self.geometry, self.backend
-                )
-        return self._runner(input)
+    def _make_runner(self) -> Callable[[Tensor], Tensor]:
+        if self.act_bits is not None:
+            return kernels.make_conv(self.codes, self.scale, self.bias, self.act_bits, self.geometry, self.backend)
+        dense = self.weight
+        return lambda x: F.conv2d(x, dense, self.bias, **self.geometry)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.codes.shape)}, weight_bits={self.weight_bits}, act_bits={self.act_bits}, {self.geometry}"

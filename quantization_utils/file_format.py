@@ -149,6 +149,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Any]:
         )
     if target.is_dir():
         raise IsADirectoryError(errno.EISDIR, "this is a folder: name a file", str(target))
+    if target.exists() and not target.is_file():  # /dev/null would become a file, for all programs
+        raise OSError(errno.EINVAL, "this is no regular file: name another", str(target))
     temporary, replaced = None, False
     try:
         _remove_abandoned(target)
@@ -218,7 +220,8 @@ def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, S
         ModelFileError: the file is not right.
     """
     try:
-        with open(path, "rb") as file:
+        # Not to wait for somebody to write to a pipe.
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise ModelFileError("this is not a regular file")
@@ -226,7 +229,7 @@ def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, S
             tensors, intact = _read_tensors(file, head, metadata[HASH_KEY], entries)
             _require_hashes(metadata, tensors, intact)
             return metadata, tensors
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise FileNotFoundError(errno.ENOENT, "there is no such model file", str(path)) from error
     except IsADirectoryError as error:
         raise ModelFileError("this is a folder, not a model file") from error

@@ -15,8 +15,8 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from models.graph import ADDITIONS, BATCH_NORMS, PASSES, module_of, trace
-from models.normalize import Normalize
-from models.state import device_of
+from models.normalize import Normalize, require_pixels
+from models.state import device_of, has_hooks
 
 from . import kernels
 from .bit_layers import BitConv2d, BitLinear, Quantized, fixed_weights
@@ -50,8 +50,7 @@ class PackedNetwork(nn.Module):
         if images_BCHW.shape[1:] != self.image_shape:
             made_for, given = ("×".join(map(str, shape)) for shape in (self.image_shape, images_BCHW.shape[1:]))
             raise ValueError(f"this network is packed for batches of images of {made_for}, not {given}")
-        if not images_BCHW.is_floating_point():
-            raise ValueError(f"images are floating-point numbers in [0, 1], not {images_BCHW.dtype}")
+        require_pixels(images_BCHW)
         return self.executor(images_BCHW)
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedNetwork:
@@ -63,6 +62,13 @@ class PackedNetwork(nn.Module):
                     setattr(node, field.name, value.to(fn(value).device))
         self._executor = None
         return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        # An empty one would lose the network without a word.
+        raise ValueError("a packed network has no state dict: use save_model and load_model")
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._save_to_state_dict()
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_executor": None}
@@ -94,7 +100,7 @@ def to_nodes(model: nn.Module, image_shape: tuple[int, ...] = IMAGE_SHAPE) -> li
     graph = trace(model)
     if graph is None:
         raise NotANetwork("not a chain of convolutions, batch norms and ReLUs")
-    if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
+    if has_hooks(model):
         raise NotANetwork("it has hooks, which may change what its modules put out")
     try:
         with fixed_weights(model, lambda layer: layer.weight):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models.state import has_hooks
 from models.vit import ViT
 
 from . import kernels
@@ -144,8 +145,11 @@ def remove_dead_neurons_(model: nn.Module) -> nn.Module:
 
 
 def fuse_encoder_(model: nn.Module) -> nn.Module:
-    """Let a packed ViT run its encoder as one operator, if it is built as the kernels expect; return the model."""
-    if isinstance(model, ViT):
+    """Let a packed ViT run its encoder as one operator, if it is built as the kernels expect; return the model.
+
+    One with hooks, which may change what its modules put out, goes on running them one by one.
+    """
+    if isinstance(model, ViT) and not has_hooks(model.network):
         network: Any = model.network
         try:
             config, layers = network.config, network.vit.layers

@@ -10,7 +10,7 @@ Legend: N output channels, K weights of a channel.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -24,6 +24,12 @@ TINY = 1e-12  # smallest scale
 def block_length(x: Tensor) -> int:
     """So many entries of dimension 0 at once: on a CPU few enough that what is computed of them stays in the cache."""
     return max(1, len(x) if x.is_cuda else 2**17 * len(x) // max(1, x.numel()))
+
+
+def in_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Blocks of all these, which are equally long, as `block_length` has them for the first."""
+    length = block_length(tensors[0])
+    return zip(*(tensor.split(length) for tensor in tensors), strict=True)
 
 
 def by_blocks(quantizer: Quantizer) -> Quantizer:
@@ -135,15 +141,14 @@ def fits_int32(inputs: int, weight_bits: int | str) -> bool:
 def dequantize(codes: Tensor, scale_N: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """codes · scale, with the scale of each output channel (dimension 0), in float32 and then rounded to `dtype`."""
     weight, scale = torch.empty_like(codes, dtype=dtype), scale_N.view(-1, *[1] * (codes.dim() - 1))
-    blocks = (tensor.split(block_length(codes)) for tensor in (codes, scale, weight))
-    for codes_B, scale_B, weight_B in zip(*blocks, strict=True):
+    for codes_B, scale_B, weight_B in in_blocks(codes, scale, weight):
         torch.mul(codes_B, scale_B, out=weight_B)
     return weight
 
 
 def _descending(rows_NK: Tensor) -> Tensor:
     """Every row sorted, largest first; on a CPU by NumPy, whose sort without indices takes an eighth of the time."""
-    if rows_NK.device.type == "cpu":
+    if rows_NK.device.type == "cpu" and not torch.compiler.is_compiling():
         return torch.from_numpy(np.sort(rows_NK.detach().numpy(), axis=1)).flip(1)
     return rows_NK.sort(dim=1, descending=True).values
 

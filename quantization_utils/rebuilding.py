@@ -27,6 +27,7 @@ def rebuild(constructor: dict[str, Any], described: Any, records: Mapping[str, R
     """
     model = _build(constructor, len(records))
     _swap_layers(model, described, records)
+    model.float()  # whatever PyTorch's default type is
     _check_state(model, records)
     _restore_normalization(model)
     return fuse_encoder_(model)
@@ -108,9 +109,9 @@ def _empty_packed(
 
 def _check_state(model: nn.Module, records: Mapping[str, Record]) -> None:
     expected = model.state_dict()
-    for name in expected.keys() ^ records.keys():
-        require(name in expected, f"its model has no place for tensor {name!r}")
-        require(False, f"tensor {name!r} is missing")
+    extra, missing = records.keys() - expected.keys(), expected.keys() - records.keys()
+    require(not extra, f"its model has no place for tensor {min(extra, default='')!r}")
+    require(not missing, f"tensor {min(missing, default='')!r} is missing")
     for name, tensor in expected.items():
         record, dtype = records[name], str(tensor.dtype).removeprefix("torch.")
         require(
@@ -126,7 +127,7 @@ def _restore_normalization(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Normalize):
             check_normalization(module.mean, module.std)
-            module._buffers.update(Normalize(module.mean, module.std)._buffers)
+            module._buffers.update(Normalize(module.mean, module.std).float()._buffers)
     kept = set(model.state_dict())
     lost = [name for name, buffer in model.named_buffers() if buffer.is_meta and name not in kept]
     assert not lost, f"buffers that are neither saved nor restored: {lost}"

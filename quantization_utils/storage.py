@@ -73,6 +73,7 @@ def save_model(
     own |= {"kind": "network" if isinstance(model, PackedNetwork) else "modules", "tensors": dump_json(entries)}
     try:
         check_description(own, records)  # what a reader would refuse is never written
+        _check_values(records, {name: tensor for name, (tensor, bits) in tensors.items() if bits is None})
     except ModelFileError as error:
         raise ValueError(f"this model cannot be saved: {error}") from error
     return write_file(path, {name: r.stored for name, r in records.items()}, own)
@@ -181,8 +182,6 @@ def _to_record(name: str, item: tuple[Tensor, Bits | None]) -> Record:
         encoding, payload = pack_codes(tensor, bits)
         return Record(Stored("U8", (len(payload),), payload), tuple(tensor.shape), "int8", bits, encoding)
     tensor = tensor.detach().cpu().contiguous()
-    if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-        raise ValueError(f"tensor {name!r} has values that are not finite: there is nothing worth saving")
     if tensor.dtype not in SAFETENSORS_DTYPE:
         raise ValueError(f"tensor {name!r} is {tensor.dtype}, which a file cannot hold")
     dtype = DTYPE_OF[SAFETENSORS_DTYPE[tensor.dtype]]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.utils.parametrize import type_before_parametrizations
+from torch.nn.utils.parametrize import remove_parametrizations, type_before_parametrizations
 
 from models.graph import PASSES, module_of, put_module, replace_module, trace
 from models.normalize import Normalize
@@ -48,11 +48,13 @@ def quantize_(
             do something else, one whose weight is computed from several tensors, or one whose sums 32 bits can't hold;
             the model is as it was.
     """
-    if act_bits is not None and not 2 <= act_bits <= 8:
-        raise ValueError(f"activations can have 2 to 8 bits or None (float), not {act_bits}")
+    if act_bits is not None and act_bits not in range(2, 9):
+        raise ValueError(f"activations can have 2 to 8 bits or None (float), not {act_bits!r}")
     layers = select_layers(model, only, keep)
     if not layers:
         raise ValueError(f"no linear or convolution layer matches only={only!r}, keep={keep!r}: nothing to quantize")
+    if layers[0][0] == "":
+        raise ValueError("the model is a layer itself, which cannot take its own place: put it into an nn.Sequential")
     layers = [(name, layer) for name, layer in layers if not isinstance(layer, (BitLinear, BitConv2d))]
     check_replaceable(layers)
     quantized: dict[str, BitLinear | BitConv2d] = {}
@@ -109,8 +111,8 @@ def calibrate_(model: nn.Module, images: Tensor, batch_size: int = 128) -> nn.Mo
     anew. `pack_` makes the network for images of this size.
 
     Raises:
-        ValueError: no images, activations that are not finite, readers of one tensor with different bits, or a ReLU or
-            pool that is used twice; the model is as it was.
+        ValueError: no images, images of bytes, activations that are not finite, readers of one tensor with different
+            bits, or a ReLU or pool that is used twice; the model is as it was.
     """
     if len(images) == 0:
         raise ValueError("calibration needs at least one image")
@@ -152,12 +154,10 @@ def pack_(model: nn.Module) -> nn.Module:
     nothing.
 
     Raises:
-        ValueError: a weight that is not finite, or a layer that can't be packed.
+        ValueError: a weight that is not finite, or a layer that can't be packed; the model is as it was.
     """
-    model.eval()
     if isinstance(model, PackedNetwork):
-        return model
-    model.float()  # what packed layers compute in; codes stay as they are
+        return model.eval()  # type: ignore[return-value]
     for name, layer in model.named_modules():
         if isinstance(layer, (BitLinear, BitConv2d)) and not layer.weight.isfinite().all():
             raise ValueError(f"{name} has a weight that is not finite: has training diverged?")
@@ -165,6 +165,7 @@ def pack_(model: nn.Module) -> nn.Module:
             raise ValueError(f"{name} can't be packed: only convolutions with zero padding, given as numbers, can")
         if isinstance(layer, (BitLinear, BitConv2d)):
             _refuse_hooks(name, layer)
+    model.eval().float()  # what packed layers compute in; codes stay as they are
     image_shape: Any = getattr(model, "calibrated_shape", IMAGE_SHAPE)
     try:
         nodes = remove_dead_channels(to_nodes(model, image_shape))
@@ -185,18 +186,23 @@ def _pack_layers(model: nn.Module) -> None:
         act_bits = getattr(layer.input_quantizer, "bits", None)
         packed_class = next(packed for kind, packed in BIT_TO_PACKED.items() if isinstance(layer, kind))
         put_module(model, layer, packed_class.from_bit_layer(layer, act_bits))
+    for module in list(model.modules()):
+        for tensor in list(getattr(module, "parametrizations", ())):  # masks of batch norms
+            remove_parametrizations(module, tensor, leave_parametrized=True)
 
 
 def _insert_static_quantizers(model: nn.Module) -> dict[str, Quantized]:
     """Put a `Quantized` at the end of every node that a quantized layer reads; return them by name."""
     found: dict[str, Quantized] = {}
     graph = trace(model)
-    uses = Counter(str(fx_node.target) for fx_node in (graph.nodes if graph else ()) if fx_node.op == "call_module")
-    for fx_node in graph.nodes if graph else ():
+    if graph is None:
+        return found
+    uses = Counter(str(fx_node.target) for fx_node in graph.nodes if fx_node.op == "call_module")
+    for fx_node in graph.nodes:
         layer = module_of(model, fx_node)
+        if isinstance(layer, Quantized):
+            found[str(fx_node.target)] = layer
         if not isinstance(layer, (BitLinear, BitConv2d)) or layer.input_quantizer is None:
-            if isinstance(layer, Quantized):
-                found[str(fx_node.target)] = layer
             continue
         bits = int(layer.input_quantizer.bits)  # type: ignore[arg-type]
         producer = _producer(model, fx_node.all_input_nodes[0])

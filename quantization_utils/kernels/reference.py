@@ -6,6 +6,8 @@ the study); where that bound reaches 2^24 (8-bit weights, long rows) the contain
 TF32 products of 8-bit integers are exact too, but a library may choose a Winograd convolution there, which is not: its
 error is far below 1/2, so rounding restores the integer.
 
+Autocast is off in here: a 16-bit float does not hold these integers.
+
 After the accumulator come float32 operations in the order written here, each rounded once, a product together with the
 sum that it goes into (`multiply_add`); other kernels do the same and so agree bit for bit.
 """
@@ -58,7 +60,7 @@ class Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         codes, token_scale = quantize_dynamic(x.float(), self.act_bits, "token")
-        accumulator = _integers(F.linear(codes.to(self.weight_NK.dtype), self.weight_NK))
+        accumulator = _integers(_linear(codes.to(self.weight_NK.dtype), self.weight_NK))
         gain = self.scale_N * token_scale
         return accumulator * gain if self.bias_N is None else multiply_add(accumulator, gain, self.bias_N)
 
@@ -119,18 +121,24 @@ def _run(node: Node, weight: Tensor | None, x: Tensor, residual: Tensor | None) 
         y = _integers(_conv2d(_padded(node, x).to(weight.dtype), weight, stride=node.stride))
         y = multiply_add(y, node.gain.view(-1, 1, 1), node.bias.view(-1, 1, 1))
     else:
-        y = multiply_add(_integers(F.linear(x.flatten(1).to(weight.dtype), weight)), node.gain, node.bias)
+        y = multiply_add(_integers(_linear(x.flatten(1).to(weight.dtype), weight)), node.gain, node.bias)
     if residual is not None:
         y = multiply_add(residual, node.residual_gain, y)
     return _finish(node, y)
 
 
+def _linear(x: Tensor, weight_NK: Tensor) -> Tensor:
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x, weight_NK)
+
+
 def _conv2d(x: Tensor, weight: Tensor, **geometry: Any) -> Tensor:
     """A convolution that is exact: not by NNPACK, which PyTorch turns to on a CPU for which it has no oneDNN."""
-    if ONEDNN or x.device.type != "cpu":
-        return F.conv2d(x, weight, **geometry)
-    with torch.backends.nnpack.flags(enabled=False):
-        return F.conv2d(x, weight, **geometry)
+    with torch.autocast(x.device.type, enabled=False):
+        if ONEDNN or x.device.type != "cpu":
+            return F.conv2d(x, weight, **geometry)
+        with torch.backends.nnpack.flags(enabled=False):
+            return F.conv2d(x, weight, **geometry)
 
 
 def _finish(node: Node, y: Tensor) -> Tensor:

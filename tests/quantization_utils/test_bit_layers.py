@@ -164,7 +164,7 @@ def test_blocks_of_activations_change_no_gradient(monkeypatch):
         quantizer, leaf = StaticQuantizer(4, 0.05), x.clone().requires_grad_()
         quantizer(leaf).square().sum().backward()
         found.append((leaf.grad, quantizer.step.grad))
-        monkeypatch.setattr("quantization_utils.bit_layers.block_length", len)
+        monkeypatch.setattr("quantization_utils.quantizers.block_length", len)
     torch.testing.assert_close(*found)
 
 

@@ -20,7 +20,7 @@ from torch import nn
 from benchmarks.fuzz_files import fuzz, small_models
 from models import build
 from pruning_utils import l2_filters, prune_
-from quantization_utils import calibrate_, file_format, int8_absmax, pack_, quantize_
+from quantization_utils import calibrate_, file_format, int8_absmax, pack_, quantize_, storage
 from quantization_utils.kernels import build as kernel_build
 from quantization_utils.network import PackedNetwork
 from quantization_utils.storage import (
@@ -267,19 +267,18 @@ def test_a_variance_below_zero_is_refused():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0, -1.0])
-def test_scales_that_are_not_right(value, small, tmp_path):
-    import copy
-
+def test_scales_that_are_not_right(value, small, tmp_path, monkeypatch):
     model = copy.deepcopy(small["vit"])
     model.network.classifier.scale[3] = value
     path = tmp_path / "model.safetensors"
-    if value in (0.0, -1.0):
+    with pytest.raises(ValueError, match="cannot be saved: .*classifier.scale"):
         save_model(model, path)
-        with pytest.raises(ModelFileError, match="classifier.scale"):
-            load_model(path)
-    else:
-        with pytest.raises(ValueError, match="finite"):
-            save_model(model, path)
+    assert list(tmp_path.iterdir()) == []
+    with monkeypatch.context() as forger:
+        forger.setattr(storage, "_check_values", lambda *_: None)
+        save_model(model, path)
+    with pytest.raises(ModelFileError, match="classifier.scale"):
+        load_model(path)
 
 
 def test_truth_values_are_0_or_1():
@@ -305,7 +304,22 @@ def test_what_cannot_be_saved(tmp_path, small):
         save_model(small["vit"], tmp_path / "x", {"classes": ["cat"]})
     with pytest.raises(FileNotFoundError, match="folder"):
         save_model(small["vit"], tmp_path / "missing" / "x")
-    assert list(tmp_path.iterdir()) == []
+    os.mkfifo(pipe := tmp_path / "pipe")
+    with pytest.raises(OSError, match="no regular file"):  # nor is /dev/null
+        save_model(small["vit"], pipe)
+    assert list(tmp_path.iterdir()) == [pipe] and pipe.is_fifo()
+
+
+@pytest.mark.parametrize("family", ["resnet_18", "vit"])
+def test_pytorchs_default_type_does_not_matter(family, small, tmp_path):
+    save_model(small[family], tmp_path / "x")
+    pictures = images()
+    expected = load_model(tmp_path / "x")[0](pictures)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(load_model(tmp_path / "x")[0](pictures), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize("names", [[], ["cat"]])
@@ -321,8 +335,13 @@ def test_a_network_of_no_constructor_has_a_name_for_every_logit(names, tmp_path,
 def test_what_is_no_file(tmp_path, good):
     with pytest.raises(FileNotFoundError, match="no such"):
         load_model(tmp_path / "missing")
+    with pytest.raises(FileNotFoundError, match="no such"):
+        load_model(good / "within")
     with pytest.raises(ModelFileError, match="folder"):
         load_model(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ModelFileError, match="not a regular file"):  # without waiting for somebody who writes
+        load_model(tmp_path / "pipe")
     with pytest.raises(ValueError, match="backend"):
         load_model(good, backend="abacus")
     for device in ("nonsense", "cuda:99"):

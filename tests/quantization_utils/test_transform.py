@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from functools import partial
 
 import pytest
@@ -55,6 +56,8 @@ def test_only_keep_and_a_second_quantizer_for_the_rest():
     [
         ({"act_bits": 9}, "2 to 8 bits or None .float., not 9"),
         ({"act_bits": 1}, "2 to 8 bits"),
+        ({"act_bits": 7.5}, "2 to 8 bits"),
+        ({"act_bits": "8"}, "2 to 8 bits"),
         ({"only": "conv9"}, "only='conv9' matches no layer"),
         ({"only": nn.LSTM}, "only=.*LSTM.*, keep=.*: nothing to quantize"),
         ({"keep": ["fc"]}, "keep='fc' matches no layer"),
@@ -107,10 +110,20 @@ def test_packing_twice_changes_nothing(kind, calibrated):
     assert not any(p.requires_grad for p in packed.parameters()) and not packed.training
 
 
-def test_a_packed_model_cannot_be_quantized_again():
+def test_a_packed_model_cannot_be_changed():
     packed = pack_(calibrate_(quantize_(make("alexnet_like")), images(8)))
-    with pytest.raises(ValueError, match="nothing to quantize"):
-        quantize_(packed)
+    partly = pack_(quantize_(make("alexnet_like"), keep="14"))
+    for model in (packed, partly):
+        for change in (quantize_, partial(prune_, score=l1, amount=0.5), zero_fraction):
+            with pytest.raises(ValueError, match="the model is packed, .*: do this before pack_"):
+                change(model)
+
+
+def test_a_packed_network_is_no_empty_state_dict():
+    packed = pack_(calibrate_(quantize_(make("alexnet_like")), images(8)))
+    for call in (packed.state_dict, partial(packed.load_state_dict, {})):
+        with pytest.raises(ValueError, match="no state dict: use save_model and load_model"):
+            call()
 
 
 def test_packing_a_float_model_leaves_it_as_it_is():
@@ -263,6 +276,51 @@ def test_hooks_are_not_lost_without_a_word():
         pack_(model)
     handle.remove()
     assert isinstance(pack_(model)[5], PackedConv2d)
+    vit = quantize_(make("vit_like"))
+    vit.network.vit.layers[0].register_forward_hook(lambda module, args, output: 0 * output)
+    batch = images(2)
+    expected = logits_of(vit, batch)
+    torch.testing.assert_close(logits_of(pack_(vit), batch), expected, rtol=0, atol=1e-2)
+    assert logits_of(vit, batch).std(0).max() < 1e-5  # nothing of the images is left
+
+
+def test_what_cannot_be_packed_is_as_it_was():
+    model = quantize_(make("alexnet_like")).double().train()
+    model[5].padding = "same"
+    with pytest.raises(ValueError, match="5 can't be packed"):
+        pack_(model)
+    assert all(module.training for module in model.modules()) and model[5].weight.dtype == torch.float64
+
+
+@pytest.mark.parametrize("kind", ["alexnet_like", "vit_like"])
+def test_bytes_are_no_images(kind):
+    pixels = images(2).mul(255).byte()
+    for model in (make(kind), quantize_(make(kind)), pack_(quantize_(make(kind)))):
+        with pytest.raises(ValueError, match="numbers in .0, 1., not torch.uint8"):
+            model(pixels)
+    if kind in CHAINS:
+        with pytest.raises(ValueError, match="numbers in .0, 1., not torch.uint8"):
+            calibrate_(quantize_(make(kind)), pixels)
+
+
+def test_a_layer_itself_cannot_be_replaced():
+    with pytest.raises(ValueError, match="put it into an nn.Sequential"):
+        quantize_(nn.Linear(4, 3))
+
+
+def test_masks_of_batch_norms_end_with_training():
+    model = quantize_(prune_(make("resnet_like"), l2_filters, 0.5))
+    batch = images(2)
+    expected = logits_of(copy.deepcopy(model), batch)
+    packed = pickle.loads(pickle.dumps(pack_(model)))  # which parametrized modules can't be
+    torch.testing.assert_close(logits_of(packed, batch), expected, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("quantizer", [absmean_fitted, mse_optimal])
+def test_a_trainable_model_can_be_exported(quantizer):
+    model, batch = calibrate_(quantize_(make("resnet_like"), quantizer), images(8)), images(2)
+    program = torch.export.export(model, (batch,))
+    torch.testing.assert_close(program.module()(batch), logits_of(model, batch))
 
 
 def test_the_fast_path_of_a_transformer_layer_does_not_read_float_weights():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -12,7 +13,8 @@ import torch
 from torch import nn
 
 import models
-from quantization_utils import calibrate_, kernels, pack_, quantize_
+from models.normalize import Normalize
+from quantization_utils import calibrate_, int8_absmax, kernels, pack_, quantize_
 from quantization_utils.bit_layers import PackedLinear
 from quantization_utils.kernels import reference
 
@@ -52,6 +54,20 @@ def test_networks_equal_the_reference(
                 assert torch.equal(executor(images[:batch]), expected[:batch])
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_leaves_the_integers_of_the_reference_alone(dtype: torch.dtype) -> None:
+    layers = [Normalize(), nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 5), nn.ReLU()]
+    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)]
+    for calibrate in (calibrate_, lambda model, _: model):
+        images = torch.rand(2, 3, 32, 32)
+        model = pack_(calibrate(quantize_(nn.Sequential(*copy.deepcopy(layers)).eval(), int8_absmax), images))
+        for module in model.modules():
+            module.backend = "reference"
+        expected = model(images)
+        with torch.autocast("cpu", dtype):
+            assert torch.equal(model(images), expected)
 
 
 @pytest.mark.filterwarnings("ignore:TF32 acceleration:UserWarning")
