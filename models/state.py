@@ -1,4 +1,4 @@
-"""What a model's modules are in and have: training or evaluation mode, a device, hooks."""
+"""What a model's modules are in: training or evaluation mode, and a device."""
 
 from __future__ import annotations
 
@@ -12,11 +12,6 @@ from torch import nn
 def device_of(model: nn.Module) -> torch.device:
     """Where a model's first tensor lies: a parameter, or a buffer, as a packed layer's; the CPU if it has none."""
     return next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-
-
-def has_hooks(model: nn.Module) -> bool:
-    """Whether any module has a hook on its forward pass."""
-    return any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 @contextmanager

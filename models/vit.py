@@ -38,10 +38,6 @@ class ViT(nn.Module):
             self.encoder.reset()
         return super()._apply(*args, **kwargs)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        if self.encoder is not None:
-            self.encoder.reset()
-        super()._load_from_state_dict(*args, **kwargs)
 
 
 ESSENTIAL = (

@@ -239,7 +239,8 @@ class _PackedLayer(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         if self._runner is None:
-            self._runner = self._make_runner()
+            with torch.inference_mode(False):  # what is kept for later calls has to take part in gradients there
+                self._runner = self._make_runner()
         return self._runner(input)
 
     def _make_runner(self) -> Callable[[Tensor], Tensor]:

@@ -16,7 +16,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 
 from models.graph import ADDITIONS, BATCH_NORMS, PASSES, module_of, trace
 from models.normalize import Normalize, require_pixels
-from models.state import device_of, has_hooks
+from models.state import device_of
 
 from . import kernels
 from .bit_layers import BitConv2d, BitLinear, Quantized, fixed_weights
@@ -43,7 +43,8 @@ class PackedNetwork(nn.Module):
     def executor(self) -> Any:
         """What runs the nodes: built at first use for the device where they are; its `backend` says which kernels."""
         if self._executor is None:
-            self._executor = kernels.make_executor(self.nodes, self.backend)
+            with torch.inference_mode(False):  # what is kept for later calls has to take part in gradients there
+                self._executor = kernels.make_executor(self.nodes, self.backend)
         return self._executor
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
@@ -100,7 +101,7 @@ def to_nodes(model: nn.Module, image_shape: tuple[int, ...] = IMAGE_SHAPE) -> li
     graph = trace(model)
     if graph is None:
         raise NotANetwork("not a chain of convolutions, batch norms and ReLUs")
-    if has_hooks(model):
+    if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
         raise NotANetwork("it has hooks, which may change what its modules put out")
     try:
         with fixed_weights(model, lambda layer: layer.weight):

@@ -2,35 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import operator
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from models.state import has_hooks
 from models.vit import ViT
 
 from . import kernels
 from .bit_layers import PackedConv2d, PackedLinear
 
 HEAD_MULTIPLE = 16  # the kernels take heads of whole vectors
+version_of = operator.attrgetter("_version")  # which every change of a tensor in place raises
+
+
+class _Watch:
+    """Knows whether a network has the modules and tensors that it had, as they were, and hooks: microseconds a look."""
+
+    def __init__(self, network: nn.Module) -> None:
+        modules = list(network.modules())
+        self.hooks: list[Mapping[int, Any]] = [h for m in modules for h in (m._forward_hooks, m._forward_pre_hooks)]
+        groups = (group for m in modules for group in (m._modules, m._parameters, m._buffers))
+        entries = [(group, name, value) for group in groups for name, value in group.items()]
+        self.groups, self.names, self.values = zip(*entries, strict=True)
+        self.tensors = [v for v in self.values if isinstance(v, Tensor) and not v.is_inference()]
+        self.versions = list(map(version_of, self.tensors))
+
+    def unchanged(self) -> bool:
+        found = map(dict.get, self.groups, self.names)
+        return all(map(operator.is_, found, self.values)) and list(map(version_of, self.tensors)) == self.versions
 
 
 class PackedEncoder:
-    """A packed ViT on the fused kernels, or module by module where these cannot run.
+    """A packed ViT on the fused kernels, or module by module where these cannot run, or where a module has a hook.
 
     Called with hidden states float32 (B, T, D) it runs the encoder's layers, and returns those of the first `kept`
     tokens (B, kept, D); the last layer computes no others. `classify` goes all the way from images to logits: patches
     and classifier are part of the operator if they are packed. It reads the modules at its first call on the CPU, and
-    again after `reset`.
+    again when they have changed, or after `reset`.
     """
 
     def __init__(self, model: ViT) -> None:
         self.network: Any = model.network
         self.normalize = model.normalize
-        self._runner: Any = None  # False: module by module
+        self.reset()
 
     def __call__(self, hidden_BTD: Tensor, kept: int) -> Tensor:
         runner = self._ready()
@@ -50,7 +67,8 @@ class PackedEncoder:
         return runner.classify(x) if runner.classes else self.network.classifier(vit.layernorm(runner(x, 1)[:, 0]))
 
     def reset(self) -> None:
-        self._runner = None
+        self._watch: _Watch | None = None
+        self._runner: Any = None  # without one, module by module
 
     @property
     def backend(self) -> str | None:
@@ -58,12 +76,16 @@ class PackedEncoder:
         return self._runner.backend if self._runner else None
 
     def _ready(self) -> Any:
-        if self._runner is None:
-            self._runner = self._fused() or False
-        return self._runner
+        if torch.compiler.is_compiling():  # which would guard every module
+            return self._runner if self._watch else self._fused()
+        if self._watch is None or not self._watch.unchanged():
+            self._watch, self._runner = _Watch(self.network), self._fused()
+        return None if any(self._watch.hooks) else self._runner
 
     def _fused(self) -> Any:
         network = self.network
+        if not _fits(network):
+            return None
         first = network.vit.layers[0].attention.q_proj
         layers = []
         for layer in network.vit.layers:
@@ -97,7 +119,7 @@ class PackedEncoder:
         return {"norm": (norm.weight, norm.bias), "classifier": _dense(classifier)}
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_runner": None}
+        return self.__dict__ | {"_watch": None, "_runner": None}
 
 
 def _dense(layer: Any) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -145,34 +167,18 @@ def remove_dead_neurons_(model: nn.Module) -> nn.Module:
 
 
 def fuse_encoder_(model: nn.Module) -> nn.Module:
-    """Let a packed ViT run its encoder as one operator, if it is built as the kernels expect; return the model.
-
-    One with hooks, which may change what its modules put out, goes on running them one by one.
-    """
-    if isinstance(model, ViT) and not has_hooks(model.network):
-        network: Any = model.network
-        try:
-            config, layers = network.config, network.vit.layers
-            packed = [linear for layer in layers for linear in linear_layers(layer)]
-        except AttributeError:  # a version of transformers that names its modules in another way
-            return model
-        bits = {linear.act_bits if isinstance(linear, PackedLinear) else None for linear in packed}
-        heads = config.num_attention_heads
-        fits = config.hidden_act == "gelu" and config.hidden_size % (heads * HEAD_MULTIPLE) == 0
-        if fits and len(bits) == 1 and None not in bits:
-            model.encoder = PackedEncoder(model)
+    """Let a packed ViT run its encoder as one operator, if it is built as the kernels expect; return the model."""
+    if isinstance(model, ViT) and _fits(model.network):
+        model.encoder = PackedEncoder(model)
     return model
 
 
-@contextmanager
-def layer_by_layer(model: nn.Module) -> Iterator[None]:
-    """A packed ViT runs its modules one by one, so that hooks on them are called."""
-    encoders = [module.encoder for module in model.modules() if isinstance(module, ViT) and module.encoder is not None]
-    before = [encoder._runner for encoder in encoders]
-    for encoder in encoders:
-        encoder._runner = False
+def _fits(network: Any) -> bool:
+    """Whether a `transformers` ViT has packed layers of the same bits, and else what the kernels expect."""
     try:
-        yield
-    finally:
-        for encoder, runner in zip(encoders, before, strict=True):
-            encoder._runner = runner
+        packed = [linear for layer in network.vit.layers for linear in linear_layers(layer)]
+    except AttributeError:  # a version of transformers that names its modules in another way
+        return False
+    bits = {linear.act_bits if isinstance(linear, PackedLinear) else None for linear in packed}
+    whole_vectors = network.config.hidden_size % (network.config.num_attention_heads * HEAD_MULTIPLE) == 0
+    return network.config.hidden_act == "gelu" and whole_vectors and len(bits) == 1 and None not in bits

@@ -21,7 +21,6 @@ from models.state import device_of, evaluating
 from quantization_utils.bit_layers import BitConv2d, BitLinear, PackedConv2d, PackedLinear
 from quantization_utils.network import PackedNetwork
 from quantization_utils.nodes import IMAGE
-from quantization_utils.packed_encoder import layer_by_layer
 from quantization_utils.packing import Bits, entropy_bits
 from quantization_utils.storage import is_float16
 
@@ -136,7 +135,7 @@ def count_macs(model: nn.Module, image_size: int = 32) -> int:
 
     handles = [m.register_forward_hook(add) for m in model.modules() if isinstance(m, _LAYERS)]
     try:
-        with torch.inference_mode(), layer_by_layer(model), evaluating(model):
+        with torch.inference_mode(), evaluating(model):
             model(torch.zeros(1, 3, image_size, image_size, device=device_of(model)))
     finally:
         for handle in handles:

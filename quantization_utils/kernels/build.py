@@ -50,7 +50,9 @@ def _load() -> str:
         except OSError:  # it is not there, or cut off, or of a machine with other libraries that shares the folder
             _compile_and_load(library, flags)
     except Exception as error:  # every cause means the same: these kernels cannot be used here
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        lines = str(error).strip().splitlines() or [""]
+        reasons = (line for line in lines if "error" in line.lower() and "Error building" not in line)  # the compiler's
+        return f"{type(error).__name__}: {next(reasons, lines[0])}"
     from . import ops
 
     ops.register()
@@ -91,7 +93,7 @@ def _compile_and_load(library: Path, flags: list[str]) -> None:
     if not (shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")):
         raise FileNotFoundError("no C++ compiler was found (on Debian or Ubuntu: apt install g++)")
     # ninja lives beside the interpreter, which is not on the path when the environment is not activated.
-    os.environ["PATH"] += os.pathsep + str(Path(sys.executable).parent)
+    os.environ["PATH"] = os.environ.get("PATH", os.defpath) + os.pathsep + str(Path(sys.executable).parent)
     print(f"compiling the CPU kernels into {library.parent}, once …", end=" ", file=sys.stderr, flush=True)
     start = time.time()
     library.parent.mkdir(parents=True, exist_ok=True)

@@ -124,7 +124,9 @@ class Patches(Linear):
         self._patch = list(codes_NCHW.shape[2:])
 
     def __call__(self, images: Tensor) -> Tensor:
-        return torch.ops.ternary.patches_run(images, self._handle, self._patch, self._n).permute(0, 3, 1, 2)
+        batch = images if images.dim() == 4 else images[None]
+        out = torch.ops.ternary.patches_run(batch, self._handle, self._patch, self._n).permute(0, 3, 1, 2)
+        return out if images.dim() == 4 else out[0]
 
 
 @dataclass(frozen=True)

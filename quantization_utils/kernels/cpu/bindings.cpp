@@ -2,6 +2,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -91,7 +92,8 @@ auto refusing(const Call& call) {
 int64_t network_create(const std::string& isa_name, const std::string& algorithm, at::TensorList codes, at::TensorList gains, at::TensorList biases,
                        at::TensorList pads, at::IntArrayRef meta, at::ArrayRef<double> residual_gains, int64_t channels) {
   std::vector<ternary::NodeSpec> nodes(residual_gains.size());
-  TORCH_CHECK(meta.size() == nodes.size() * 14 && codes.size() == nodes.size(), "a node's description is not complete");
+  for (const size_t count : {codes.size(), gains.size(), biases.size(), pads.size(), meta.size() / 14})
+    TORCH_CHECK_VALUE(count == nodes.size() && meta.size() % 14 == 0, "a node's description is not complete");
   for (size_t i = 0; i < nodes.size(); ++i) {
     ternary::NodeSpec& s = nodes[i];
     const int64_t* m = meta.data() + i * 14;
@@ -160,9 +162,10 @@ at::Tensor linear_run(const at::Tensor& input, int64_t handle, int64_t n) {
 
 at::Tensor patches_run(const at::Tensor& images, int64_t handle, at::IntArrayRef patch, int64_t n) {
   auto layer = linears().get(handle);
-  TORCH_CHECK_VALUE(patch[0] > 0 && patch[1] > 0, "a patch has a height and a width");
+  TORCH_CHECK_VALUE(patch.size() == 2 && patch[0] > 0 && patch[1] > 0, "a patch has a height and a width");
   TORCH_CHECK_VALUE(images.dim() == 4 && images.size(1) * patch[0] * patch[1] == layer->k() && n == layer->n(), "images must be (batch, ",
                     layer->k() / (patch[0] * patch[1]), ", height, width)");
+  TORCH_CHECK_VALUE(images.size(2) >= patch[0] && images.size(3) >= patch[1], "images are smaller than a patch, ", patch[0], "×", patch[1]);
   const at::Tensor x = images.to(at::kFloat).contiguous();
   const ternary::Patches patches = {(int)x.size(1), (int)x.size(2), (int)x.size(3), (int)patch[0], (int)patch[1]};
   at::Tensor out = at::empty({x.size(0), x.size(2) / patch[0], x.size(3) / patch[1], n}, x.options());
@@ -282,6 +285,11 @@ TORCH_LIBRARY(ternary, m) {
   m.def("linear_free(int handle) -> ()", linear_free);
   m.def("encoder_create(str isa, int heads, float epsilon, Tensor[] norms, int[] linear_handles, Tensor[] embedding, int[] patches, Tensor[] head, int[] classifier) -> int", encoder_create);
   m.def("encoder_free(int handle) -> ()", encoder_free);
+}
+
+// Packed models have no gradients, and say so where one is asked for.
+TORCH_LIBRARY_IMPL(ternary, Autograd, m) {
+  for (const char* name : {"network_run", "linear_run", "patches_run", "encoder_run"}) m.impl(name, torch::autograd::autogradNotImplementedFallback());
 }
 
 TORCH_LIBRARY_IMPL(ternary, CPU, m) {

@@ -88,6 +88,8 @@ void Linear::run_rows(int64_t rows, int64_t items, int threads, float* out, cons
       }
     });
   });
+  constexpr size_t kKept = 32 << 20;  // bytes that may wait for the next call
+  if (rows_.size() > kKept) Bytes().swap(rows_), row_scale_ = {};
 }
 
 }  // namespace ternary

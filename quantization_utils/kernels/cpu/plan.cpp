@@ -26,6 +26,7 @@ void check_sizes(const NodeSpec& s, int i) {
   }
   if (product && (int64_t)s.codes.size() != (int64_t)s.n * s.c * (conv ? s.kernel[0] * s.kernel[1] : 1)) refuse(i, "has codes of another shape");
   if (product && (s.gain.size() != (size_t)s.n || s.bias.size() != (size_t)s.n)) refuse(i, "has not one gain and one bias for each channel");
+  if (s.out_max < 0 || s.out_max > 255) refuse(i, "puts out codes that no byte holds");
   if (s.op == Op::kAvgPool && s.gain.size() != 1) refuse(i, "has not one gain");
   if (!s.pad_values.empty() && s.pad_values.size() != (size_t)s.c) refuse(i, "pads other channels than it reads");
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,17 @@ def test_without_a_place_for_a_cache_there_are_no_kernels_and_a_reason(monkeypat
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(Path, "home", home)
     assert build._load.__wrapped__() == "RuntimeError: Could not determine home directory."
+
+
+def test_the_compilers_reason_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(**options: Any) -> None:
+        raise RuntimeError("Error building extension 'k': [1/9] c++ …\nx.cpp:1: error: no such thing\nninja: stopped.")
+
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv("CXX", sys.executable)
+    monkeypatch.delenv("PATH")
+    monkeypatch.setattr(cpp_extension, "load", fails)
+    assert build._load.__wrapped__() == "RuntimeError: x.cpp:1: error: no such thing"
 
 
 def test_clang_is_not_linked_with_the_library_of_another_compiler(

@@ -206,6 +206,24 @@ def test_operators_pass_opcheck_and_compile() -> None:
     assert torch.equal(compiled(images), executor(images) * 2)
 
 
+def test_gradients_are_refused() -> None:
+    layer, x = kernels.make_linear(codes_of((5, 7)), torch.rand(5), None, 8, "cpu"), torch.randn(3, 7)
+    with pytest.raises(RuntimeError, match="derivative for ternary::linear_run is not implemented"):
+        layer(x.requires_grad_()).sum().backward()
+
+
+def test_what_makes_no_network_is_refused() -> None:
+    with pytest.raises(ValueError, match="node 0 puts out codes that no byte holds"):
+        kernels.make_executor([replace(conv(-1, 4, 3), out_max=300)], "cpu")
+    lists = [[torch.zeros(4, 3, 3, 3)], [torch.ones(4)], [torch.zeros(4)], [torch.zeros(3)]]
+    meta = [0, -1, -2, 1, 0, 0, 4, 3, 3, 3, 1, 1, 1, 1]
+    assert torch.ops.ternary.network_create("portable", "auto", *lists, meta, [1.0], 3)
+    for short in range(4):
+        fewer = [[] if k == short else tensors for k, tensors in enumerate(lists)]
+        with pytest.raises(ValueError, match="a node's description is not complete"):
+            torch.ops.ternary.network_create("portable", "auto", *fewer, meta, [1.0], 3)
+
+
 def test_environment_and_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERNARY_ISA", "portable")
     assert kernels.make_executor([conv(-1, 4, 3)], "auto").backend == "cpu-portable"

@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -267,6 +267,57 @@ def test_a_model_takes_it_and_keeps_it_through_copies_moves_and_files(tmp_path: 
     assert torch.equal(loaded(images), logits) and torch.equal(model(images), logits)
     bias.copy_(kept)
     assert torch.equal(twin.to("cpu").float()(images), model(images))  # moved: read again
+
+
+def double_a_norm(network: nn.Module) -> None:
+    network.vit.layernorm.weight *= 2
+
+
+def double_scales(network: nn.Module) -> None:
+    network.vit.layers[1].mlp.fc2.scale.mul_(2)
+
+
+def load_another(network: nn.Module) -> None:
+    network.load_state_dict({name: t + t.is_floating_point() for name, t in network.state_dict().items()})
+
+
+def replace_the_classifier(network: nn.Module) -> None:
+    network.classifier = nn.Linear(128, 3)
+
+
+def replace_a_layer(network: nn.Module) -> None:
+    network.vit.layers[0].mlp.fc1 = nn.Linear(128, 512)
+
+
+def take_a_bias_out(network: nn.Module) -> None:
+    network.vit.layers[0].attention.k_proj.bias = None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [double_a_norm, double_scales, load_another, replace_the_classifier, replace_a_layer, take_a_bias_out],
+)
+@torch.no_grad()
+def test_what_changes_behind_it_is_read_again(change: Callable[[nn.Module], None]) -> None:
+    model, images = packed_vit(), torch.rand(4, 3, 32, 32)
+    model(images)
+    change(model.network)
+    expected = model.network(model.normalize(images)).logits
+    close(model(images), expected)
+    assert (model.encoder.backend is None) == (change is replace_a_layer)  # which no kernel of the encoder runs
+    assert torch.equal(model(images), model(images))
+
+
+@torch.no_grad()
+def test_hooks_are_called() -> None:
+    model, images = packed_vit(), torch.rand(4, 3, 32, 32)
+    before = model(images)
+    seen: list[torch.Tensor] = []
+    handle = model.network.vit.layers[0].register_forward_hook(lambda module, args, output: seen.append(output))
+    close(model(images), before)
+    assert len(seen) == 1
+    handle.remove()
+    assert torch.equal(model(images), before) and len(seen) == 1
 
 
 @torch.no_grad()

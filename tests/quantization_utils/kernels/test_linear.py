@@ -132,6 +132,12 @@ def test_patches_equal_the_reference(
         kernels.make_conv(codes, scale, bias, act_bits, padded, backend)
     with pytest.raises(ValueError, match=f"images must be .batch, {shape[1]}, height, width"):
         patches(torch.randn(1, shape[1] + 1, *size))
+    assert torch.equal(patches(images[1]), expected[1])  # without a batch
+    with pytest.raises(ValueError, match="images are smaller than a patch"):
+        patches(torch.randn(1, shape[1], shape[2] - 1, shape[3]))
+    for patch in ([shape[2]], [0, 1]):
+        with pytest.raises(ValueError, match="a patch has a height and a width"):
+            torch.ops.ternary.patches_run(images, patches._handle, patch, shape[0])
 
 
 def test_skipping_does_not_depend_on_threads(monkeypatch: pytest.MonkeyPatch) -> None:

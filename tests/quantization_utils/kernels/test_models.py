@@ -70,6 +70,20 @@ def test_autocast_leaves_the_integers_of_the_reference_alone(dtype: torch.dtype)
             assert torch.equal(model(images), expected)
 
 
+def test_what_was_made_in_inference_mode_serves_gradients_too() -> None:
+    network = packed("resnet_18", 8, stem="maxpool")
+    network.backend = "reference"
+    images = torch.rand(2, 3, 32, 32)
+    for model in (network, pack_(quantize_(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), act_bits=None))):
+        with torch.inference_mode():
+            expected = model(images)
+        grown = images.clone().requires_grad_()
+        found = model(grown)
+        assert torch.equal(found, expected)
+        found.sum().backward()
+        assert grown.grad is not None
+
+
 @pytest.mark.filterwarnings("ignore:TF32 acceleration:UserWarning")
 def test_the_reference_is_exact_without_onednn_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where NNPACK would take large batches, in Winograd's way and in float32: integers beyond 2^20."""
