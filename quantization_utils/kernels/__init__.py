@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..nodes import Node
-from . import reference
+from . import build, cpu, reference
 
 NO_KERNEL = (
     "backend {backend!r} has no kernel for a convolution whose inputs are scaled dynamically, but of patches side by "
@@ -26,8 +26,6 @@ NO_KERNEL = (
 
 def available_backends() -> tuple[str, ...]:
     """Names that can be requested here. Compiles the C++ kernels if that was not done before."""
-    from . import build, cpu
-
     try:
         return ("reference", "cpu", *(f"cpu-{isa}" for isa in cpu.isas()))
     except build.BuildError:
@@ -40,12 +38,9 @@ def make_executor(nodes: Sequence[Node], backend: str = "auto") -> Any:
     Raises:
         ValueError: the backend was asked for by name and cannot run here.
     """
-    _not_while_tracing()
-    chosen = resolve(backend, _device([n.codes for n in nodes]))
+    chosen = _chosen(backend, [n.codes for n in nodes])
     if chosen == "reference":
         return reference.NetworkExecutor(nodes)
-    from . import cpu
-
     return cpu.NetworkExecutor(nodes, chosen)
 
 
@@ -57,12 +52,9 @@ def make_linear(
     Raises:
         ValueError: the backend was asked for by name and cannot run here.
     """
-    _not_while_tracing()
-    chosen = resolve(backend, _device([codes_NK]))
+    chosen = _chosen(backend, [codes_NK])
     if chosen == "reference":
         return reference.Linear(codes_NK, scale_N, bias_N, act_bits)
-    from . import cpu
-
     return cpu.Linear(codes_NK, scale_N, bias_N, act_bits, chosen)
 
 
@@ -78,16 +70,13 @@ def make_conv(
     Raises:
         ValueError: the backend was asked for by name and cannot run here.
     """
-    _not_while_tracing()
-    chosen = resolve(backend, _device([codes]))
+    chosen = _chosen(backend, [codes])
     if chosen != "reference" and not has_kernel(codes, geometry):
         if backend != "auto":
             raise ValueError(NO_KERNEL.format(backend=backend))
         chosen = "reference"
     if chosen == "reference":
         return reference.Conv2d(codes, scale_N, bias_N, act_bits, geometry)
-    from . import cpu
-
     return cpu.Patches(codes, scale_N, bias_N, act_bits, chosen)
 
 
@@ -108,28 +97,22 @@ def make_encoder(
     Raises:
         ValueError: the backend was asked for by name and cannot run here.
     """
-    _not_while_tracing()
-    chosen = resolve(backend, _device([layers[0][0][0]]))
+    chosen = _chosen(backend, [layers[0][0][0]])
     if chosen == "reference":
         return None
-    from . import cpu
-
     return cpu.Encoder(
         [cpu.EncoderLayer(*layer) for layer in layers], heads, epsilon, act_bits, chosen,
         None if embedding is None else cpu.Embedding(**embedding), None if head is None else cpu.Head(**head),
     )  # fmt: skip
 
 
-def _not_while_tracing() -> None:
-    """Kernels are chosen and filled at a packed model's first call; a tracer sees no values and can do neither."""
-    if torch.compiler.is_compiling():
+def _chosen(backend: str, tensors: Sequence[Tensor | None]) -> str:
+    """The backend that runs for a name, where the first of the tensors lies."""
+    if torch.compiler.is_compiling():  # kernels are chosen and filled with values, which a tracer does not see
         raise RuntimeError(
             "run the packed model on one image before torch.compile or torch.export: its kernels are made then"
         )
-
-
-def _device(tensors: Sequence[Tensor | None]) -> str:
-    return next((t.device.type for t in tensors if t is not None), "cpu")
+    return resolve(backend, next((t.device.type for t in tensors if t is not None), "cpu"))
 
 
 def resolve(backend: str, device: str) -> str:
@@ -146,8 +129,6 @@ def resolve(backend: str, device: str) -> str:
         raise ValueError(f"unknown backend {backend!r}: choose one of auto, {', '.join(available_backends())}")
     if device != "cpu":
         raise ValueError(f"backend {backend!r} cannot run on {device}: move the model to the CPU or choose reference")
-    from . import build
-
     try:
         build.load()
     except build.BuildError as error:
@@ -160,8 +141,6 @@ def resolve(backend: str, device: str) -> str:
 @cache
 def _why_not() -> str:
     """Why "auto" is the reference here, said once."""
-    from . import build
-
     try:
         build.load()
     except build.BuildError as error:
