@@ -24,6 +24,7 @@ from quantization_utils import calibrate_, pack_, quantize_
 from quantization_utils.inspection import FileReport, gzip_float_bytes, inspect_file
 from quantization_utils.storage import ModelFileError, save_model
 from train_test_utils.cli import Parser, sentence
+from train_test_utils.output import prepare_output
 
 VIT_B_16 = {
     "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072,
@@ -119,6 +120,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("files", nargs="*", help="packed model files; none: the models of the study")
     parser.add_argument("--layers", action="store_true", help="a line for each layer (always shown for files)")
     parser.add_argument("--record", action="store_true", help="append the sizes to results/files/sizes.jsonl")
+    prepare_output()
     options = parser.parse_args(arguments)
     if options.record and options.files:
         parser.error("--record is for the models of the study: leave the files out")

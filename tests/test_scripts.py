@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -242,6 +243,21 @@ def test_other_images_of_the_same_name(finished, monkeypatch, capsys, tmp_path):
     assert start(monkeypatch, "vit", *words, "--only", "float", "--out", str(out)) == 2
     assert "has results of other images that are called digits too, or of these in another" in capsys.readouterr().err
     assert lines_of(out) == lines
+    monkeypatch.setattr(experiment, "run_table", None)  # nothing is done before all sets have been looked at
+    two = [*TINY, "--dataset", str(tmp_path / "digits"), "--only", "float", "--out"]
+    assert start(monkeypatch, "vit", *two, str(tmp_path / "out")) == 2
+    assert "two data sets are called digits: give each an --out of its own" in capsys.readouterr().err
+
+
+def test_a_report_that_cannot_be_written_loses_nothing_else(finished, monkeypatch, capsys):
+    def refused(*_):
+        raise PermissionError(errno.EACCES, "Permission denied", "report.html")
+
+    out, only = finished
+    monkeypatch.setattr(experiment, "write_report", refused)
+    assert start(monkeypatch, "vit", *TINY, *only, "--out", str(out)) == 0
+    said = capsys.readouterr().out
+    assert "qat_linear_l1_50" in said and "the report could not be written (report.html: Permission denied)" in said
 
 
 def test_nothing_is_left_of_what_could_not_begin(monkeypatch, capsys, tmp_path):

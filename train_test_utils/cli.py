@@ -43,7 +43,10 @@ class Arguments:
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one sentence, without its usage before it."""
+    """Says what is wrong in one sentence, without its usage before it; takes options by their whole names alone."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)  # rows record their commands, which READMEs join
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (--help lists all options)\n")
@@ -95,7 +98,7 @@ def parse_arguments(model_name: str, words: list[str], quick_budget: float = QUI
         options = parse_options(given.options or [])
         check_options(model_name, options)
         return Arguments(
-            dataset=tuple(given.dataset or (["digits"] if given.quick else ["cifar10", "cifar100"])),
+            dataset=tuple(dict.fromkeys(given.dataset or (["digits"] if given.quick else ["cifar10", "cifar100"]))),
             data_dir=given.data_dir, only=tuple(given.only or ()), list=given.list, seeds=seeds,
             quick=given.quick, budget=budget, holdout=given.holdout, measure_again=given.measure_again,
             checkpoint_seconds=given.checkpoint_seconds, device=device,

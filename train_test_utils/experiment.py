@@ -28,10 +28,11 @@ from .cli import QUICK_BUDGET, Arguments, parse_arguments, sentence
 from .data import load_dataset
 from .dataset import ImageDataset
 from .evaluate import accuracy_pct, agreement_pct, predict
-from .logbook import Logbook
+from .logbook import Logbook, read_rows
 from .measure import code_zero_fraction, count_macs, ideal_bytes, latency_beside, weight_bits
+from .output import prepare_output, say
 from .record import commit, device_name, versions
-from .report import print_table, print_text, write_report
+from .report import print_table, write_report
 from .row_folder import claim, locked, owner_of
 from .rows import (
     Row,
@@ -73,6 +74,7 @@ def main(
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     # A GPU's convolutions outside of autocast are held against exact integers, and their outputs are calibrated on.
     torch.backends.cudnn.allow_tf32 = False
+    prepare_output()
     arguments = parse_arguments(model_name, sys.argv[1:], quick_budget)
     commit()  # of the code that is about to run
     options = default_options | ((quick_options or {}) if arguments.quick else {}) | arguments.options
@@ -82,15 +84,16 @@ def main(
         if arguments.quick:
             chosen = [in_small_batches(row) for row in chosen]
         if arguments.list:
-            print_text(format_rows(model_name, chosen))
+            say(format_rows(model_name, chosen))
             return
         device = distributed.start(arguments.device)
         with distributed.first_alone():  # one process downloads; all sets, so that a missing one is told now
             datasets = [load_dataset(name, arguments.data_dir) for name in arguments.dataset]
+        if arguments.holdout:
+            datasets = [dataset.held_out(arguments.holdout) for dataset in datasets]
+        refuse_mixed_results(model_name, datasets, arguments.out)
         diverged = False
         for dataset in datasets:
-            if arguments.holdout:
-                dataset = dataset.held_out(arguments.holdout)
             diverged |= not run_table(model_name, options, chosen, dataset, replace(arguments, device=device))
         if diverged:
             raise SystemExit(1)
@@ -106,6 +109,26 @@ def main(
         distributed.stop()
 
 
+def refuse_mixed_results(model_name: str, datasets: Sequence[ImageDataset], out: Path) -> None:
+    """Raise a ValueError if images of two data sets would have their rows in one table, now or with those of before."""
+    fingerprints: dict[Path, str] = {}
+    for dataset in datasets:
+        folder = folder_of(model_name, dataset, out)
+        if fingerprints.setdefault(folder, dataset.fingerprint) != dataset.fingerprint:
+            raise ValueError(f"two data sets are called {dataset.name}: give each an --out of its own")
+        lines = read_rows(folder / "rows.jsonl", warn=False)
+        if any(line.get("data_fingerprint", dataset.fingerprint) != dataset.fingerprint for line in lines):
+            raise ValueError(
+                f"{folder} has results of other images that are called {dataset.name} too, or of these in another "
+                "order: give another --out"
+            )
+
+
+def folder_of(model_name: str, dataset: ImageDataset, out: Path) -> Path:
+    """Where the results of a table go."""
+    return out / f"{model_name}-{dataset.name}"
+
+
 def run_table(
     model_name: str, options: dict[str, Any], rows: Sequence[Row], dataset: ImageDataset, arguments: Arguments
 ) -> bool:
@@ -113,14 +136,9 @@ def run_table(
 
     Where rows are to be measured again, those that have not been done are left out.
     """
-    folder = arguments.out / f"{model_name}-{dataset.name}"
+    folder = folder_of(model_name, dataset, arguments.out)
     folder.mkdir(parents=True, exist_ok=True)
     logbook = Logbook(folder / "rows.jsonl", wandb_mode=arguments.wandb, group=folder.name)
-    if any(line.get("data_fingerprint", dataset.fingerprint) != dataset.fingerprint for line in logbook.rows()):
-        raise ValueError(
-            f"{folder} has results of other images that are called {dataset.name} too, or of these in another order: "
-            "give another --out"
-        )
     data = dataset.to(arguments.device)
     table: list[dict[str, Any]] = []
     all_finished = True
@@ -151,9 +169,14 @@ def run_table(
                     all_finished = False
                     print(f"{row.name}, seed {seed}: {error}", file=sys.stderr)
         if distributed.rank() == 0 and table:
+            paths: list[Path] = []
+            try:
+                paths = write_report([*logbook.rows(), *table], folder)  # of two lines the later counts: this table's
+                ending = f"report and pictures: {folder / 'report.html'}"
+            except OSError as error:  # a disk that is full, or that finished rows are only read from
+                ending = f"the report could not be written ({sentence(error)})"
             print_table(table)
-            paths = write_report([*logbook.rows(), *table], folder)  # of two lines the later counts: this table's
-            print(f"report and pictures: {folder / 'report.html'}")
+            say(ending)
             logbook.close(table, paths)
     finally:
         logbook.finish()
@@ -194,7 +217,7 @@ class Run:
             return None
         if distributed.rank() == 0:
             (self.folder / "last.pt").unlink(missing_ok=True)  # left by a kill just after the row was recorded
-            print(f"{self.row.name}, seed {self.seed}: done before ({line['test_accuracy_pct']:.2f}%)")
+            say(f"{self.row.name}, seed {self.seed}: done before ({line['test_accuracy_pct']:.2f}%)")
         return line
 
     def is_damaged(self, line: dict[str, Any]) -> bool:

@@ -11,31 +11,37 @@ from PIL import Image, ImageOps
 
 from .dataset import IMAGE_SIZE, ImageDataset, Split, every_fifth_of_a_class
 
-TEST_FOLDERS = ("test", "val", "valid", "validation")
+TRAIN_FOLDERS = ("train", "training")  # in capitals, too
+TEST_FOLDERS = ("test", "testing", "val", "valid", "validation", "eval")
 
 
 def load_image_folder(folder: Path) -> ImageDataset:
-    """`<folder>/<class>/<image>`, or the same below `<folder>/train` and `<folder>/test` (or val, valid, validation).
+    """`<folder>/<class>/<image>`, or the same below two folders of `TRAIN_FOLDERS` and `TEST_FOLDERS`.
 
-    Images are cut to a centred square and resized to 32×32. Without a test folder every fifth image of a class, in the
-    order of the file names, is for testing.
+    Images are cut to a centred square and resized to 32×32; what is transparent is white. Hidden files and folders are
+    left out. Without a test folder every fifth image of a class, in the order of the file names, is for testing.
 
     Raises:
-        ValueError: fewer than two classes, classes that differ between train and test, a file that is no image, or a
-            folder of classes called train without one to test with.
+        ValueError: fewer than two classes, other classes in test than in train, a file that is no image or whose
+            black and white are unknown, images that are all of one colour, or a folder of classes called train
+            without one to test with.
     """
-    test_folder = next((folder / name for name in TEST_FOLDERS if (folder / name).is_dir()), None)
-    if (folder / "train").is_dir() and test_folder is not None:
-        train, names = _read(folder / "train")
+    subfolders = {path.name.lower(): path for path in folder.iterdir() if path.is_dir()}
+    train_folder, test_folder = (
+        next((subfolders[name] for name in names if name in subfolders), None)
+        for names in (TRAIN_FOLDERS, TEST_FOLDERS)
+    )
+    if train_folder is not None and test_folder is not None:
+        train, names = _read(train_folder)
         test, test_names = _read(test_folder)
         if names != test_names:
             differ = ", ".join(sorted(set(names) ^ set(test_names)))
             raise ValueError(
-                f"the folders of classes in {folder}/train and {test_folder} differ ({differ}): make them the same"
+                f"the folders of classes in {train_folder} and {test_folder} differ ({differ}): make them the same"
             )
         return ImageDataset(folder.name, names, train, test)
-    if (folder / "train").is_dir() and any(path.is_dir() for path in (folder / "train").iterdir()):
-        raise ValueError(f"{folder}/train has folders of classes, and beside it is no {' or '.join(TEST_FOLDERS)}")
+    if train_folder is not None and any(path.is_dir() for path in train_folder.iterdir()):
+        raise ValueError(f"{train_folder} has folders of classes, and beside it is no {' or '.join(TEST_FOLDERS)}")
     everything, names = _read(folder)
     is_test = every_fifth_of_a_class(everything.labels)
     for label, name in enumerate(names):
@@ -54,17 +60,21 @@ def _read(folder: Path) -> tuple[Split, tuple[str, ...]]:
         (path, label)
         for label, c in enumerate(classes)
         for path in sorted(c.rglob("*"))
-        if path.suffix.lower() in EXTENSIONS and not path.name.startswith(".")
+        if path.suffix.lower() in EXTENSIONS and path.is_file() and not _is_hidden(path.relative_to(c))
     ]
     missing = [c.name for label, c in enumerate(classes) if all(at != label for _, at in files)]
     if missing:
         raise ValueError(f"there is no image in {folder / missing[0]}: add some, or remove the folder")
     with ThreadPoolExecutor() as pool:
-        images = list(pool.map(_decode, [path for path, _ in files]))
+        images = np.stack(list(pool.map(_decode, [path for path, _ in files])))
+    if images.min() == images.max():
+        raise ValueError(f"the images in {folder} are of one colour, all of them: are they what they should be?")
     labels = torch.tensor([label for _, label in files])
-    return Split(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), labels), tuple(
-        c.name for c in classes
-    )
+    return Split(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), labels), tuple(c.name for c in classes)
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)  # a folder too, as .ipynb_checkpoints
 
 
 EXTENSIONS = frozenset(Image.registered_extensions())
@@ -74,8 +84,13 @@ def _decode(path: Path) -> np.ndarray:
     try:
         with Image.open(path) as image:
             upright = ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I"):  # 16 bits, which Pillow would cut off at 255
-                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+            if upright.mode.startswith("I;16") or (upright.mode == "I" and image.format == "PNG"):
+                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))  # Pillow would cut off at 255
+            if upright.mode in ("I", "F"):
+                raise ValueError("its numbers do not say what is white: save it with 8 or 16 bits")
+            if upright.has_transparency_data:
+                white = Image.new("RGBA", upright.size, "white")
+                upright = Image.alpha_composite(white, upright.convert("RGBA"))
             return np.asarray(ImageOps.fit(upright.convert("RGB"), (IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC))
     except Exception as error:  # Pillow raises types of its own: a DecompressionBombError is no OSError
         raise ValueError(f"{path} cannot be read as an image ({error}): repair or remove it") from error

@@ -69,8 +69,10 @@ def mend(path: Path) -> None:
     """Set aside a last line that a kill left incomplete (to `<path>.torn`), so that the next line starts on its own."""
     try:
         descriptor = os.open(path, os.O_RDWR)
-    except FileNotFoundError:
-        return
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.EACCES, errno.EROFS):  # finished rows can be shown where none is added
+            return
+        raise
     with os.fdopen(descriptor, "r+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         content = file.read()

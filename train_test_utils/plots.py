@@ -300,6 +300,7 @@ def _save(figure: Figure, lines: Sequence[Line], path: Path, title: str, caption
     """Write the picture, headed by what it is about, so that it can stand alone."""
     heads = dict.fromkeys(f"{line.text('model')} on {line.text('dataset')}" for line in lines if line.text("model"))
     budgets = dict.fromkeys(f"budget {line.budget:g}" for line in lines if is_reduced(line))
-    figure.suptitle(" · ".join([title, *heads, *budgets]), x=0.01, ha="left", fontsize=10, color=FAINT)
+    figure.suptitle(" · ".join([title, *heads, *budgets]), x=0.01, ha="left", fontsize=10, color=FAINT,
+                    parse_math=False)  # fmt: skip  # a folder's name may have a $
     figure.savefig(path)
     return Picture(path, title, caption)

@@ -31,9 +31,11 @@ def commit() -> str:
         done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
         return done.stdout.strip() if done.returncode == 0 else ""
 
+    if not (ROOT / ".git").exists():  # what is unpacked inside of another repository is not of its commit
+        return ""
     try:
         return git("rev-parse", "--short=12", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
-    except FileNotFoundError:  # no git on this machine
+    except OSError:  # no git on this machine, or none that can run
         return ""
 
 

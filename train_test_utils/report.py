@@ -16,6 +16,7 @@ from typing import Any
 
 from .cli import sentence
 from .logbook import read_curves, read_rows
+from .output import prepare_output, say
 from .readme_tables import with_tables
 from .table import circumstances, columns_of, is_reduced, lines_of
 
@@ -42,13 +43,7 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
     """Print the table for the terminal."""
-    print_text("\n" + format_table(rows))
-
-
-def print_text(text: str) -> None:
-    """Print what has characters that the terminal may not have."""
-    encoding = sys.stdout.encoding or "utf-8"
-    print(text.encode(encoding, "replace").decode(encoding))
+    say("\n" + format_table(rows))
 
 
 def write_report(rows: Sequence[Mapping[str, Any]], out_dir: str | Path) -> list[Path]:
@@ -92,6 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--readme", type=Path, help="put tables between the markers of this Markdown file")
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if the file is out of date")
     given = parser.parse_args(arguments)
+    prepare_output()
     if given.check and given.readme is None:
         parser.error("--check is for the tables of a Markdown file: name it with --readme")
     try:
@@ -99,8 +95,9 @@ def main(arguments: list[str] | None = None) -> int:
             rows = read_rows(given.folder / "rows.jsonl")
             if not rows:
                 raise FileNotFoundError(f"{given.folder / 'rows.jsonl'} has no rows: name the folder of a table")
+            report, *_ = write_report(rows, given.folder)
             print_table(rows)
-            print(f"report: {write_report(rows, given.folder)[0]}")
+            say(f"report: {report}")
             return 0
         before = given.readme.read_text(encoding="utf-8")
         after = with_tables(before, given.folder)

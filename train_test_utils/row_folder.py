@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,8 +28,10 @@ def claim(folder: Path, config_hash: str) -> None:
         owner = owner_of(folder) or config_hash
         if owner != config_hash:
             aside = _aside(folder, owner)
+            aside = aside.with_name(f"{aside.name}.{time.time_ns()}") if aside.exists() else aside
             with locked(folder):
-                folder.rename(aside.with_name(f"{aside.name}.{time.time_ns()}") if aside.exists() else aside)
+                folder.rename(aside)
+            print(f"{folder} had results of another configuration: they are in {aside.name} now", file=sys.stderr)
         if not folder.exists() and _aside(folder, config_hash).exists():
             _aside(folder, config_hash).rename(folder)
         folder.mkdir(parents=True, exist_ok=True)

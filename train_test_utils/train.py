@@ -124,7 +124,7 @@ def train(
     order, order_epoch, saved_at = None, -1, time.monotonic()
     began = saved_at - seconds_before
     progress = tqdm(
-        total=steps * recipe.batch_size, initial=start * recipe.batch_size, unit=" images", unit_scale=True, desc=title,
+        total=steps * batch_of_all, initial=start * batch_of_all, unit=" images", unit_scale=True, desc=title,
         leave=False, disable=rank > 0, mininterval=1.0 if sys.stderr.isatty() else 60.0,
     )  # fmt: skip
 
@@ -157,7 +157,7 @@ def train(
             record = _look(sums, position + 1, epoch + 1, lr, state_path)
             shown = {"loss": f"{record['train_loss']:.3f}", "acc": f"{record['train_accuracy_pct']:.1f}%"}
             progress.set_postfix(shown, refresh=False, lr=f"{lr:.2g}")
-        progress.update(recipe.batch_size)
+        progress.update(batch_of_all)
         if last_of_epoch:
             on_epoch(record | {"step": step + 1, "train_seconds": round(time.monotonic() - began, 3)})
             sums.fill_(0)

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from .output import say
+
 CONNECT_SECONDS = 15.0
 UPLOAD_SECONDS = 60.0
 NESTED = ("versions", "options", "transforms")  # of a row: they are configuration, not figures
@@ -150,10 +152,10 @@ class Mirror:
     def _say_where(self) -> None:
         place = self.folder / "wandb"
         if self._urls:
-            print(f"W&B: {self._urls[-1]}")
+            say(f"W&B: {self._urls[-1]}")
         if self._runs_offline:
-            print(f"W&B, {self._runs_offline} runs offline. View them: wandb leet {shlex.quote(str(place))}")
-            print(f"                     upload them: wandb sync {shlex.quote(str(place))}/offline-run-*")
+            say(f"W&B, {self._runs_offline} runs offline. View them: wandb leet {shlex.quote(str(place))}")
+            say(f"                     upload them: wandb sync {shlex.quote(str(place))}/offline-run-*")
 
 
 def has_key(wandb: Any) -> bool:

@@ -69,8 +69,11 @@ def _openmp() -> list[str]:
 
 
 def _cache_folder() -> Path:
-    root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(root) / "ternary_kernels"
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or os.environ.get("XDG_CACHE_HOME")
+    try:
+        return Path(root or Path.home() / ".cache") / "ternary_kernels"
+    except RuntimeError as error:  # an unknown user in a container
+        raise FileNotFoundError("there is no home folder: set TORCH_EXTENSIONS_DIR to one for the kernels") from error
 
 
 def _fingerprint(flags: list[str]) -> str:

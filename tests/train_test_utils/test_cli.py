@@ -71,6 +71,7 @@ def test_values_of_options(word, value):
         (["--options", "num_classes=3"], "alexnet has no option 'num_classes'"),
         (["--options", "name=vit"], "alexnet has no option 'name'"),
         (["--frobnicate"], "unrecognized arguments: --frobnicate"),
+        (["--onl", "float"], "unrecognized arguments: --onl float"),
     ],
 )
 def test_mistakes_are_one_sentence_and_exit_code_2(words, sentence, capsys):

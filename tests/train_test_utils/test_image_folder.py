@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from train_test_utils.data import load_dataset
-from train_test_utils.image_folder import TEST_FOLDERS
+from train_test_utils.image_folder import TEST_FOLDERS, TRAIN_FOLDERS
 
 
 def write_images(folder: Path, count: int, shade: int) -> None:
@@ -44,9 +45,10 @@ def test_images_in_subfolders_are_cut_to_their_middle_and_hidden_folders_are_no_
     assert data.train.images.unique().tolist() == [0, 255] and data.train.images[:, 0].all()
 
 
-@pytest.mark.parametrize("test", TEST_FOLDERS)
-def test_a_folder_with_its_own_test_split(test, tmp_path):
-    for which, count in (("train", 3), (test, 2)):
+@pytest.mark.parametrize("train", [*TRAIN_FOLDERS, "Train"])
+@pytest.mark.parametrize("test", [*TEST_FOLDERS, "TEST"])
+def test_a_folder_with_its_own_test_split(train, test, tmp_path):
+    for which, count in ((train, 3), (test, 2)):
         for name in ("a", "b"):
             write_images(tmp_path / which / name, count, 0)
     data = load_dataset(str(tmp_path))
@@ -60,7 +62,7 @@ def test_a_training_folder_alone_is_not_taken_for_a_class(tmp_path):
     for name in ("a", "b"):
         write_images(tmp_path / "train" / name, 5, 0)
     write_images(tmp_path / "holdout" / "a", 5, 0)
-    with pytest.raises(ValueError, match="train has folders of classes, and beside it is no test or val or valid"):
+    with pytest.raises(ValueError, match="train has folders of classes, and beside it is no test or testing or val"):
         load_dataset(str(tmp_path))
 
 
@@ -88,6 +90,41 @@ def test_folders_that_are_no_data_set(tmp_path, monkeypatch):
         load_dataset(str(tmp_path / "one"))
     with pytest.raises(ValueError, match="unknown data set 'cifar11': choose cifar10, cifar100, digits"):
         load_dataset("cifar11")
+
+
+def test_what_is_hidden_deep_within_is_left_out(tmp_path):
+    for name in ("a", "b"):
+        write_images(tmp_path / name, 5, 0)
+        write_images(tmp_path / name / ".ipynb_checkpoints", 5, 0)
+        (tmp_path / name / "folder.png").mkdir()
+    data = load_dataset(str(tmp_path))
+    assert (len(data.train), len(data.test)) == (8, 2)
+
+
+def test_what_is_transparent_is_white(tmp_path):
+    glyph = Image.new("LA", (32, 32), (0, 0))  # black, and not to be seen
+    glyph.paste((0, 255), (8, 0, 24, 32))
+    for name in ("a", "b"):
+        write_images(tmp_path / name, 5, 0)
+        glyph.save(tmp_path / name / "4.png")
+        glyph.convert("RGBA").save(tmp_path / name / "04.png")
+    data = load_dataset(str(tmp_path))
+    drawn = torch.cat([data.train.images, data.test.images])
+    drawn = drawn[drawn[:, 2].float().amax((1, 2)) == 255]
+    assert len(drawn) == 4 and drawn[:, :, :, 9:23].max() == 0 and drawn[:, :, :, :6].min() == 255
+
+
+def test_images_that_are_all_black_or_of_unknown_white_are_refused(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for i in range(5):
+            Image.fromarray(np.full((8, 8), 10 * i, np.uint16)).save(tmp_path / name / f"{i}.png")
+    with pytest.raises(ValueError, match="images in .* are of one colour, all of them"):
+        load_dataset(str(tmp_path))
+    for dtype in (np.int32, np.float32):
+        Image.fromarray(np.full((8, 8), 1, dtype)).save(tmp_path / "a" / "x.tiff")
+        with pytest.raises(ValueError, match="x.tiff cannot be read .*do not say what is white: save it with 8 or 16"):
+            load_dataset(str(tmp_path))
 
 
 def test_photographs_stand_upright_deep_greys_keep_their_shade_and_shadow_files_are_left_out(tmp_path):

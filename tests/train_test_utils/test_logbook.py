@@ -1,5 +1,6 @@
 """Rows survive kills, full disks and broken lines; curves survive interruptions."""
 
+import errno
 import fcntl
 import json
 import os
@@ -124,6 +125,17 @@ def test_every_torn_line_is_kept(tmp_path):
         path.write_bytes(tail)
         logbook.mend(path)
     assert (tmp_path / "rows.jsonl.torn").read_bytes() == b'{"a\n{"b\n'
+
+
+def test_rows_that_can_only_be_read_are_read(tmp_path, monkeypatch):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"row": "float"}\n{"ro')
+
+    def refused(*_):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(logbook.os, "open", refused)
+    assert Logbook(path, "disabled").rows() == [{"row": "float"}]
 
 
 def test_what_is_not_json_is_refused(tmp_path):

@@ -33,13 +33,25 @@ def test_a_script_outside_the_checkout_is_given_by_its_name(root, monkeypatch):
 
 
 @pytest.mark.parametrize("status, said", [("", "abc"), (" M README.md", "abc+changes")])
-def test_the_commit_says_whether_files_were_changed(status, said, monkeypatch):
+def test_the_commit_says_whether_files_were_changed(status, said, root, monkeypatch):
+    (root / ".git").touch()  # a worktree's is a file
+
     def run(words, **options):
         return subprocess.CompletedProcess(words, 0, f"{status if 'status' in words else 'abc'}\n", "")
 
     monkeypatch.setattr(subprocess, "run", run)
     record.commit.cache_clear()
     assert record.commit() == said
+    record.commit.cache_clear()
+
+
+def test_what_is_unpacked_inside_of_another_repository_is_not_of_its_commit(tmp_path, monkeypatch):
+    for words in ("init -q", "-c user.name=x -c user.email=x commit -q --allow-empty -m x"):
+        subprocess.run(["git", *words.split()], cwd=tmp_path, check=True)
+    monkeypatch.setattr(record, "ROOT", tmp_path / "unpacked")
+    (tmp_path / "unpacked").mkdir()
+    record.commit.cache_clear()
+    assert record.commit() == ""
     record.commit.cache_clear()
 
 

@@ -208,6 +208,11 @@ def test_pruned_rows_of_two_budgets_are_two_curves(tmp_path, monkeypatch):
     assert [xs for _, xs in curves] == [(0, 30, 90)] * 4
 
 
+def test_names_with_a_dollar_are_no_formula(tmp_path):
+    row = {"row": "float", "model": "vit", "dataset": r"x$\foo$", "test_accuracy_pct": 9.5, "file_bytes": 10**6}
+    assert len(write_report([row], tmp_path)) > 1
+
+
 def test_held_out_figures_are_not_called_test_accuracy(tmp_path, monkeypatch):
     held_out = lines_of([row | {"dataset": "digits-heldout0.1"} for row in rows()])
     assert "held-out accuracy; float" in page(held_out, []) and "test accuracy" not in page(held_out, [])

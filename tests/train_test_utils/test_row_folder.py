@@ -5,13 +5,14 @@ import pytest
 from train_test_utils.row_folder import claim, locked
 
 
-def test_results_that_are_moved_aside_take_the_place_of_none(tmp_path):
+def test_results_that_are_moved_aside_take_the_place_of_none(tmp_path, capsys):
     (tmp_path / "row.a").mkdir()
     (tmp_path / "row.a" / "older").touch()
     (tmp_path / "row").mkdir()
     claim(tmp_path / "row", "a")
     claim(tmp_path / "row", "b")
     (aside,) = tmp_path.glob("row.a.*")
+    assert f"row had results of another configuration: they are in {aside.name} now" in capsys.readouterr().err
     assert (aside / "config_hash").read_text() == "a\n" and (tmp_path / "row.a" / "older").exists()
     assert (tmp_path / "row" / "config_hash").read_text() == "b\n"
 
