@@ -77,14 +77,15 @@ def lines_of(rows: Sequence[Mapping[str, Any]]) -> list[Line]:
     """The lines of a table, in the order of first appearance. Of rows done twice with a seed, the later counts."""
     latest: dict[tuple[str, ...], dict[Any, Mapping[str, Any]]] = {}
     for row in rows:
-        latest.setdefault(_key(row), {})[row.get("seed")] = row
+        latest.setdefault((*_key(row), str(row.get("precision"))), {})[row.get("seed")] = row
     lines = [Line(tuple(by_seed.values())) for by_seed in latest.values()]
-    several = [field for field in ("budget", "options") if len({str(line.rows[-1].get(field)) for line in lines}) > 1]
+    fields = ("budget", "options", "precision")
+    several = [field for field in fields if len({str(line.rows[-1].get(field)) for line in lines}) > 1]
     return [replace(line, conditions=_conditions(line.rows[-1], several)) for line in lines]
 
 
 def _conditions(row: Mapping[str, Any], fields: Iterable[str]) -> str:
-    texts = [f"budget {row.get('budget') or 1:g}" if f == "budget" else _plain(row.get(f) or {}) for f in fields]
+    texts = [f"budget {row.get('budget') or 1:g}" if f == "budget" else _plain(row.get(f) or "") for f in fields]
     return ", ".join(text for text in texts if text)
 
 

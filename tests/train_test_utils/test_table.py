@@ -38,7 +38,8 @@ def test_texts_are_those_of_the_last_row_and_a_budget_that_is_not_there_is_the_w
 
 
 @pytest.mark.parametrize(
-    "other", [{"budget": 0.02}, {"options": {"stem": "maxpool"}}, {"dataset": "cifar10"}, {"model": "vit"}]
+    "other",
+    [{"budget": 0.02}, {"options": {"stem": "maxpool"}}, {"dataset": "cifar10"}, {"model": "vit"}, {"precision": "bf16"}],
 )
 def test_different_conditions_are_never_averaged(other):
     lines = lines_of([row("float", test_accuracy_pct=99.0), row(), row("float", **other), row(**other)])
