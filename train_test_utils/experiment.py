@@ -148,26 +148,19 @@ def run_table(
             for row in rows:
                 parent = runs.get(row.parent) if row.parent else None
                 if row.parent and parent is None:
-                    continue  # its parent diverged; that has been said
+                    continue  # there is nothing of its parent; that has been said
                 run = Run(model_name, options, row, parent, seed, data, arguments, folder)
                 try:
-                    line = run.finished_in(logbook)
-                    if line is None and arguments.measure_again:
-                        print(f"{row.name}, seed {seed}: not done with these options, so not measured", file=sys.stderr)
-                        continue
-                    if line is None:
-                        line = run.execute(logbook)
-                    else:
-                        again = arguments.measure_again if is_named(row, arguments.only) else None
-                        if run.is_damaged(line) or again == "everything":
-                            line = run.measure_again(logbook, line)
-                        elif again == "latency":
-                            line = run.time_again(logbook, line)
-                    table.append(line)
-                    runs[row.name] = run
+                    line = run.line(logbook)
                 except NonFiniteLoss as error:
                     all_finished = False
                     print(f"{row.name}, seed {seed}: {error}", file=sys.stderr)
+                    continue
+                if line is None:
+                    print(f"{row.name}, seed {seed}: not done with these options, so not measured", file=sys.stderr)
+                    continue
+                table.append(line)
+                runs[row.name] = run
         if distributed.rank() == 0 and table:
             paths: list[Path] = []
             try:
@@ -206,6 +199,16 @@ class Run:
         self.hash = config_hash(self.config)
         self.folder = folder / f"{row.name}-seed{seed}"
         self.file = self.folder / "model.safetensors"
+
+    def line(self, logbook: Logbook) -> dict[str, Any] | None:
+        """The row's line: of before, measured anew if need be, or of now; None where only what is done is measured."""
+        line = self.finished_in(logbook)
+        if line is None:
+            return None if self.arguments.measure_again else self.execute(logbook)
+        again = self.arguments.measure_again if is_named(self.row, self.arguments.only) else None
+        if self.is_damaged(line) or again == "everything":
+            return self.measure_again(logbook, line)
+        return self.time_again(logbook, line) if again == "latency" else line
 
     def finished_in(self, logbook: Logbook) -> dict[str, Any] | None:
         """The row's line if it has been done with this very configuration and its weights are still there."""
