@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from quantization_utils.file_format import replacing
 
+from .output import first_line
+
 
 def save_weights(model: nn.Module, path: Path, config_hash: str) -> None:
     """Write the state of a model that was trained with this configuration as safetensors.
@@ -90,8 +92,3 @@ def load_state(path: Path, map_location: torch.device) -> dict[str, Any] | None:
         raise ValueError(
             f"{path} cannot be read ({first_line(error)}): delete it to start the row anew"
         ) from error
-
-
-def first_line(error: Exception) -> str:
-    """The first line of its message, or its type if it has none (EOFError of an empty file)."""
-    return next(iter(str(error).splitlines()), type(error).__name__)

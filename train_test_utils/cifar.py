@@ -20,6 +20,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from .dataset import IMAGE_SIZE, ImageDataset, Split
+from .output import first_line
 
 SERVER_PATIENCE_SECONDS = 30.0  # without a byte, before the mirror is asked
 
@@ -160,7 +161,7 @@ def _read_parquet(paths: list[Path], source: Source) -> Split:
             if labels[-1].dtype != np.int64:
                 raise ValueError("an image has no label")
         except Exception as error:  # pyarrow and Pillow raise types of their own for what is damaged
-            raise ValueError(f"{path} cannot be read ({_reason(error)}): {AGAIN}") from error
+            raise ValueError(f"{path} cannot be read ({first_line(error)}): {AGAIN}") from error
     pixels = np.asarray(images, np.uint8).reshape(-1, IMAGE_SIZE, IMAGE_SIZE, 3)  # there may be none
     return Split(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(np.concatenate(labels)))
 
@@ -205,7 +206,7 @@ def _download(source: Source, data_dir: Path) -> None:
             _torchvision_class(source)(data_dir, download=True)
         return
     except Exception as error:  # whatever it is, the mirror may do better
-        first = _reason(error)
+        first = first_line(error)
         print(f"{source.name}: the author's server failed ({first}); trying the mirror on the Hub", file=sys.stderr)
         # What torchvision left of an interrupted download would be taken for the data next time.
         _remove_leftovers(source, data_dir)
@@ -219,7 +220,7 @@ def _download(source: Source, data_dir: Path) -> None:
         raise FileNotFoundError(
             f"{source.name} is not in {data_dir} and cannot be downloaded, neither from its author's server ({first}) "
             "nor from "
-            f"the Hub ({_reason(error)}): connect to a network, or put the files there (see --data-dir)"
+            f"the Hub ({first_line(error)}): connect to a network, or put the files there (see --data-dir)"
         ) from error
 
 
@@ -239,8 +240,3 @@ def _patience(seconds: float) -> Iterator[None]:
         yield
     finally:
         socket.setdefaulttimeout(before)
-
-
-def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""What is printed: it may be lost, and the work goes on."""
+"""What is printed: it may be lost, and the work goes on; and of an error, the first line."""
 
 from __future__ import annotations
 
@@ -13,6 +13,11 @@ def prepare_output() -> None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")
+
+
+def first_line(error: BaseException) -> str:
+    """Of its message, without a full stop; its type if it has none (EOFError of an empty file)."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def say(text: str) -> None:

@@ -171,15 +171,14 @@ def circumstances(lines: Sequence[Line]) -> dict[str, str]:
         values = [row.get(field) for row in rows for field in fields]
         return list(dict.fromkeys(_plain(value) for value in values if value not in (None, "", {}, [])))
 
-    texts = {
-        field: distinct(field)
-        for field in ("budget", "seed", "device", "latency_device", "threads", "backend", "precision")
-    } | {"commit": distinct("commit", "latency_commit"), "options": distinct("options")}
-    latency_devices = texts.pop("latency_device")
-    if not set(latency_devices) <= set(texts["device"]):
-        texts["latency on"] = latency_devices
-    seeds = texts.pop("seed")
-    return {k: ", ".join(v) for k, v in ({"budget": texts.pop("budget"), "seeds": seeds} | texts).items() if v}
+    device, timed_on = distinct("device"), distinct("latency_device")
+    found = {
+        "budget": distinct("budget"), "seeds": distinct("seed"), "device": device,
+        **{field: distinct(field) for field in ("threads", "backend", "precision")},
+        "commit": distinct("commit", "latency_commit"), "options": distinct("options"),
+        "latency on": [] if set(timed_on) <= set(device) else timed_on,
+    }  # fmt: skip
+    return {name: ", ".join(values) for name, values in found.items() if values}
 
 
 def commands_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:

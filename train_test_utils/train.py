@@ -19,10 +19,11 @@ from tqdm import tqdm
 from quantization_utils.bit_layers import BitConv2d, BitLinear, fixed_weights
 
 from . import distributed
-from .checkpoint import first_line, load_state, save_state
+from .checkpoint import load_state, save_state
 from .cuda_graph import Replayed
 from .data import augment, epoch_order, to_float
 from .dataset import ImageDataset
+from .output import first_line
 from .recipe import Recipe
 
 LOOK_EVERY = 20  # steps between two looks at the loss, where states are saved, too: each makes a GPU wait

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from .output import say
+from .output import first_line, say
 
 CONNECT_SECONDS = 15.0
 UPLOAD_SECONDS = 60.0
@@ -108,7 +108,7 @@ class Mirror:
             if self.mode == "offline":
                 self._complain(error)
                 return
-            self._go_offline(f"no connection: {_sentence(error)}")
+            self._go_offline(f"no connection: {first_line(error)}")
             self._guarded(lambda: setattr(self, "_run", self._init(name, config, job_type)), open_run=False)
         if self._run is None:
             return
@@ -143,7 +143,7 @@ class Mirror:
     def _complain(self, error: Exception) -> None:
         if not self._complained:
             self._complained = True
-            print(f"W&B: {_sentence(error)}; the run goes on, its record is rows.jsonl", file=sys.stderr)
+            print(f"W&B: {first_line(error)}; the run goes on, its record is rows.jsonl", file=sys.stderr)
 
     def _go_offline(self, why: str) -> None:
         self.mode = "offline"
@@ -185,14 +185,10 @@ def _import_wandb() -> Any:
         import wandb
     except Exception as error:  # not installed, or broken
         print(
-            f"W&B: not available ({_sentence(error)}), so there is no mirror; rows.jsonl is complete", file=sys.stderr
+            f"W&B: not available ({first_line(error)}), so there is no mirror; rows.jsonl is complete", file=sys.stderr
         )
         return None
     if not hasattr(wandb, "init"):  # an empty namespace: only a folder called wandb was found
         print("W&B: not installed, so there is no mirror; rows.jsonl is complete", file=sys.stderr)
         return None
     return wandb
-
-
-def _sentence(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
