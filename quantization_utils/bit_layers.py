@@ -244,6 +244,7 @@ class _PackedLayer(nn.Module):
         return self._runner(input)
 
     def _make_runner(self) -> Callable[[Tensor], Tensor]:
+        """What runs the layer, made of its tensors: in each of the two classes."""
         raise NotImplementedError
 
     @property

@@ -187,7 +187,7 @@ def _pack_layers(model: nn.Module) -> None:
         packed_class = next(packed for kind, packed in BIT_TO_PACKED.items() if isinstance(layer, kind))
         put_module(model, layer, packed_class.from_bit_layer(layer, act_bits))
     for module in list(model.modules()):
-        for tensor in list(getattr(module, "parametrizations", ())):  # masks of batch norms
+        for tensor in list(getattr(module, "parametrizations", ())):  # masks, of what is left in float
             remove_parametrizations(module, tensor, leave_parametrized=True)
 
 

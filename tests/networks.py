@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from models import build
 from models.normalize import Normalize
 from models.resnet_18 import BasicBlock
+from pruning_utils import l2_filters, prune_
+from quantization_utils import absmean, pack_, quantize_
 
 CLASSES = 10
 CHAINS = ("alexnet_like", "alexnet_like_without_batch_norm", "resnet_like")
@@ -50,3 +52,24 @@ def make(kind: str) -> nn.Module:
 def images(count: int) -> Tensor:
     """8-bit images, float32 in [0, 1]."""
     return torch.randint(0, 256, (count, 3, 32, 32)).float() / 255
+
+
+def packed_vit(
+    quantizer: object = absmean, act_bits: int | None = 8, pruned: float = 0.0, **options: object
+) -> nn.Module:
+    """`pruned`: fraction of the filters of its linear layers."""
+    torch.manual_seed(0)
+    sizes: dict[str, object] = {} if "config" in options else {"width": 128, "depth": 2}
+    model = build("vit", 10, **(sizes | options)).eval()
+    for name, parameter in model.named_parameters():
+        if "layernorm" in name or name.endswith("bias"):  # zeros and ones would hide what is left out
+            nn.init.normal_(parameter, 1.0 if name.endswith("weight") else 0.0, 0.2)
+    if pruned:
+        prune_(model, l2_filters, pruned, only=nn.Linear)
+    return pack_(quantize_(model, quantizer, act_bits))  # type: ignore[arg-type]
+
+
+def assert_equal_but_for_rounding(found: Tensor, wanted: Tensor) -> None:
+    """Equal but for roundings of floats, and the few codes that these move by one."""
+    error, size = (found - wanted).abs(), wanted.abs().max()
+    assert error.median() < 1e-5 * size and error.max() < 0.02 * size

@@ -1,8 +1,7 @@
 """The fused encoder against the modules it stands for."""
 
-import copy
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,10 +9,10 @@ import torch
 from torch import nn
 
 import models
-from pruning_utils import l2_filters, prune_
-from quantization_utils import absmean, int8_absmax, load_model, pack_, quantize_, save_model
+from quantization_utils import absmean, int8_absmax, pack_, quantize_
 from quantization_utils.kernels import available_backends, cpu, reference
 from quantization_utils.packed_encoder import linear_layers
+from tests.networks import assert_equal_but_for_rounding, packed_vit
 
 BACKENDS = [name for name in available_backends() if name.startswith("cpu-")]
 
@@ -25,32 +24,11 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def packed_vit(
-    quantizer: object = absmean, act_bits: int | None = 8, pruned: float = 0.0, **options: object
-) -> nn.Module:
-    """`pruned`: fraction of the filters of its linear layers."""
-    torch.manual_seed(0)
-    sizes: dict[str, object] = {} if "config" in options else {"width": 128, "depth": 2}
-    model = models.build("vit", 10, **(sizes | options)).eval()
-    for name, parameter in model.named_parameters():
-        if "layernorm" in name or name.endswith("bias"):  # zeros and ones would hide what is left out
-            nn.init.normal_(parameter, 1.0 if name.endswith("weight") else 0.0, 0.2)
-    if pruned:
-        prune_(model, l2_filters, pruned, only=nn.Linear)
-    return pack_(quantize_(model, quantizer, act_bits))  # type: ignore[arg-type]
-
-
 def use(model: nn.Module, backend: str) -> None:
     for layer in model.network.vit.layers:
         for linear in linear_layers(layer):
             linear.backend, linear._runner = backend, None
     model.encoder.reset()
-
-
-def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
-    """Equal but for roundings of floats, and the few codes that these move by one."""
-    error, size = (found - wanted).abs(), wanted.abs().max()
-    assert error.median() < 1e-5 * size and error.max() < 0.02 * size
 
 
 def written(options: dict[str, object]) -> str:
@@ -75,7 +53,7 @@ def test_equals_the_modules(backend: str, options: dict[str, object]) -> None:
     assert model.encoder.backend is None
     use(model, backend)
     found = model.encoder(hidden, tokens)
-    close(found, wanted)
+    assert_equal_but_for_rounding(found, wanted)
     assert model.encoder.backend == backend
     for threads in (1, 2, 3):  # 3 images: each thread has one, or all share the rows of each
         torch.set_num_threads(threads)
@@ -103,8 +81,8 @@ def test_from_images_to_logits(backend: str, options: dict[str, object]) -> None
     assert torch.equal(operator(images, tokens), operator(network.vit.embeddings(pixels), tokens))
     class_token = operator(network.vit.embeddings(pixels), 1)[:, 0]
     found = model(images)
-    close(found, network.classifier(network.vit.layernorm(class_token)))
-    close(found, network(pixels).logits)
+    assert_equal_but_for_rounding(found, network.classifier(network.vit.layernorm(class_token)))
+    assert_equal_but_for_rounding(found, network(pixels).logits)
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         for batch in (1, 2, 3, 5):
@@ -121,7 +99,7 @@ def test_what_is_not_packed_runs_in_pytorch(kept: str | tuple[str, ...]) -> None
     pack_(quantize_(model, absmean, 8, keep=kept))
     images = torch.rand(3, 3, 32, 32)
     found = model(images)
-    close(found, model.network(model.normalize(images)).logits)
+    assert_equal_but_for_rounding(found, model.network(model.normalize(images)).logits)
     operator = model.encoder._runner
     assert operator.embeds == ("*.projection" not in kept) and bool(operator.classes) == ("*.classifier" not in kept)
 
@@ -143,7 +121,7 @@ def test_any_number_of_tokens(backend: str) -> None:
         use(model, "reference")
         wanted = model.encoder(hidden, tokens)
         use(model, backend)
-        close(model.encoder(hidden, tokens), wanted)
+        assert_equal_but_for_rounding(model.encoder(hidden, tokens), wanted)
 
 
 def test_the_pieces_of_gelu() -> None:
@@ -216,7 +194,7 @@ def test_large_scores_and_constant_tokens(backend: str) -> None:
     use(model, backend)
     found = model.encoder(hidden, 65)
     assert found.isfinite().all()
-    close(found, wanted)
+    assert_equal_but_for_rounding(found, wanted)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -241,149 +219,6 @@ def test_what_is_not_finite_reaches_its_whole_image(backend: str, bad: float) ->
     hidden[0, 3, 100] = bad
     found = model.encoder(hidden, 17)
     assert found[0].isnan().all() and torch.equal(found[1], wanted[1])
-
-
-@torch.no_grad()
-def test_a_layer_without_a_bias_takes_none_from_the_others() -> None:
-    model, images = packed_vit(), torch.rand(4, 3, 32, 32)
-    model.network.vit.layers[0].attention.k_proj.bias = None
-    close(model(images), model.network(model.normalize(images)).logits)
-    assert model.encoder.backend.startswith("cpu-")
-
-
-@torch.no_grad()
-def test_a_model_takes_it_and_keeps_it_through_copies_moves_and_files(tmp_path: Path) -> None:
-    model, images = packed_vit(), torch.rand(4, 3, 32, 32)
-    logits = model(images)
-    assert model.encoder.backend.startswith("cpu-")
-    close(logits, model.network(model.normalize(images)).logits)
-    save_model(model, tmp_path / "vit.safetensors")
-    loaded, _ = load_model(tmp_path / "vit.safetensors")
-    twin = copy.deepcopy(model)
-    bias = twin.network.vit.layers[0].mlp.fc1.bias
-    kept = bias.clone()
-    bias += 1
-    assert not torch.equal(twin(images), logits)  # its own layers, not those of the model it was copied from
-    assert torch.equal(loaded(images), logits) and torch.equal(model(images), logits)
-    bias.copy_(kept)
-    assert torch.equal(twin.to("cpu").float()(images), model(images))  # moved: read again
-
-
-def double_a_norm(network: nn.Module) -> None:
-    network.vit.layernorm.weight *= 2
-
-
-def double_scales(network: nn.Module) -> None:
-    network.vit.layers[1].mlp.fc2.scale.mul_(2)
-
-
-def load_another(network: nn.Module) -> None:
-    network.load_state_dict({name: t + t.is_floating_point() for name, t in network.state_dict().items()})
-
-
-def replace_the_classifier(network: nn.Module) -> None:
-    network.classifier = nn.Linear(128, 3)
-
-
-def replace_a_layer(network: nn.Module) -> None:
-    network.vit.layers[0].mlp.fc1 = nn.Linear(128, 512)
-
-
-def take_a_bias_out(network: nn.Module) -> None:
-    network.vit.layers[0].attention.k_proj.bias = None
-
-
-@pytest.mark.parametrize(
-    "change",
-    [double_a_norm, double_scales, load_another, replace_the_classifier, replace_a_layer, take_a_bias_out],
-)
-@torch.no_grad()
-def test_what_changes_behind_it_is_read_again(change: Callable[[nn.Module], None]) -> None:
-    model, images = packed_vit(), torch.rand(4, 3, 32, 32)
-    model(images)
-    change(model.network)
-    expected = model.network(model.normalize(images)).logits
-    close(model(images), expected)
-    assert (model.encoder.backend is None) == (change is replace_a_layer)  # which no kernel of the encoder runs
-    assert torch.equal(model(images), model(images))
-
-
-@torch.no_grad()
-def test_hooks_are_called() -> None:
-    model, images = packed_vit(), torch.rand(4, 3, 32, 32)
-    before = model(images)
-    seen: list[torch.Tensor] = []
-    handle = model.network.vit.layers[0].register_forward_hook(lambda module, args, output: seen.append(output))
-    close(model(images), before)
-    assert len(seen) == 1
-    handle.remove()
-    assert torch.equal(model(images), before) and len(seen) == 1
-
-
-@torch.no_grad()
-def test_neurons_that_were_pruned_are_gone_and_nothing_else_changes(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    images = torch.rand(4, 3, 32, 32)
-    for fraction, neurons in ((0.5, 256), (0.999, 1)):
-        slim = packed_vit(pruned=fraction)
-        with monkeypatch.context() as patch:
-            patch.setattr("quantization_utils.transform.remove_dead_neurons_", lambda model: model)
-            whole = packed_vit(pruned=fraction)
-        for model, kept in ((slim, neurons), (whole, 512)):
-            mlps = [layer.mlp for layer in model.network.vit.layers]
-            shapes = [(tuple(mlp.fc1.codes.shape), tuple(mlp.fc2.codes.shape)) for mlp in mlps]
-            assert shapes == [((kept, 128), (128, kept))] * 2
-        logits = slim(images)
-        assert torch.equal(logits, whole(images)) and logits.unique().numel() > 1
-        save_model(slim, tmp_path / "slim.safetensors")
-        save_model(whole, tmp_path / "whole.safetensors")
-        assert (tmp_path / "slim.safetensors").stat().st_size < (tmp_path / "whole.safetensors").stat().st_size
-        for file in ("slim", "whole"):
-            loaded, _ = load_model(tmp_path / f"{file}.safetensors")
-            assert torch.equal(loaded(images), logits)
-
-
-@pytest.mark.parametrize("bias", [1.0, 0.0])
-@torch.no_grad()
-def test_of_neurons_without_weights_those_with_a_bias_stay_or_else_one(bias: float) -> None:
-    model, images = quantize_(models.build("vit", 10, width=64, depth=1).eval(), absmean, 8), torch.rand(2, 3, 32, 32)
-    mlp = model.network.vit.layers[0].mlp
-    mlp.fc1.weight.zero_(), mlp.fc1.bias.zero_()
-    mlp.fc1.bias[3] = bias
-    expected = model(images)
-    close(pack_(model)(images), expected)
-    assert mlp.fc1.codes.shape == (1, 64)
-
-
-@torch.no_grad()
-def test_a_classifier_of_other_bits_runs_by_itself() -> None:
-    vit, images = models.build("vit", 10, width=64, depth=1).eval(), torch.rand(2, 3, 32, 32)
-    model = pack_(quantize_(quantize_(vit, act_bits=4, only="*classifier")))
-    close(model(images), model.network(model.normalize(images)).logits)
-    assert model.encoder._runner.embeds and not model.encoder._runner.classes
-
-
-@torch.no_grad()
-def test_networks_of_another_kind_run_layer_by_layer() -> None:
-    assert packed_vit(act_bits=None).encoder is None
-    config = models.build("vit", 10, width=64, depth=1).constructor["options"]["config"]
-    for change in ({"hidden_act": "relu"}, {"num_attention_heads": 8}):
-        assert packed_vit(config=config | change).encoder is None
-    torch.manual_seed(0)
-    partly = models.build("vit", 10, width=64, depth=1).eval()
-    mixed = quantize_(quantize_(copy.deepcopy(partly), act_bits=4, only="*.fc1"))
-    assert pack_(quantize_(partly, absmean, 8, keep=("*.fc1",))).encoder is pack_(mixed).encoder is None
-
-
-@torch.no_grad()
-def test_layers_under_other_names_run_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    images = torch.rand(2, 3, 32, 32)
-    expected = packed_vit()(images)
-    monkeypatch.setattr("quantization_utils.packed_encoder.linear_layers", lambda layer: [layer.attention.query])
-    model = packed_vit()
-    assert model.encoder is None
-    close(model(images), expected)
 
 
 def test_what_does_not_fit_together_is_refused() -> None:
