@@ -73,3 +73,12 @@ def assert_equal_but_for_rounding(found: Tensor, wanted: Tensor) -> None:
     """Equal but for roundings of floats, and the few codes that these move by one."""
     error, size = (found - wanted).abs(), wanted.abs().max()
     assert error.median() < 1e-5 * size and error.max() < 0.02 * size
+
+
+def layers(model: nn.Module, kind: type | tuple[type, ...] = (nn.Linear, nn.Conv2d)) -> list[nn.Module]:
+    return [m for m in model.modules() if isinstance(m, kind)]
+
+
+def logits_of(model: nn.Module, batch: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(batch)

@@ -1,0 +1,137 @@
+"""`calibrate_`: where static scales of activations go, and what they are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from models.normalize import Normalize
+from quantization_utils import calibrate_, quantize_
+from quantization_utils.bit_layers import Quantized, StaticQuantizer
+from quantization_utils.transform import _best_step
+from tests.networks import CHAINS, KINDS, images, layers, logits_of, make
+
+
+@pytest.mark.parametrize("kind", CHAINS)
+def test_calibration_gives_every_input_one_static_step(kind):
+    model = quantize_(make(kind), act_bits=6)
+    dynamic = logits_of(model, images(4))
+    assert calibrate_(model, images(32)) is model
+    steps = [m.quantizer for m in layers(model, Quantized)]
+    assert all(m.input_quantizer is None for m in layers(model))
+    assert len(steps) == (6 if kind == "resnet_like" else 3) and {q.bits for q in steps} == {6}
+    assert all(float(q.step.detach()) > 0 for q in steps) and dynamic.isfinite().all()
+
+
+def test_calibrating_again_sets_the_steps_anew():
+    model = calibrate_(quantize_(make("alexnet_like")), images(16))
+    before = [float(q.step.detach()) for q in layers(model, StaticQuantizer)]
+    calibrate_(model, images(16) * 0.1)
+    after = [float(q.step.detach()) for q in layers(model, StaticQuantizer)]
+    assert len(before) == len(after) == 3 and before != after
+    calibrate_(model, images(16) * 0.1)
+
+
+def test_transformers_keep_their_dynamic_scales():
+    model = quantize_(make("vit_like"))
+    batch = images(2)
+    expected = logits_of(model, batch)
+    assert torch.equal(logits_of(calibrate_(model, images(4)), batch), expected)
+    assert not layers(model, Quantized)
+
+
+def test_an_input_that_no_node_ends_keeps_its_dynamic_scale():
+    ends = [nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 28 * 28, 2)]
+    model = calibrate_(quantize_(nn.Sequential(Normalize(), nn.Conv2d(3, 4, 3), *ends)), images(8))
+    assert [m.input_quantizer is None for m in layers(model)] == [True, False, True]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_calibration_changes_no_weight_and_no_mode(kind):
+    model = quantize_(make(kind)).train()
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    calibrate_(model, images(8))
+    assert model.training and all(m.training for m in model.modules())
+    now = model.state_dict()
+    assert all(torch.equal(now[k], v) for k, v in state.items())
+
+
+def test_no_images():
+    with pytest.raises(ValueError, match="at least one image"):
+        calibrate_(quantize_(make("alexnet_like")), images(0))
+
+
+@pytest.mark.parametrize("code_max", [255, 15])
+def test_the_step_is_near_the_best_there_is(code_max):
+    values = torch.randn(5000).clamp_min(0).square()  # a long tail, so that clipping pays
+
+    def error(step: float) -> float:
+        return float((values - (values / step).round().clamp(0, code_max) * step).square().sum())
+
+    best = min(error(float(values.max()) * i / 1000 / code_max) for i in range(1, 1001))
+    assert error(_best_step(values, code_max)) <= 1.05 * best
+    assert _best_step(torch.zeros(10), code_max) > 0
+
+
+def test_the_average_of_signed_pixels_is_given_no_unsigned_codes():
+    layers = [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 14 * 14, 5)]
+    model = calibrate_(quantize_(nn.Sequential(Normalize(), nn.AdaptiveAvgPool2d(16), *layers)), images(8))
+    assert type(model[1]) is nn.AdaptiveAvgPool2d and model[2].input_quantizer.bits == 8
+
+
+def test_one_input_has_one_number_of_bits():
+    class Fork(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)
+            self.relu = nn.ReLU()
+
+        def forward(self, x):
+            x = self.relu(self.a(x))
+            return self.b(x) + self.c(x)
+
+    model = quantize_(quantize_(Fork(), act_bits=4, only="c"), act_bits=8)
+    before = str(model)
+    with pytest.raises(ValueError, match="c reads with 4 bits what another layer reads with others"):
+        calibrate_(model, images(8))
+    assert str(model) == before and "Dynamic" in before
+
+
+def test_what_is_done_in_place_later_does_not_change_a_step():
+    class Sum(nn.Module):
+        def __init__(self, in_place):
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b, self.relu, self.end = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1), nn.ReLU(), nn.ReLU()
+            self.in_place = in_place
+
+        def forward(self, x):
+            x = self.relu(self.a(x))
+            y = self.b(x)
+            if self.in_place:
+                x += y
+            else:
+                x = x + y
+            return self.end(x)
+
+    batch = images(8)
+    steps = [calibrate_(quantize_(Sum(in_place)), batch).relu.quantizer.step for in_place in (True, False)]
+    assert torch.equal(*steps)
+
+
+def test_a_relu_that_is_used_twice_is_not_given_one_scale():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)
+            self.relu = nn.ReLU()
+
+        def forward(self, x):
+            return self.c(self.relu(self.b(self.relu(self.a(x))) * 100))
+
+    model, batch = quantize_(Shared(), act_bits=4, keep=("c",)), images(2)
+    expected = logits_of(model, batch)
+    with pytest.raises(ValueError, match="relu runs more than once .*: give each use its own module"):
+        calibrate_(model, batch)
+    assert torch.equal(logits_of(model, batch), expected)
