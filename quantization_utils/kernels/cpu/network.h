@@ -111,6 +111,26 @@ struct Step {
   std::vector<float> gain, bias;             // padded to whole blocks
   std::vector<int64_t> in_offset, out_offset, residual_offset;  // per output pixel of one image, in bytes
   double micros[4] = {};                     // measured at planning, of each algorithm
+
+  // Of accumulators of the channels from `first` on, which count `unit` each.
+  Epilogue epilogue_from(int64_t first, float unit) const {
+    Epilogue e = epilogue;
+    e.gain = gain.data() + first, e.bias = bias.data() + first, e.unit = unit;
+    return e;
+  }
+};
+
+// Winograd's tiles of 2x2 outputs of a whole batch, in groups as even as can be.
+struct TileGroups {
+  int across, per_image;             // tiles of a row and of an image
+  int64_t tiles, groups, largest;    // in all; how many groups; the tiles of the largest
+  int64_t positions_bytes, bytes;    // of the largest group's transformed input, and with the starts that follow it
+  int64_t first(int64_t group) const { return group * tiles / groups; }
+  int count(int64_t group) const { return (int)(first(group + 1) - first(group)); }
+};
+struct TileGroup {
+  int count;
+  Output to;
 };
 
 struct Plan {
@@ -148,13 +168,18 @@ class Network {
   std::vector<double> time_nodes(Plan& plan);
   void measure(Plan& plan, const std::vector<Algorithm> (&algorithms)[2]);
   void run_part(Plan& plan, const float* images, int64_t part, Member& member);
+  const Value* residual_of(const Plan& plan, int node) const { return nodes_[node].residual == kNone ? nullptr : &plan.values[nodes_[node].residual + 1]; }
   void run_image(Plan& plan, const float* images, Member& member);
   void run_node(Plan& plan, int node, Member& member);
   void run_direct(Plan& plan, int node, Member& member);
   void run_skipping(Plan& plan, int node, Member& member);
   void run_winograd(Plan& plan, int node, Member& member);
-  void tile_outputs(Plan& plan, int node, int64_t first, int count, Output& to) const;
-  void run_tiles(const Step& step, const NodeSpec& s, int vector, int tiles, const uint8_t* v, const int32_t* start, int channels, Output& to) const;
+  void run_winograd_by_tiles(Plan& plan, int node, const TileGroups& tiles, Member& member);
+  void run_winograd_by_channels(Plan& plan, int node, const TileGroups& tiles, Member& member);
+  // Of one group, its tiles from ... end: transformed to v, where the whole group's input lies.
+  void transform_tiles(const Plan& plan, int node, const TileGroups& tiles, int64_t group, int from, int end, uint8_t* v) const;
+  void set_group(const Plan& plan, int node, const TileGroups& tiles, int64_t index, TileGroup& group) const;
+  void multiply_tiles(const Plan& plan, int node, const TileGroups& tiles, TileGroup& group, int vector, const uint8_t* v) const;
   void run_max_pool(Plan& plan, int node, Member& member);
   void run_avg_pool(Plan& plan, int node, Member& member);
   uint8_t* scratch(int thread, size_t bytes);

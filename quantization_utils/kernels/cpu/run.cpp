@@ -104,7 +104,7 @@ void Network::run_direct(Plan& plan, int node, Member& member) {
   const NodeSpec& s = nodes_[node];
   const Step& step = *plan.steps[node];
   const Value &in = plan.values[s.input + 1], &out = plan.values[node + 1];
-  const Value* residual = s.residual != kNone ? &plan.values[s.residual + 1] : nullptr;
+  const Value* residual = residual_of(plan, node);
   const Panels& panels = *step.direct;
   const int block = panels.block, blocks = (s.n + block - 1) / block, most = isa_.max_pixels;
   const int per_image = out.h * out.w;
@@ -118,9 +118,7 @@ void Network::run_direct(Plan& plan, int node, Member& member) {
     tile.runs = panels.runs, tile.groups = panels.groups, tile.run_stride = in.row();
     tile.weights = panels.bytes.data() + first_channel / block * panels.block_bytes;
     tile.init = panels.init.data() + first_channel;
-    Epilogue epilogue = step.epilogue;
-    epilogue.gain = step.gain.data() + first_channel, epilogue.bias = step.bias.data() + first_channel;
-    epilogue.unit = unit_of(panels.kind);
+    const Epilogue epilogue = step.epilogue_from(first_channel, unit_of(panels.kind));
     Output to;
     set_residual(to, residual);
     const int64_t first = item / blocks * chunk, end = std::min(groups, first + chunk), start = first * pixels / groups;
@@ -151,7 +149,7 @@ void Network::run_skipping(Plan& plan, int node, Member& member) {
   const NodeSpec& s = nodes_[node];
   const Step& step = *plan.steps[node];
   const Value &in = plan.values[s.input + 1], &out = plan.values[node + 1];
-  const Value* residual = s.residual != kNone ? &plan.values[s.residual + 1] : nullptr;
+  const Value* residual = residual_of(plan, node);
   const SparsePanels& panels = *step.sparse;
   const int lanes = isa_.lanes, vectors = (int)panels.parts.size(), most = isa_.max_pixels;
   const int64_t room = (int64_t)s.c + 128;
@@ -163,8 +161,7 @@ void Network::run_skipping(Plan& plan, int node, Member& member) {
     tile.channels = (int)std::min<int64_t>(lanes, s.n - first);
     tile.runs = 1, tile.groups = panels.parts[vector].groups, tile.run_stride = 0;
     tile.weights = panels.bytes.data() + panels.parts[vector].first, tile.init = zeros.data();
-    Epilogue epilogue = step.epilogue;
-    epilogue.gain = step.gain.data() + first, epilogue.bias = step.bias.data() + first, epilogue.unit = unit_of(Weights::kTwoBit);
+    const Epilogue epilogue = step.epilogue_from(first, unit_of(Weights::kTwoBit));
     Output to;
     set_residual(to, residual);
     uint8_t* gathered = scratch(member.index(), most * room);
@@ -184,117 +181,116 @@ void Network::run_skipping(Plan& plan, int node, Member& member) {
   });
 }
 
-// Where the 2x2 outputs of tiles `first` ... `first + count` of the batch go.
-void Network::tile_outputs(Plan& plan, int node, int64_t first, int count, Output& to) const {
+void Network::run_winograd(Plan& plan, int node, Member& member) {
   const NodeSpec& s = nodes_[node];
+  const Value &in = plan.values[s.input + 1], &out = plan.values[node + 1];
+  const int side = plan.steps[node]->winograd_side, threads = member.team_size();
+  TileGroups t;
+  t.across = (out.w + 1) / 2, t.per_image = t.across * ((out.h + 1) / 2), t.tiles = (int64_t)t.per_image * in.n;
+  const int64_t fewest = (t.tiles + isa_.tiles[side - 4] - 1) / isa_.tiles[side - 4];
+  const bool by_tiles = fewest >= threads;  // where they are few, as many for each thread
+  t.groups = by_tiles && fewest < 8 * threads ? std::min((fewest + threads - 1) / threads * threads, t.tiles) : fewest;
+  t.largest = (t.tiles + t.groups - 1) / t.groups;
+  t.positions_bytes = side * side * t.largest * in.cs, t.bytes = t.positions_bytes + t.largest * 4 * (int64_t)sizeof(int32_t);
+  by_tiles ? run_winograd_by_tiles(plan, node, t, member) : run_winograd_by_channels(plan, node, t, member);
+}
+
+// A thread transforms a few groups and uses them at once for all channels, from its cache.
+void Network::run_winograd_by_tiles(Plan& plan, int node, const TileGroups& tiles, Member& member) {
+  constexpr int kMost = 8, kCached = 192 << 10;  // groups, and bytes of them
+  const int threads = member.team_size(), vectors = (nodes_[node].n + isa_.lanes - 1) / isa_.lanes;
+  const int64_t most = std::min<int64_t>(kMost, kCached / tiles.bytes), each = tiles.groups / threads;
+  const int64_t chunk = std::max<int64_t>(1, std::min(most, threads > 1 && each >= 8 ? each / 8 : each));
+  member.share((tiles.groups + chunk - 1) / chunk, [&](int64_t item) {
+    uint8_t* const v = scratch(member.index(), chunk * tiles.bytes);
+    TileGroup groups[kMost];
+    const int64_t first = item * chunk;
+    const int count = (int)std::min(chunk, tiles.groups - first);
+    for (int g = 0; g < count; ++g) {
+      transform_tiles(plan, node, tiles, first + g, 0, tiles.count(first + g), v + g * tiles.bytes);
+      set_group(plan, node, tiles, first + g, groups[g]);
+    }
+    for (int vector = 0; vector < vectors; ++vector)
+      for (int g = 0; g < count; ++g) multiply_tiles(plan, node, tiles, groups[g], vector, v + g * tiles.bytes);
+  });
+}
+
+// Where there are too few tiles for that, the threads share the transform and split channels.
+void Network::run_winograd_by_channels(Plan& plan, int node, const TileGroups& tiles, Member& member) {
+  const int threads = member.team_size(), vectors = (nodes_[node].n + isa_.lanes - 1) / isa_.lanes;
+  const int tiles_an_item = std::max(1, 256 / plan.values[nodes_[node].input + 1].cs);
+  const int items_a_group = ((int)tiles.largest + tiles_an_item - 1) / tiles_an_item;
+  member.share(tiles.groups * items_a_group, [&](int64_t item) {
+    const int64_t group = item / items_a_group;
+    const int from = item % items_a_group * tiles_an_item, end = std::min(tiles.count(group), from + tiles_an_item);
+    transform_tiles(plan, node, tiles, group, from, end, plan.shared.data() + group * tiles.bytes);
+  });
+  // Neighbouring channels go to one thread, which fetches the next one's weights while it computes.
+  constexpr int kMost = 8;  // vectors, and groups
+  const int64_t run = std::max<int64_t>(1, std::min<int64_t>(kMost, vectors / (4 * threads)));
+  const int64_t per_item = team_chunk(tiles.groups, vectors / run, threads, kMost), items = (tiles.groups + per_item - 1) / per_item;
+  member.share(items * ((vectors + run - 1) / run), [&](int64_t item) {
+    TileGroup groups[kMost];
+    const int64_t first = item % items * per_item, first_vector = item / items * run;
+    const int count = (int)std::min(per_item, tiles.groups - first);
+    for (int g = 0; g < count; ++g) set_group(plan, node, tiles, first + g, groups[g]);
+    for (int64_t vector = first_vector; vector < std::min<int64_t>(vectors, first_vector + run); ++vector)
+      for (int g = 0; g < count; ++g) multiply_tiles(plan, node, tiles, groups[g], (int)vector, plan.shared.data() + (first + g) * tiles.bytes);
+  });
+}
+
+void Network::transform_tiles(const Plan& plan, int node, const TileGroups& tiles, int64_t group, int from, int end, uint8_t* v) const {
+  const NodeSpec& s = nodes_[node];
+  const Value& in = plan.values[s.input + 1];
+  const int64_t tile = tiles.first(group) + from, position_stride = (int64_t)tiles.count(group) * in.cs;
+  int64_t image = tile / tiles.per_image;
+  int y = tile % tiles.per_image / tiles.across, x = tile % tiles.across;
+  for (int t = from; t < end; ++t) {
+    const uint8_t* patch = in.data + image * in.image() + in.at(y * 2 * s.stride[0] - s.padding[0], x * 2 * s.stride[0] - s.padding[1]);
+    int32_t* const start = (int32_t*)(v + tiles.positions_bytes) + t * 4;
+    isa_.winograd_input(plan.steps[node]->winograd_side, patch, in.row(), in.cs, in.cs, v + (int64_t)t * in.cs, position_stride, start);
+    if (++x == tiles.across) x = 0, ++y;
+    if (y * tiles.across == tiles.per_image) y = 0, ++image;
+  }
+}
+
+// A group, and where the 2x2 outputs of its tiles go.
+void Network::set_group(const Plan& plan, int node, const TileGroups& tiles, int64_t index, TileGroup& group) const {
   const Value& out = plan.values[node + 1];
-  const Value* residual = s.residual != kNone ? &plan.values[s.residual + 1] : nullptr;
-  set_residual(to, residual);
-  const int across = (out.w + 1) / 2, per_image = across * ((out.h + 1) / 2);
+  const Value* residual = residual_of(plan, node);
+  group.count = tiles.count(index);
+  set_residual(group.to, residual);
   auto square = [](const Value& v, int64_t image, int y, int x, auto* to) {
     const int64_t right = v.cs * v.element_bytes(), below = v.row() * v.element_bytes();
     uint8_t* first = v.element(image, v.at(y, x));
     to[0] = first, to[1] = first + right, to[2] = first + below, to[3] = first + below + right;
   };
-  int64_t image = first / per_image;
-  int y = first % per_image / across * 2, x = first % across * 2;
-  for (int t = 0; t < count; ++t) {
-    void** const four = to.out + t * 4;
+  const int64_t first = tiles.first(index);
+  int64_t image = first / tiles.per_image;
+  int y = first % tiles.per_image / tiles.across * 2, x = first % tiles.across * 2;
+  for (int t = 0; t < group.count; ++t) {
+    void** const four = group.to.out + t * 4;
     square(out, image, y, x, four);
     if (x + 1 == out.w) four[1] = four[3] = nullptr;  // beyond an odd edge
     if (y + 1 == out.h) four[2] = four[3] = nullptr;
-    if (residual) square(*residual, image, y, x, to.residual + t * 4);
+    if (residual) square(*residual, image, y, x, group.to.residual + t * 4);
     if ((x += 2) >= out.w) x = 0, y += 2;
     if (y >= out.h) y = 0, ++image;
   }
 }
 
-// One vector of channels of a group of tiles, from their transformed input v[position][tile][channel] and the starts.
-void Network::run_tiles(const Step& step, const NodeSpec& s, int vector, int tiles, const uint8_t* v, const int32_t* start, int channels, Output& to) const {
-  const Panels& panels = *step.winograd;
-  const int first_channel = vector * isa_.lanes, side = step.winograd_side;
-  const WinogradTile tile = {v, start, (int64_t)tiles * channels, channels, tiles, panels.groups, panels.bytes.data() + vector * panels.block_bytes,
-                             panels.bytes.data() + std::min((int64_t)panels.bytes.size() - panels.block_bytes, (vector + 1) * panels.block_bytes),
-                             panels.init.data() + first_channel};
-  Epilogue epilogue = step.epilogue;
-  epilogue.gain = step.gain.data() + first_channel, epilogue.bias = step.bias.data() + first_channel;
-  epilogue.unit = side == 4 ? 0.25f : 0.5f;
-  to.first_channel = first_channel;
-  isa_.winograd(side, tile, epilogue, to, std::min(isa_.lanes, s.n - first_channel));
-}
-
-void Network::run_winograd(Plan& plan, int node, Member& member) {
-  const NodeSpec& s = nodes_[node];
+// One vector of channels of a group of tiles, from their transformed input v[position][tile][channel] and the starts that follow it.
+void Network::multiply_tiles(const Plan& plan, int node, const TileGroups& tiles, TileGroup& group, int vector, const uint8_t* v) const {
   const Step& step = *plan.steps[node];
-  const Value &in = plan.values[s.input + 1], &out = plan.values[node + 1];
-  const int side = step.winograd_side, positions = side * side, vectors = (s.n + isa_.lanes - 1) / isa_.lanes;
-  const int across = (out.w + 1) / 2, down = (out.h + 1) / 2, per_image = across * down, cs = in.cs, threads = member.team_size();
-  const int64_t tiles = (int64_t)per_image * in.n, fewest = (tiles + isa_.tiles[side - 4] - 1) / isa_.tiles[side - 4];
-  // Groups of tiles as even as can be, and where they are few, as many for each thread.
-  const bool by_tiles = fewest >= threads;
-  const int64_t groups = by_tiles && fewest < 8 * threads ? std::min((fewest + threads - 1) / threads * threads, tiles) : fewest;
-  const int size = (int)((tiles + groups - 1) / groups);
-  const int64_t input_bytes = (int64_t)positions * size * cs, group_bytes = input_bytes + size * 16;
-  struct Group {
-    int64_t first;
-    int count;
-    Output to;
-  };
-  auto group_of = [&](int64_t index) {
-    Group group;
-    group.first = index * tiles / groups, group.count = (int)((index + 1) * tiles / groups - group.first);
-    return group;
-  };
-  auto transform = [&](const Group& group, int from, int end, uint8_t* v) {
-    const int64_t tile = group.first + from;
-    int64_t image = tile / per_image;
-    int y = tile % per_image / across, x = tile % across;
-    for (int t = from; t < end; ++t) {
-      const uint8_t* patch = in.data + image * in.image() + in.at(y * 2 * s.stride[0] - s.padding[0], x * 2 * s.stride[0] - s.padding[1]);
-      isa_.winograd_input(side, patch, in.row(), cs, cs, v + (int64_t)t * cs, (int64_t)group.count * cs, (int32_t*)(v + input_bytes) + t * 4);
-      if (++x == across) x = 0, ++y;
-      if (y == down) y = 0, ++image;
-    }
-  };
-  auto multiply = [&](int vector, Group& group, const uint8_t* v) {
-    run_tiles(step, s, vector, group.count, v, (const int32_t*)(v + input_bytes), cs, group.to);
-  };
-  // A thread transforms a few groups and uses them at once for all channels, from its cache. Where there are too few for that,
-  // the threads share the transform and split channels.
-  if (by_tiles) {
-    const int64_t most = std::min<int64_t>(8, (192 << 10) / group_bytes), each = groups / threads;
-    const int64_t chunk = std::max<int64_t>(1, std::min(most, threads > 1 && each >= 8 ? each / 8 : each));
-    member.share((groups + chunk - 1) / chunk, [&](int64_t item) {
-      uint8_t* v = scratch(member.index(), chunk * group_bytes);
-      Group few[8];
-      const int count = (int)std::min(chunk, groups - item * chunk);
-      for (int g = 0; g < count; ++g) {
-        few[g] = group_of(item * chunk + g);
-        transform(few[g], 0, few[g].count, v + g * group_bytes);
-        tile_outputs(plan, node, few[g].first, few[g].count, few[g].to);
-      }
-      for (int n = 0; n < vectors; ++n)
-        for (int g = 0; g < count; ++g) multiply(n, few[g], v + g * group_bytes);
-    });
-    return;
-  }
-  const int tiles_an_item = std::max(1, 256 / cs), items_a_group = (size + tiles_an_item - 1) / tiles_an_item;
-  member.share(groups * items_a_group, [&](int64_t item) {
-    const Group group = group_of(item / items_a_group);
-    const int from = item % items_a_group * tiles_an_item;
-    transform(group, from, std::min(group.count, from + tiles_an_item), plan.shared.data() + item / items_a_group * group_bytes);
-  });
-  // Neighbouring channels go to one thread, which fetches the next one's weights while it computes.
-  const int64_t run = std::max<int64_t>(1, std::min<int64_t>(8, vectors / (4 * threads)));
-  const int64_t per_item = team_chunk(groups, vectors / run, threads, 8), items = (groups + per_item - 1) / per_item;
-  member.share(items * ((vectors + run - 1) / run), [&](int64_t item) {
-    Group few[8];
-    const int64_t first = item % items * per_item, n = item / items * run;
-    const int count = (int)std::min(per_item, groups - first);
-    for (int g = 0; g < count; ++g) few[g] = group_of(first + g), tile_outputs(plan, node, few[g].first, few[g].count, few[g].to);
-    for (int64_t vector = n; vector < std::min<int64_t>(vectors, n + run); ++vector)
-      for (int g = 0; g < count; ++g) multiply(vector, few[g], plan.shared.data() + (first + g) * group_bytes);
-  });
+  const Panels& panels = *step.winograd;
+  const int first_channel = vector * isa_.lanes, cs = plan.values[nodes_[node].input + 1].cs;
+  const uint8_t* const weights = panels.bytes.data() + vector * panels.block_bytes;
+  const bool last = (vector + 1) * panels.block_bytes == (int64_t)panels.bytes.size();
+  const WinogradTile tile = {v, (const int32_t*)(v + tiles.positions_bytes), (int64_t)group.count * cs, cs, group.count, panels.groups,
+                             weights, last ? weights : weights + panels.block_bytes, panels.init.data() + first_channel};
+  group.to.first_channel = first_channel;
+  const float unit = step.winograd_side == 4 ? 0.25f : 0.5f;
+  isa_.winograd(step.winograd_side, tile, step.epilogue_from(first_channel, unit), group.to, std::min(isa_.lanes, nodes_[node].n - first_channel));
 }
 
 void Network::run_max_pool(Plan& plan, int node, Member& member) {
@@ -323,12 +319,10 @@ void Network::run_avg_pool(Plan& plan, int node, Member& member) {
     std::vector<int32_t> sum(step.gain.size() + in.cs, 0);
     for (int y = 0; y < in.h; ++y)
       for (int x = 0; x < in.w; ++x) isa_.add_row(in.data + b * in.image() + in.at(y, x), in.cs, sum.data());
-    Epilogue epilogue = step.epilogue;
-    epilogue.gain = step.gain.data(), epilogue.bias = step.bias.data(), epilogue.unit = 1.0f;
     Output to;
     set_residual(to, nullptr);
     to.out[0] = out.element(b, out.at(0, 0));
-    isa_.finish(epilogue, to, sum.data(), 1, out.c);
+    isa_.finish(step.epilogue_from(0, 1.0f), to, sum.data(), 1, out.c);
   });
 }
 
