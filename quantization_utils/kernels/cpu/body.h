@@ -14,6 +14,13 @@ struct Constant {
   static constexpr auto value = VALUE;
 };
 
+// Calls `with` with `count`, LEAST ... MOST, as a constant.
+template <int MOST, int LEAST = 1, typename With>
+static inline void with_count(int count, const With& with) {
+  if (count == MOST) return with(Constant<MOST>());
+  if constexpr (MOST > LEAST) with_count<MOST - 1, LEAST>(count, with);
+}
+
 // The first `size` bytes of a T, at least one.
 template <typename T>
 static inline T load_part(const void* from, int size) {
@@ -137,30 +144,11 @@ static void accumulators(const Tile& t, int32_t* out) {
   tile_kernel<W, P, J>(t, [=](int p, int j, vec acc) { store_ints(out + (p * J + j) * LANES, acc); });
 }
 
-template <Weights W, int P>
-static void multiply_pixels(const Tile& t, int32_t* acc) {
-  switch ((t.channels + LANES - 1) / LANES) {
-    case 1: return accumulators<W, P, 1>(t, acc);
-    case 2: return accumulators<W, P, 2>(t, acc);
-#if VECTORS > 2
-    case 3: return accumulators<W, P, 3>(t, acc);
-    case 4: return accumulators<W, P, 4>(t, acc);
-#endif
-  }
-}
-
 template <Weights W>
 static void multiply_weights(const Tile& t, int32_t* acc) {
-  switch (t.count) {
-    case 1: return multiply_pixels<W, 1>(t, acc);
-    case 2: return multiply_pixels<W, 2>(t, acc);
-    case 3: return multiply_pixels<W, 3>(t, acc);
-    case 4: return multiply_pixels<W, 4>(t, acc);
-#if PIXELS > 4
-    case 5: return multiply_pixels<W, 5>(t, acc);
-    case 6: return multiply_pixels<W, 6>(t, acc);
-#endif
-  }
+  with_count<PIXELS>(t.count, [&]<int P>(Constant<P>) {
+    with_count<VECTORS>((t.channels + LANES - 1) / LANES, [&]<int J>(Constant<J>) { accumulators<W, P, J>(t, acc); });
+  });
 }
 
 static void multiply(Weights weights, const Tile& t, int32_t* acc) {

@@ -46,22 +46,14 @@ static inline void float_tile(const float* a, int64_t a_stride, const float* b, 
 // The product of a (rows x count) and b (count x columns), its rows times `gain`; columns is a multiple of LANES.
 static void float_product(const float* a, int64_t a_stride, int rows, const float* b, int64_t b_stride, int count, int columns,
                           const float* gain, float* out, int64_t out_stride) {
-  int p = 0;
-  const auto tiles = [&]<int P>(Constant<P>) {
-    if constexpr (P > 0) for (; p + P <= rows; p += P) {
+  for (int p = 0; p < rows; p += PIXELS)
+    with_count<PIXELS>(rows - p < PIXELS ? rows - p : PIXELS, [&]<int P>(Constant<P>) {
       const float* from = a + p * a_stride;
       float* to = out + p * out_stride;
       int j = 0;
       for (; j + VECTORS * LANES <= columns; j += VECTORS * LANES) float_tile<P, VECTORS>(from, a_stride, b + j, b_stride, count, gain + p, to + j, out_stride);
       for (; j < columns; j += LANES) float_tile<P, 1>(from, a_stride, b + j, b_stride, count, gain + p, to + j, out_stride);
-    }
-  };
-  tiles(Constant<PIXELS>());  // what remains is one smaller tile
-  EACH(i, PIXELS, 1, tiles(Constant<PIXELS - i>());)
-  EACH(i, PIXELS, 2, tiles(Constant<PIXELS - i>());)
-  EACH(i, PIXELS, 3, tiles(Constant<PIXELS - i>());)
-  EACH(i, PIXELS, 4, tiles(Constant<PIXELS - i>());)
-  EACH(i, PIXELS, 5, tiles(Constant<PIXELS - i>());)
+    });
 }
 
 static inline float dot_product(const float* a, const float* b, int n) {  // n: a multiple of LANES

@@ -13,17 +13,9 @@ static inline void finish_row(const LinearOutput& r, int p, int channel, int n, 
 
 template <Then THEN>
 static void rows_then(Weights weights, const Tile& t, const LinearOutput& r) {
-  if (weights == Weights::kTwoBit && t.channels == VECTORS * LANES) {  // finished in registers, without a branch
+  if (weights == Weights::kTwoBit && t.channels == VECTORS * LANES && t.count > 1) {  // finished in registers, without a branch
     const auto finish_all = [&](int p, int j, vec acc) { finish_row<THEN>(r, p, j * LANES, LANES, acc); };
-    switch (t.count) {
-      case 2: return tile_kernel<Weights::kTwoBit, 2, VECTORS>(t, finish_all);
-      case 3: return tile_kernel<Weights::kTwoBit, 3, VECTORS>(t, finish_all);
-      case 4: return tile_kernel<Weights::kTwoBit, 4, VECTORS>(t, finish_all);
-#if PIXELS > 4
-      case 5: return tile_kernel<Weights::kTwoBit, 5, VECTORS>(t, finish_all);
-      case 6: return tile_kernel<Weights::kTwoBit, 6, VECTORS>(t, finish_all);
-#endif
-    }
+    return with_count<PIXELS, 2>(t.count, [&]<int P>(Constant<P>) { tile_kernel<Weights::kTwoBit, P, VECTORS>(t, finish_all); });
   }
   alignas(64) int32_t acc[PIXELS * VECTORS * LANES];
   multiply(weights, t, acc);

@@ -192,15 +192,7 @@ static void winograd_tiles(const WinogradTile& t, const Epilogue& e, const Outpu
   by_kind(e, o, [&](auto residual, auto to_bytes) { winograd_finish<residual.value, to_bytes.value, SIDE>(e, o, rows, P, channels); });
 }
 
-template <int SIDE, int MOST>
-static void winograd_count(const WinogradTile& t, const Epilogue& e, const Output& o, int channels) {
-#define TERNARY_TILES(P) \
-  if constexpr (P <= MOST) if (t.tiles == P) return winograd_tiles<SIDE, P>(t, e, o, channels);
-  TERNARY_TILES(1) TERNARY_TILES(2) TERNARY_TILES(3) TERNARY_TILES(4) TERNARY_TILES(5) TERNARY_TILES(6)
-#undef TERNARY_TILES
-}
-
 static void winograd(int side, const WinogradTile& t, const Epilogue& e, const Output& o, int channels) {
-  if (side == 4) winograd_count<4, TILES4>(t, e, o, channels);
-  else winograd_count<5, TILES5>(t, e, o, channels);
+  if (side == 4) with_count<TILES4>(t.tiles, [&]<int P>(Constant<P>) { winograd_tiles<4, P>(t, e, o, channels); });
+  else with_count<TILES5>(t.tiles, [&]<int P>(Constant<P>) { winograd_tiles<5, P>(t, e, o, channels); });
 }
