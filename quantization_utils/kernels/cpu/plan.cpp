@@ -202,7 +202,7 @@ void Network::make_step(Plan& plan, int node) {
   step->algorithm = Algorithm::kDirect;
   step->direct = panels(node, in);
   step->winograd_side = winograd_side(plan, node);
-  const Value* residual = s.residual != kNone ? &plan.values[s.residual + 1] : nullptr;
+  const Value* residual = residual_of(plan, node);
   for (int y = 0; y < out.h; ++y)
     for (int x = 0; x < out.w; ++x) {
       step->in_offset.push_back(in.at(y * s.stride[0] - s.padding[0], x * s.stride[1] - s.padding[1]));
