@@ -11,7 +11,6 @@ training.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -131,8 +130,6 @@ def main(arguments: list[str] | None = None) -> int:
                 record(reports)
         for path in options.files:
             print_file(path)
-    except BrokenPipeError:  # whoever reads has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ModelFileError, OSError) as error:
         print(f"determine_space_saved.py: {sentence(error)}", file=sys.stderr)
         return 2

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -90,16 +89,6 @@ def test_a_file_beside_what_it_would_be_in_other_encodings(capsys):
 def test_vit_b_16_is_the_one_of_transformers():
     config = ViTConfig(num_labels=10)
     assert all(getattr(config, name) == value for name, value in determine_space_saved.VIT_B_16.items())
-
-
-def test_a_reader_that_has_seen_enough_is_no_mistake(tmp_path, monkeypatch):
-    def closed(show_layers):
-        raise BrokenPipeError
-
-    monkeypatch.setattr(determine_space_saved, "print_models", closed)
-    with (tmp_path / "out").open("w") as file:
-        monkeypatch.setattr(sys, "stdout", file)
-        assert determine_space_saved.main([]) == 0
 
 
 def test_float_layers_are_weights_too(tmp_path, capsys):

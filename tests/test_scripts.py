@@ -14,12 +14,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from models import build
 from models.select import select_layers
 from quantization_utils import load_model
 from train_test_utils import experiment
+from train_test_utils.logbook import read_rows
 from train_test_utils.row_folder import locked
 from train_test_utils.rows import Prune
 from train_test_utils.train import NonFiniteLoss
@@ -269,7 +271,7 @@ def test_nothing_is_left_of_what_could_not_begin(monkeypatch, capsys, tmp_path):
 
 def test_a_held_out_part_of_the_training_images_takes_the_place_of_the_test_images(monkeypatch, tmp_path):
     seen = []
-    monkeypatch.setattr(experiment, "run_table", lambda name, options, rows, data, arguments: seen.append(data) or True)
+    monkeypatch.setattr(experiment, "run_table", lambda name, options, rows, data, arguments: seen.append(data) or 0)
     assert start(monkeypatch, "vit", *TINY, "--holdout", "0.1", "--out", str(tmp_path)) == 0
     assert [(data.name, len(data.test)) for data in seen] == [("digits-heldout0.1", 144)]
 
@@ -280,8 +282,29 @@ def test_a_training_that_diverges_takes_its_children_with_it(monkeypatch, capsys
 
     monkeypatch.setattr(experiment, "train", diverged)
     assert start(monkeypatch, "vit", *TINY, "--only", "ptq_all", "--out", str(tmp_path)) == 1
-    assert capsys.readouterr().err == "float, seed 3: the loss was not finite at step 3\n"
+    assert capsys.readouterr().err == "vit_experiments.py: float, seed 3: the loss was not finite at step 3\n"
     assert not list(tmp_path.rglob("rows.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(ValueError("a score of another shape."), 2), (torch.OutOfMemoryError("no memory"), 1), (MemoryError(), 1)],
+)
+def test_what_is_wrong_with_one_row_leaves_the_others_and_the_report(error, code, monkeypatch, capsys, tmp_path):
+    real = experiment.transformed
+
+    def failing(row, *args, **kwargs):
+        if row.name == "ptq_all":
+            raise error
+        return real(row, *args, **kwargs)
+
+    monkeypatch.setattr(experiment, "transformed", failing)
+    words = [*TINY, "--only", "ptq_all", "ptq_all_twn", "--out", str(tmp_path)]
+    assert start(monkeypatch, "vit", *words) == code
+    assert f"vit_experiments.py: ptq_all, seed 3: {str(error) or 'MemoryError'}\n" in capsys.readouterr().err
+    (folder,) = tmp_path.iterdir()
+    assert [row["row"] for row in read_rows(folder / "rows.jsonl")] == ["float", "ptq_all_twn"]
+    assert (folder / "report.html").exists()
 
 
 def test_ctrl_c_says_that_the_same_command_continues(monkeypatch, capsys, tmp_path):

@@ -5,10 +5,14 @@ Reference: A. Krizhevsky, "Learning Multiple Layers of Features from Tiny Images
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import io
+import os
+import shutil
 import socket
 import sys
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -22,6 +26,7 @@ from PIL import Image, UnidentifiedImageError
 from .dataset import IMAGE_SIZE, ImageDataset, Split
 from .output import first_line
 
+DOWNLOADS = ".download-"  # folders of downloads that are under way
 SERVER_PATIENCE_SECONDS = 30.0  # without a byte, before the mirror is asked
 
 
@@ -197,38 +202,65 @@ def _class_names(path: Path, source: Source) -> tuple[str, ...]:
 def _download(source: Source, data_dir: Path) -> None:
     """To `data_dir`, from the server of the data set's author or, if that fails, from the mirror.
 
+    One process does it while others wait. What was interrupted or failed leaves nothing that looks like data.
+
     Raises:
         FileNotFoundError: neither could be reached.
     """
     data_dir.mkdir(parents=True, exist_ok=True)
+    with _alone_in(data_dir):
+        if _read(source, data_dir) is not None:  # another process has done it meanwhile
+            return
+        for abandoned in data_dir.glob(f"{DOWNLOADS}*"):
+            shutil.rmtree(abandoned, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix=DOWNLOADS, dir=data_dir, ignore_cleanup_errors=True) as folder:
+            try:
+                _download_from_author(source, data_dir, Path(folder))
+                return
+            except Exception as error:  # whatever it is, the mirror may do better
+                first = first_line(error)
+                print(f"{source.name}: the author's server failed ({first}); trying the mirror on the Hub",
+                      file=sys.stderr)  # fmt: skip
+            try:
+                _download_from_mirror(source, data_dir, Path(folder))
+            except Exception as error:
+                raise FileNotFoundError(
+                    f"{source.name} is not in {data_dir} and cannot be downloaded, neither from its author's server "
+                    f"({first}) nor from the Hub ({first_line(error)}): connect to a network, or put the files there "
+                    "(see --data-dir)"
+                ) from error
+
+
+def _download_from_author(source: Source, data_dir: Path, folder: Path) -> None:
+    from torchvision.datasets.utils import check_integrity
+
+    its_class = _torchvision_class(source)
+    archive = data_dir / its_class.filename
+    if check_integrity(archive, its_class.tgz_md5):  # somebody has put it there
+        (folder / archive.name).symlink_to(archive.resolve())
+    with _patience(SERVER_PATIENCE_SECONDS):
+        its_class(folder, download=True)
+    (folder / its_class.base_folder).rename(data_dir / its_class.base_folder)
+
+
+def _download_from_mirror(source: Source, data_dir: Path, folder: Path) -> None:
+    from huggingface_hub import snapshot_download
+
+    files = folder / source.name
+    snapshot_download(source.mirror, repo_type="dataset", allow_patterns="*.parquet", local_dir=files)
+    (data_dir / source.name).mkdir(exist_ok=True)
+    files.rename(data_dir / source.name / "hub")
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Other processes wait before the same block; the end of this one frees it, too."""
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        with _patience(SERVER_PATIENCE_SECONDS):
-            _torchvision_class(source)(data_dir, download=True)
-        return
-    except Exception as error:  # whatever it is, the mirror may do better
-        first = first_line(error)
-        print(f"{source.name}: the author's server failed ({first}); trying the mirror on the Hub", file=sys.stderr)
-        # What torchvision left of an interrupted download would be taken for the data next time.
-        _remove_leftovers(source, data_dir)
-    try:
-        from huggingface_hub import snapshot_download
-
-        snapshot_download(
-            source.mirror, repo_type="dataset", allow_patterns="*.parquet", local_dir=data_dir / source.name
-        )
-    except Exception as error:
-        raise FileNotFoundError(
-            f"{source.name} is not in {data_dir} and cannot be downloaded, neither from its author's server ({first}) "
-            "nor from "
-            f"the Hub ({first_line(error)}): connect to a network, or put the files there (see --data-dir)"
-        ) from error
-
-
-def _remove_leftovers(source: Source, data_dir: Path) -> None:
-    import shutil
-
-    (data_dir / _torchvision_class(source).filename).unlink(missing_ok=True)
-    shutil.rmtree(data_dir / _torchvision_class(source).base_folder, ignore_errors=True)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 @contextmanager

@@ -113,7 +113,7 @@ def sentence(error: Exception) -> str:
     """What went wrong, for a person: the file and the reason of an operating system's error, the words of any other."""
     if isinstance(error, OSError) and error.strerror:
         return ": ".join(str(part) for part in (error.filename, error.strerror) if part is not None)
-    return str(error)
+    return str(error) or type(error).__name__
 
 
 def pick_device(name: str) -> torch.device:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -67,6 +67,13 @@ def summed(figures: Tensor) -> Tensor:
     if world_size() > 1:
         dist.all_reduce(figures)
     return figures
+
+
+def first_decides(decide: Callable[[], bool]) -> bool:
+    """What the first process finds, the same in all of them: files may look otherwise a moment later."""
+    on_gpu = world_size() > 1 and dist.get_backend() == "nccl"
+    decision = torch.tensor(float(rank() == 0 and decide()), device="cuda" if on_gpu else "cpu")
+    return bool(summed(decision).item())
 
 
 def wrapped(model: nn.Module) -> nn.Module:

@@ -8,7 +8,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -66,8 +66,8 @@ def main(
     `rows`: the table, or a function that makes it from the model's options. `quick`, `quick_options`, `quick_budget`:
     the rows, model options and budget of `--quick`. `default_options`: the model's options unless `--options` says
     otherwise.
-    Exits with code 2 and one sentence on a user's mistake, with 1 if a training diverged (the other rows are done),
-    with 130 on Ctrl-C.
+    Exits with code 2 and one sentence on a user's mistake, with 1 if a training diverged or found no memory, with 130
+    on Ctrl-C. A row that can't be done is named, and the others are done.
     """
     # PyTorch's own switch, read at the first large allocation: in huge pages AlexNet's 227 MB of weights are read up to
     # twice as fast where memory is scattered.
@@ -92,12 +92,12 @@ def main(
         if arguments.holdout:
             datasets = [dataset.held_out(arguments.holdout) for dataset in datasets]
         refuse_mixed_results(model_name, datasets, arguments.out)
-        diverged = False
+        code = 0
         for dataset in datasets:
-            diverged |= not run_table(model_name, options, chosen, dataset, replace(arguments, device=device))
-        if diverged:
-            raise SystemExit(1)
-    except (ValueError, OSError) as error:
+            code = max(code, run_table(model_name, options, chosen, dataset, replace(arguments, device=device)))
+        if code:
+            raise SystemExit(code)
+    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         if os.environ.get("TERNARY_TRACEBACK"):
             raise
         print(f"{Path(sys.argv[0]).name}: {sentence(error)}", file=sys.stderr)
@@ -131,8 +131,9 @@ def folder_of(model_name: str, dataset: ImageDataset, out: Path) -> Path:
 
 def run_table(
     model_name: str, options: dict[str, Any], rows: Sequence[Row], dataset: ImageDataset, arguments: Arguments
-) -> bool:
-    """Every row for every seed on one data set; then the table, the report and the pictures. False if one diverged.
+) -> int:
+    """Every row for every seed on one data set; then the table, the report and the pictures; return the
+    exit code.
 
     Where rows are to be measured again, those that have not been done are left out.
     """
@@ -141,7 +142,7 @@ def run_table(
     logbook = Logbook(folder / "rows.jsonl", wandb_mode=arguments.wandb, group=folder.name)
     data = dataset.to(arguments.device)
     table: list[dict[str, Any]] = []
-    all_finished = True
+    code = 0
     try:
         for seed in arguments.seeds:
             runs: dict[str, Run] = {}
@@ -152,9 +153,14 @@ def run_table(
                 run = Run(model_name, options, row, parent, seed, data, arguments, folder)
                 try:
                     line = run.line(logbook)
-                except NonFiniteLoss as error:
-                    all_finished = False
-                    print(f"{row.name}, seed {seed}: {error}", file=sys.stderr)
+                except (ValueError, MemoryError, torch.OutOfMemoryError) as error:
+                    is_mistake = isinstance(error, ValueError) and not isinstance(error, NonFiniteLoss)
+                    # Of several processes only one may have found a mistake: the others would wait for it.
+                    if os.environ.get("TERNARY_TRACEBACK") or (is_mistake and distributed.world_size() > 1):
+                        raise
+                    code = max(code, 2 if is_mistake else 1)
+                    script = Path(sys.argv[0]).name
+                    print(f"{script}: {row.name}, seed {seed}: {sentence(error)}", file=sys.stderr)
                     continue
                 if line is None:
                     print(f"{row.name}, seed {seed}: not done with these options, so not measured", file=sys.stderr)
@@ -175,7 +181,7 @@ def run_table(
         logbook.finish()
         with suppress(OSError):
             folder.rmdir()  # if nothing has come of it
-    return all_finished
+    return code
 
 
 class Run:
@@ -199,6 +205,7 @@ class Run:
         self.hash = config_hash(self.config)
         self.folder = folder / f"{row.name}-seed{seed}"
         self.file = self.folder / "model.safetensors"
+        self.checkpoint = self.folder / "checkpoint.safetensors"
 
     def line(self, logbook: Logbook) -> dict[str, Any] | None:
         """The row's line: of before, measured anew if need be, or of now; None where only what is done is measured."""
@@ -206,18 +213,18 @@ class Run:
         if line is None:
             return None if self.arguments.measure_again else self.execute(logbook)
         again = self.arguments.measure_again if is_named(self.row, self.arguments.only) else None
-        if self.is_damaged(line) or again == "everything":
+        if distributed.first_decides(lambda: self.is_damaged(line)) or again == "everything":
             return self.measure_again(logbook, line)
         return self.time_again(logbook, line) if again == "latency" else line
 
     def finished_in(self, logbook: Logbook) -> dict[str, Any] | None:
         """The row's line if it has been done with this very configuration and its weights are still there."""
-        line = logbook.done(self.hash)
-        if line is None:
+        if not distributed.first_decides(lambda: logbook.done(self.hash) is not None):
             return None
         claim(self.folder, self.hash)
-        if not (self.folder / "checkpoint.safetensors").exists():
+        if not distributed.first_decides(self.checkpoint.exists):
             return None
+        line = logbook.done(self.hash) or {}
         if distributed.rank() == 0:
             (self.folder / "last.pt").unlink(missing_ok=True)  # left by a kill just after the row was recorded
             say(f"{self.row.name}, seed {self.seed}: done before ({line['test_accuracy_pct']:.2f}%)")
@@ -228,8 +235,7 @@ class Run:
         with suppress(OSError, ModelFileError):
             read_file(self.file)  # and hold it against the hash in it
             return self.file.stat().st_size != line["file_bytes"]
-        if distributed.rank() == 0:
-            print(f"{self.file} is gone or damaged: the row is packed and measured again", file=sys.stderr)
+        print(f"{self.file} is gone or damaged: the row is packed and measured again", file=sys.stderr)
         return True
 
     def execute(self, logbook: Logbook) -> dict[str, Any]:
@@ -241,7 +247,8 @@ class Run:
             transform_seconds = round(time.monotonic() - began, 3)
             claim(self.folder, self.hash)
             with self._alone():
-                return self._train_and_record(logbook, model, transform_seconds)
+                done = self.finished_in(logbook)  # by another process, while this one transformed the model
+                return done or self._train_and_record(logbook, model, transform_seconds)
 
     @contextmanager
     def _ancestors_kept(self) -> Iterator[None]:
@@ -250,13 +257,23 @@ class Run:
             ancestor = self.parent
             while ancestor is not None and distributed.rank() == 0:
                 stack.enter_context(locked(ancestor.folder, shared=True))
-                if owner_of(ancestor.folder) != ancestor.hash:
-                    raise ValueError(f"{ancestor.folder} was taken by another process with other options: start again")
+                ancestor._refuse_taken()
                 ancestor = ancestor.parent
             yield
 
-    def _alone(self) -> AbstractContextManager[None]:
-        return locked(self.folder) if distributed.rank() == 0 else nullcontext()
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """No other process is at work in the row's folder, and none has taken it."""
+        if distributed.rank() > 0:
+            yield
+            return
+        with locked(self.folder):
+            self._refuse_taken()
+            yield
+
+    def _refuse_taken(self) -> None:
+        if owner_of(self.folder) != self.hash:
+            raise ValueError(f"{self.folder} was taken by another process with other options: start again")
 
     def _train_and_record(self, logbook: Logbook, model: nn.Module, transform_seconds: float) -> dict[str, Any]:
         logbook.start_row(f"{self.row.name}-seed{self.seed}", self.config)
@@ -278,7 +295,7 @@ class Run:
                 state_path=self.folder / "last.pt", title=f"{self.row.name} seed {self.seed}", on_epoch=on_epoch,
             )  # fmt: skip
         if distributed.rank() == 0:
-            save_weights(model, self.folder / "checkpoint.safetensors", self.hash)
+            save_weights(model, self.checkpoint, self.hash)
         return self._record(logbook, model, {"train_seconds": seconds, "transform_seconds": transform_seconds})
 
     def measure_again(self, logbook: Logbook, line: dict[str, Any]) -> dict[str, Any]:
@@ -324,7 +341,7 @@ class Run:
     def trained(self) -> nn.Module:
         """This row's model as it was trained (its structure rebuilt, its weights from the checkpoint)."""
         model = self.transformed(self.start(), structure_only=True)
-        load_weights(model, self.folder / "checkpoint.safetensors", self.hash)
+        load_weights(model, self.checkpoint, self.hash)
         return model.eval()
 
     def measured(self, model: nn.Module) -> dict[str, Any]:

@@ -4,13 +4,45 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
+from typing import Any
+
+
+class Losable:
+    """A stream that swallows what can't be written any more: whoever read has gone, or the disk is full."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self.stream.write(text)
+        except OSError:
+            self._lose()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except OSError:
+            self._lose()
+
+    def _lose(self) -> None:
+        with suppress(OSError, ValueError):  # a stream in memory has no descriptor
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
 def prepare_output() -> None:
-    """Let output that is closed swallow what is printed, and put "?" for the characters that it lacks."""
+    """Let output that is closed or fails swallow what is printed, and put "?" for the characters that it lacks."""
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        stream = getattr(sys, name)
+        if stream is None:
+            stream = open(os.devnull, "w")  # noqa: SIM115
+        if not isinstance(stream, Losable):
+            setattr(sys, name, Losable(stream))
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")
 
@@ -21,8 +53,5 @@ def first_line(error: BaseException) -> str:
 
 
 def say(text: str) -> None:
-    """Print a line, and go on if whoever read has gone."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    """Print a line at once."""
+    print(text, flush=True)

@@ -66,7 +66,7 @@ def draw_size(lines: Sequence[Line], folder: Path) -> Picture | None:
     _size_axis(axes, [p.mean("file_bytes") or 0.0 for p in points])
     axes.margins(y=0.1)
     _accuracy_axis(axes, _accuracy_of(lines))
-    reference = float_line(points, points[0])
+    reference = float_line(points, points[0]) if len({p.conditions for p in points}) == 1 else None
     if reference is not None:
         axes.axhline(
             reference.mean("test_accuracy_pct") or 0.0, color=FAINT, linewidth=0.8, linestyle=(0, (4, 4)), zorder=1
@@ -150,12 +150,15 @@ def draw_latency(lines: Sequence[Line], folder: Path) -> Picture | None:
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("milliseconds for one image")
     left_out = f" {len(timed) - len(shown)} pruned rows are left out." if len(shown) < len(timed) else ""
-    threads = shown[0].text("threads")
-    device = shown[0].text("latency_device") or shown[0].text("device")
-    where = ", ".join(part for part in (device, f"{threads} thread{'s' * (threads != '1')}" if threads else "") if part)
+    where = "; ".join(dict.fromkeys(_timed_on(line) for line in shown))
     return _save(figure, lines, folder / "latency.png", "Latency, one image",
                  "Mark: median, thin line to the 90th percentile. Black bar: the float model, measured in turns with "
                  f"it. {where}.{left_out}")  # fmt: skip
+
+
+def _timed_on(line: Line) -> str:
+    threads, device = line.text("threads"), line.text("latency_device") or line.text("device")
+    return ", ".join(part for part in (device, f"{threads} thread{'s' * (threads != '1')}" if threads else "") if part)
 
 
 def draw_curves(

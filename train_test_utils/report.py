@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from quantization_utils.file_format import replacing
+
 from .cli import sentence
 from .logbook import read_curves, read_rows
 from .output import prepare_output, say
@@ -64,7 +66,8 @@ def write_report(rows: Sequence[Mapping[str, Any]], out_dir: str | Path) -> list
             curves[line.name] = found
     pictures = draw_all(lines, curves, out_dir)
     path = out_dir / "report.html"
-    path.write_text(page(lines, pictures), encoding="utf-8")
+    with replacing(path) as file:
+        file.write(page(lines, pictures).encode())
     return [path, *(picture.path for picture in pictures)]
 
 
@@ -101,6 +104,9 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         before = given.readme.read_text(encoding="utf-8")
         after = with_tables(before, given.folder)
+        if after != before and not given.check:
+            with replacing(given.readme) as file:
+                file.write(after.encode())
     except (ValueError, OSError) as error:
         print(f"report: {sentence(error)}", file=sys.stderr)
         return 2
@@ -109,8 +115,6 @@ def main(arguments: list[str] | None = None) -> int:
               f"{given.folder}",
               file=sys.stderr)  # fmt: skip
         return 1
-    if after != before:
-        given.readme.write_text(after, encoding="utf-8")
     return 0
 
 

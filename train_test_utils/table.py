@@ -77,7 +77,7 @@ def lines_of(rows: Sequence[Mapping[str, Any]]) -> list[Line]:
     """The lines of a table, in the order of first appearance. Of rows done twice with a seed, the later counts."""
     latest: dict[tuple[str, ...], dict[Any, Mapping[str, Any]]] = {}
     for row in rows:
-        latest.setdefault((*_key(row), str(row.get("precision"))), {})[row.get("seed")] = row
+        latest.setdefault(_key(row), {})[row.get("seed")] = row
     lines = [Line(tuple(by_seed.values())) for by_seed in latest.values()]
     fields = ("budget", "options", "precision")
     several = [field for field in fields if len({str(line.rows[-1].get(field)) for line in lines}) > 1]
@@ -90,13 +90,13 @@ def _conditions(row: Mapping[str, Any], fields: Iterable[str]) -> str:
 
 
 def float_line(lines: Sequence[Line], like: Line) -> Line | None:
-    """The unchanged float model of the same model, data set, options and budget as `like`."""
+    """The unchanged float model of the same model, data set, options, budget and precision as `like`."""
     same = _key(like.rows[-1])[:-1]
     return next((line for line in lines if line.name == "float" and _key(line.rows[-1])[:-1] == same), None)
 
 
 def _key(row: Mapping[str, Any]) -> tuple[str, ...]:
-    parts = [row.get(k) for k in ("model", "dataset", "options", "budget", "row")]
+    parts = [row.get(k) for k in ("model", "dataset", "options", "budget", "precision", "row")]
     return tuple(json.dumps(part, sort_keys=True, default=str) for part in parts)
 
 
@@ -192,10 +192,11 @@ def commands_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         name = str(row.get("row"))
         patterns = [p for p in given if "row" not in row or fnmatchcase(name, p)] or [name]  # a parent is not named
         kept = sorted(o for o in options if not o.startswith(("--only ", "--seeds ", "--wandb ", "--measure-again")))
-        by_seed = chosen.setdefault((program, *kept), {})
+        quick_rows = "--quick" in kept and given == ["*"]  # fewer than --only '*' would name
+        by_seed = chosen.setdefault((str(quick_rows), program, *kept), {})
         by_seed.setdefault(str(row.get("seed", 0)), {}).update(dict.fromkeys(patterns))
     commands = []
-    for words, by_seed in chosen.items():
+    for (_, *words), by_seed in chosen.items():
         seeds_of: dict[frozenset[str], list[str]] = {}
         for seed, patterns_of_seed in by_seed.items():
             seeds_of.setdefault(frozenset(_widest(patterns_of_seed)), []).append(seed)

@@ -164,8 +164,9 @@ def train(
             sums.fill_(0)
             sums[3] = -1
         if looks and rank == 0 and state_path and time.monotonic() - saved_at > setup.checkpoint_seconds:
-            reached = {"step": step + 1, "sums": sums, "seconds": time.monotonic() - began}
-            save_state(reached | {k: v.state_dict() for k, v in parts.items()}, state_path)
+            if _is_finite(model):  # else the next loss will say so, and the last good state stays
+                reached = {"step": step + 1, "sums": sums, "seconds": time.monotonic() - began}
+                save_state(reached | {k: v.state_dict() for k, v in parts.items()}, state_path)
             saved_at = time.monotonic()
 
     progress.close()
@@ -175,7 +176,7 @@ def train(
         model.load_state_dict(averaged.module.state_dict())
     if recipe.statistics_images:
         _estimate_statistics(model, dataset, recipe, budget, seed)
-    if not all(bool(tensor.isfinite().all()) for tensor in model.state_dict().values()):  # after the last step's loss
+    if not _is_finite(model):  # after the last step's loss
         raise _diverged("a weight was not finite at the end", state_path)
     return model.eval()
 
@@ -249,6 +250,10 @@ def _loss(logits: Tensor, labels: Tensor, teacher_logits: Tensor | None, recipe:
         F.log_softmax(logits / t, 1), F.log_softmax(teacher_logits / t, 1), reduction="batchmean", log_target=True
     )
     return (1 - recipe.distill) * loss + recipe.distill * t * t * divergence
+
+
+def _is_finite(model: nn.Module) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in model.state_dict().values())
 
 
 def _diverged(what: str, state_path: Path | None) -> NonFiniteLoss:

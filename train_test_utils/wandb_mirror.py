@@ -10,6 +10,7 @@ from __future__ import annotations
 import netrc
 import os
 import re
+import secrets
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -33,6 +34,7 @@ class Mirror:
         self._wandb: Any = None
         self._urls: list[str] = []
         self._runs_offline = 0
+        self._offline_in = folder / "wandb"
         self._complained = False
         environment = os.environ.get("WANDB_MODE", "")
         if mode == "online" and environment in ("offline", "disabled", "dryrun"):
@@ -114,6 +116,8 @@ class Mirror:
             return
         if self.mode == "offline":
             self._runs_offline += 1
+            # In another place than asked for where that can't be written to.
+            self._guarded(lambda: setattr(self, "_offline_in", Path(self._run.dir).parent.parent))
         else:
             self._guarded(lambda: self._urls.append(str(self._run.url)))
 
@@ -128,6 +132,7 @@ class Mirror:
         return self._wandb.init(
             project=os.environ.get("WANDB_PROJECT", self.project), group=self.group, job_type=job_type, name=name,
             config=config, mode=self.mode, dir=str(self.folder), save_code=False,
+            id=secrets.token_hex(4),  # whatever WANDB_RUN_ID says: a row has a run of its own
             settings=self._wandb.Settings(**known),
         )  # fmt: skip
 
@@ -147,15 +152,15 @@ class Mirror:
 
     def _go_offline(self, why: str) -> None:
         self.mode = "offline"
-        print(f"W&B: {why}, so runs are kept offline in {self.folder / 'wandb'}", file=sys.stderr)
+        print(f"W&B: {why}, so runs are kept offline", file=sys.stderr)
 
     def _say_where(self) -> None:
-        place = self.folder / "wandb"
+        place = shlex.quote(str(self._offline_in))
         if self._urls:
             say(f"W&B: {self._urls[-1]}")
         if self._runs_offline:
-            say(f"W&B, {self._runs_offline} runs offline. View them: wandb leet {shlex.quote(str(place))}")
-            say(f"                     upload them: wandb sync {shlex.quote(str(place))}/offline-run-*")
+            say(f"W&B, {self._runs_offline} runs offline. View them: wandb leet {place}")
+            say(f"                     upload them: wandb sync {place}/offline-run-*")
 
 
 def has_key(wandb: Any) -> bool:

@@ -6,8 +6,11 @@ import http.server
 import io
 import json
 import pickle
+import shutil
 import tarfile
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -174,6 +177,56 @@ def test_download_from_the_authors_server_once(tmp_path, monkeypatch):
     server.requests.clear()
     load_cifar(TINY, tmp_path / "here")
     assert not server.requests
+
+
+def test_processes_that_start_together_download_once(tmp_path, monkeypatch):
+    from torchvision import datasets
+
+    write_torchvision_layout(tmp_path / "there", monkeypatch)
+    server = Server(tmp_path / "there")
+    monkeypatch.setattr(datasets.CIFAR10, "url", f"{server.url}/cifar-10-python.tar.gz")
+    with ThreadPoolExecutor(3) as pool:  # a lock is of an opened folder, so threads keep it as processes do
+        for data in pool.map(lambda _: load_cifar(TINY, tmp_path / "here"), range(3)):
+            assert torch.equal(data.train.images, expected(slice(20)))
+    assert server.requests.count("/cifar-10-python.tar.gz") == 2, "asked where it is, and fetched, once"
+    assert [path.name for path in (tmp_path / "here").iterdir()] == ["cifar-10-batches-py"]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_an_archive_that_lies_there_is_used_if_it_is_whole_and_stays(whole, tmp_path, monkeypatch):
+    import huggingface_hub
+    from torchvision import datasets
+
+    archive = write_torchvision_layout(tmp_path, monkeypatch)
+    shutil.rmtree(tmp_path / "cifar-10-batches-py")
+    monkeypatch.setattr(datasets.CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")
+    if not whole:
+        archive.write_bytes(b"another one")
+    before = archive.read_bytes()
+    nowhere = partial(huggingface_hub.snapshot_download, endpoint="http://127.0.0.1:9")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", nowhere)
+    with nullcontext() if whole else pytest.raises(FileNotFoundError, match="cannot be downloaded"):
+        assert torch.equal(load_cifar(TINY, tmp_path).train.images, expected(slice(20)))
+    assert archive.read_bytes() == before
+
+
+def test_an_interrupted_download_leaves_nothing_that_looks_like_data(tmp_path, monkeypatch):
+    from torchvision import datasets
+
+    write_torchvision_layout(tmp_path / "there", monkeypatch)
+    monkeypatch.setattr(datasets.CIFAR10, "url", f"{Server(tmp_path / 'there').url}/cifar-10-python.tar.gz")
+    with monkeypatch.context() as patched:
+
+        def interrupted(self):
+            (Path(self.root) / self.base_folder).mkdir()
+            raise KeyboardInterrupt
+
+        patched.setattr(datasets.CIFAR10, "download", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            load_cifar(TINY, tmp_path / "here")
+    (tmp_path / "here" / ".download-of-a-killed-process").mkdir()
+    assert torch.equal(load_cifar(TINY, tmp_path / "here").train.images, expected(slice(20)))
+    assert [path.name for path in (tmp_path / "here").iterdir()] == ["cifar-10-batches-py"]
 
 
 @pytest.mark.parametrize("sent", ["rubbish", "an archive with another file than it should have"])

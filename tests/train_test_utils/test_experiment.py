@@ -12,6 +12,7 @@ from train_test_utils import experiment
 from train_test_utils.dataset import ImageDataset, Split
 from train_test_utils.experiment import Run
 from train_test_utils.recipe import Recipe
+from train_test_utils.row_folder import claim, owner_of
 from train_test_utils.rows import Row, _hash_of_folder, calibration_images
 
 FLOAT = Row("float", None, [], Recipe(epochs=1, lr=0.1))
@@ -64,6 +65,32 @@ def test_a_row_whose_weights_are_gone_is_not_finished(tmp_path):
         (row.folder / name).touch()
     assert row.finished_in(logbook) is line
     assert not (row.folder / "last.pt").exists()  # left by a kill
+
+
+def test_a_folder_that_was_taken_before_it_was_locked_is_left_alone(tmp_path, monkeypatch):
+    row, other = run(tmp_path), run(tmp_path, seed=0, width=2)
+
+    def claimed_and_lost(folder, config_hash):
+        claim(folder, config_hash)
+        claim(folder, other.hash)
+
+    monkeypatch.setattr(experiment, "claim", claimed_and_lost)
+    with pytest.raises(ValueError, match="taken by another process"):
+        row.execute(SimpleNamespace(done=lambda config_hash: None))
+    assert owner_of(row.folder) == other.hash
+
+
+def test_a_row_that_another_process_finishes_meanwhile_is_not_done_again(tmp_path, monkeypatch):
+    row, lines = run(tmp_path), {}
+
+    def slowly(model):
+        row.folder.mkdir()
+        row.checkpoint.touch()
+        lines[row.hash] = {"test_accuracy_pct": 90.0}
+        return model
+
+    monkeypatch.setattr(row, "transformed", slowly)
+    assert row.execute(SimpleNamespace(done=lines.get)) is lines[row.hash]
 
 
 def test_the_state_of_a_training_is_kept_until_its_row_is_written(tmp_path, monkeypatch):

@@ -8,17 +8,19 @@ import sys
 import pytest
 
 SCRIPT = """
+import sys
 from train_test_utils.output import prepare_output, say
 prepare_output()
 say("é " * 100_000)
 say("more")
+print("é " * 100_000, file=sys.stderr, flush=True)
 open("done", "w").close()
 """
 
 
-@pytest.mark.parametrize("redirection", [">&-", "2>&-", ">&- 2>&-", "| true"])
+@pytest.mark.parametrize("redirection", [">&-", "2>&-", ">&- 2>&-", "2>&1 | true", ">/dev/full 2>&1"])
 def test_what_nobody_reads(redirection, tmp_path):
     environment = {"PYTHONPATH": ":".join(path for path in sys.path if path), "PYTHONIOENCODING": "ascii"}
     shell = f"'{sys.executable}' -c '{SCRIPT}' {redirection}"
-    done = subprocess.run(shell, shell=True, cwd=tmp_path, env=environment, check=True, stderr=subprocess.PIPE)
-    assert (tmp_path / "done").exists() and done.stderr == b""
+    done = subprocess.run(shell, shell=True, cwd=tmp_path, env=environment, check=True, capture_output=True)
+    assert (tmp_path / "done").exists() and b"Error" not in done.stderr

@@ -38,7 +38,11 @@ def test_texts_are_those_of_the_last_row_and_a_budget_that_is_not_there_is_the_w
 
 
 @pytest.mark.parametrize(
-    "other", [{"budget": 0.02}, {"options": {"stem": "maxpool"}}, {"dataset": "cifar10"}, {"model": "vit"}]
+    "other",
+    [
+        {"budget": 0.02}, {"precision": "bfloat16"}, {"options": {"stem": "maxpool"}}, {"dataset": "cifar10"},
+        {"model": "vit"},
+    ],
 )
 def test_different_conditions_are_never_averaged(other):
     lines = lines_of([row("float", test_accuracy_pct=99.0), row(), row("float", **other), row(**other)])
@@ -120,6 +124,15 @@ def test_a_command_names_the_rows_that_it_made_and_the_seeds_that_have_them_all(
         row("qat_all", seed=2, command="python3 a.py --seeds 0 1 2"),
     ]
     assert commands_of(made) == ["python3 a.py --seeds 0 1 --only float 'ptq*'", "python3 a.py --seeds 2"]
+
+
+def test_the_rows_of_quick_and_others_in_small_batches_take_two_commands():
+    made = [
+        row("float", command="python3 a.py --quick"),
+        row("ptq_all", command="python3 a.py --quick"),
+        row("ptq_all_twn", command="python3 a.py --quick --only ptq_all_twn"),
+    ]
+    assert commands_of(made) == ["python3 a.py --quick", "python3 a.py --quick --only ptq_all_twn"]
 
 
 def test_a_latency_of_another_device_says_so():

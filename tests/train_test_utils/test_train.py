@@ -219,6 +219,25 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path, mo
     assert state["step"] == 3 and state["model"]["linear.weight"].isfinite().all()
 
 
+def test_weights_that_are_not_finite_take_no_good_states_place(tmp_path, monkeypatch):
+    class Ruin(torch.optim.SGD):
+        left = 3
+
+        def step(self, closure=None):
+            super().step(closure)
+            self.left -= 1
+            if self.left < 0:
+                self.param_groups[0]["params"][0].data.fill_(math.inf)
+
+    monkeypatch.setattr(train_module, "LOOK_EVERY", 1)
+    path = tmp_path / "last.pt"
+    recipe = replace(PLAIN, optimizer=lambda *args, **kwargs: Ruin(args[0], lr=0.1))
+    with pytest.raises(NonFiniteLoss, match="step 4; the last good state"):  # its loss is the first of those weights
+        train(Bomb(99), dataset(), recipe, Setup(CPU, checkpoint_seconds=-1), state_path=path)
+    state = torch.load(path)
+    assert state["step"] == 3 and all(tensor.isfinite().all() for tensor in state["model"].values())
+
+
 @pytest.mark.parametrize("step", [0, 7])
 def test_the_step_is_named_however_late_it_is_looked_at(step):
     with pytest.raises(NonFiniteLoss, match=f"at step {step}; nothing was saved yet"):
