@@ -38,6 +38,12 @@ def test_compact_by_its_options():
     assert config.hidden_dropout_prob == config.attention_probs_dropout_prob == 0
 
 
+def test_a_normalisation_that_is_given_beside_a_checkpoint_counts(folder):
+    model = build("vit", 6, checkpoint=str(folder), mean=[0.4, 0.5, 0.6], std=[0.2, 0.3, 0.25])
+    torch.testing.assert_close(model.normalize.mean_C11.flatten(), torch.tensor([0.4, 0.5, 0.6]))
+    torch.testing.assert_close(model.normalize.std_C11.flatten(), torch.tensor([0.2, 0.3, 0.25]))
+
+
 def test_checkpoint_folder_with_its_head(network, folder):
     """Images are resized to the checkpoint's side, its weights are used, head included where the classes fit."""
     model = build("vit", 6, checkpoint=str(folder)).eval()

@@ -13,6 +13,7 @@ from quantization_utils.dead_channels import remove_dead_channels
 from quantization_utils.kernels.reference import NetworkExecutor
 from quantization_utils.network import to_nodes
 from quantization_utils.nodes import Node
+from tests.nodes import conv
 
 
 class Maker:
@@ -187,3 +188,10 @@ def test_pruned_filters_of_a_model_are_gone_after_packing(name, options, prune_f
         inner = [len(n.codes) for n in slim if n.residual is None and n.relu and n.codes is not None][1:]
         assert inner == [32, 32, 64, 64, 128, 128, 256, 256]
     assert weights(slim) < 0.7 * weights(nodes)
+
+
+@pytest.mark.parametrize("gain", [torch.inf, torch.nan])
+def test_a_channel_whose_gain_is_no_number_is_not_zero(gain: float) -> None:
+    codes = torch.zeros(4, 3, 3, 3, dtype=torch.int8).index_fill_(0, torch.tensor(1), 1)
+    first = replace(conv(-1, 4, 3), codes=codes, gain=torch.tensor([gain, 1, 1, 1]), bias=torch.zeros(4))
+    assert len(remove_dead_channels([first, conv(0, 2, 4, out_max=None)])[0].codes) == 2

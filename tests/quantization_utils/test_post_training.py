@@ -10,7 +10,7 @@ from pruning_utils import l1, prune_
 from quantization_utils import load_model, mse_optimal, pack_, quantize_, save_model
 from quantization_utils.bit_layers import BitConv2d, BitLinear
 from quantization_utils.layer_inputs import residual_sums
-from quantization_utils.moments import Moments
+from quantization_utils.moments import Moments, MomentSum
 from quantization_utils.post_training import Settings, _slope, correct_batch_norm_, ternarize_
 from quantization_utils.reconstruction import Reconstruction
 from tests import networks
@@ -166,8 +166,8 @@ def test_a_sum_is_nearer_to_the_float_network_if_its_last_layer_makes_up_for_the
 
 def test_a_batch_norm_outside_of_a_block_follows_what_reconstruction_learned(every_position: None) -> None:
     model, images = networks.make("alexnet_like"), networks.images(64)
-    ternary = ternarize_(copy.deepcopy(model), images, reconstruction=Reconstruction(20, lr=0.05))
-    norms = (nn.BatchNorm2d,)
+    ternary = ternarize_(copy.deepcopy(model), images, reconstruction=Reconstruction(300, lr=0.01))
+    norms = (nn.BatchNorm1d, nn.BatchNorm2d)
     pairs = zip(outputs_of(ternary, norms, images), outputs_of(model, norms, images), strict=True)
     for found, wanted in pairs:
         torch.testing.assert_close(found.mean(1), wanted.mean(1), rtol=1e-3, atol=1e-3)
@@ -374,3 +374,25 @@ def test_wrong_input_is_refused_in_a_sentence() -> None:
 def test_fewer_images_than_weights_of_a_channel_are_said() -> None:
     with pytest.warns(UserWarning, match="fewer positions than weights per channel in 11: .* no full rank"):
         ternarize_(networks.make("alexnet_like"), networks.images(32))
+
+
+def test_each_setting_reaches_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[object] = []
+
+    def matching(weight, inputs, cross, damping):
+        seen.append(damping)
+        return weight
+
+    def codes(weight, inputs, damping, kept, sweeps=None):
+        seen.extend((damping, sweeps))
+        return mse_optimal(weight)
+
+    monkeypatch.setattr("quantization_utils.post_training.matching_weight", matching)
+    monkeypatch.setattr("quantization_utils.post_training.ternarize", codes)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4))
+    ternarize_(model, torch.rand(64, 3, 2, 2), Settings(damping=0.5, target_damping=0.25, sweeps=7))
+    assert seen == [0.25, 0.5, 7]
+
+
+def test_how_many_positions_of_an_image_count() -> None:
+    assert [MomentSum(nn.Linear(2, 2), images).per_image for images in (100, 100_000)] == [250, 24]

@@ -97,3 +97,13 @@ def test_what_is_no_better_is_not_taken() -> None:
     model = networks.make("resnet_like")
     reference, stream = streams(model, networks.images(64), "5", ["5.conv1"])
     assert reconstruct_block(reference, stream, "5", ["5.conv1"], Reconstruction(3, lr=30.0)) == {}
+
+
+def test_the_order_of_batches_depends_on_the_seed_alone() -> None:
+    model, images = networks.make("resnet_like"), networks.images(64)
+
+    def learned(seed: int) -> Tensor:
+        pair = streams(copy.deepcopy(model), images, "5", ["5.conv1"])
+        return reconstruct_block(*pair, "5", ["5.conv1"], Reconstruction(30, lr=0.01, seed=seed))["5.conv1"]
+
+    assert torch.equal(learned(0), learned(0)) and not torch.equal(learned(0), learned(1))

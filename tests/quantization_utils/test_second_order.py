@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from quantization_utils import second_order
 from quantization_utils.quantizers import mse_optimal
 from quantization_utils.second_order import (
     cholesky,
@@ -167,3 +168,16 @@ def test_pruned_weights_do_not_enter_the_scale_to_start_from() -> None:
     eye_KK = torch.eye(6, dtype=torch.float64)
     found = [ternarize(weight_NK.where(kept_NK, pruned), eye_KK, 0.0, kept_NK) for pruned in (0.0, 1e3)]
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+def test_columns_of_most_energy_are_rounded_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, original = [], second_order._ternarize_rows
+
+    def noted(weight, inputs, *rest):
+        seen.append(inputs.diagonal())
+        return original(weight, inputs, *rest)
+
+    monkeypatch.setattr(second_order, "_ternarize_rows", noted)
+    energies = torch.diag(torch.tensor([3.0, 1.0, 4.0, 2.0]))
+    ternarize(torch.randn(3, 4), energies, 0.01, torch.ones(3, 4, dtype=torch.bool))
+    assert seen[0].tolist() == sorted(seen[0].tolist())  # from the last to the first

@@ -166,6 +166,8 @@ def test_few_calls_are_enough_and_threads_are_put_back():
             seen.append((len(x), torch.get_num_threads()))
             return x
 
-    measure.latency_beside(nn.Flatten(), Model(), batch=2, seconds=0.0, threads=1)
-    assert set(seen) == {(1, 1), (2, 1)} and len(seen) >= 6
-    assert torch.get_num_threads() == before
+    measure.latency_beside(nn.Flatten(), Model(), batch=2, seconds=0.0, threads=before + 1)
+    after = torch.get_num_threads()
+    torch.set_num_threads(before)
+    assert set(seen) == {(1, before + 1), (2, before + 1)} and len(seen) >= 6
+    assert after == before

@@ -14,7 +14,10 @@ from train_test_utils.recipe import Recipe, adamw, sgd
 
 @pytest.mark.parametrize(
     "epochs, size, budget, steps",
-    [(2, 1280, 1, 20), (2, 1289, 1, 20), (2, 1280, 0.5, 10), (0.25, 1280, 1, 2), (5, 1280, 1e-6, 1), (3, 50, 1, 3)],
+    [
+        (2, 1280, 1, 20), (2, 1289, 1, 20), (2, 1280, 0.5, 10), (0.25, 1280, 1, 2), (0.27, 1280, 1, 3),
+        (5, 1280, 1e-6, 1), (3, 50, 1, 3),
+    ],
 )
 def test_number_of_steps(epochs, size, budget, steps):
     """Whole batches only, fractions of epochs, at least one step."""

@@ -11,8 +11,10 @@ from torch import nn
 from models import build
 from models.select import select_layers
 from pruning_utils import l1, l2_filters, random, zero_fraction
-from quantization_utils import absmean, int8_absmax, mse_optimal
+from quantization_utils import absmean, int8_absmax, mse_optimal, quantize_
 from quantization_utils.bit_layers import BitLinear, Quantized
+from quantization_utils.post_training import Settings
+from quantization_utils.reconstruction import Reconstruction
 from tests.networks import images, make
 from train_test_utils.recipe import Recipe, adamw, sgd
 from train_test_utils.rows import (
@@ -31,7 +33,7 @@ from train_test_utils.rows import (
     pruned_text,
     transformed,
 )
-from train_test_utils.transforms import CalibratedTernary, TernaryStart
+from train_test_utils.transforms import CalibratedStart, CalibratedTernary, ReconstructedTernary, TernaryStart
 
 RECIPE = Recipe(epochs=3, lr=0.1)
 QAT = Ternary(absmean, act_bits=8)
@@ -235,3 +237,23 @@ def test_texts_say_which_layers_and_exactly_how_much():
     assert str(Prune(l1, 0.125)).startswith("12.5% of single weights of all layers")
     assert "convolutions without 0" in str(Ternary(only=nn.Conv2d, keep=("0",)))
     assert "linear layers" in str(CalibratedTernary(only=nn.Linear)) and "layers" not in str(CalibratedTernary())
+
+
+def test_a_reconstructed_row_hands_on_what_it_was_given(monkeypatch):
+    seen = []
+    monkeypatch.setattr("train_test_utils.transforms.ternarize_", lambda *args, **more: seen.append((args, more)))
+    settings, reconstruction = Settings(correct=False), Reconstruction(steps=7)
+    ReconstructedTernary(settings, 8, nn.Linear, ["1"], reconstruction=reconstruction)(None, None, 0)
+    assert seen == [((None, None, settings, 8, nn.Linear, ["1"]), {"reconstruction": reconstruction})]
+
+
+def test_a_calibrated_start_leaves_layers_of_8_bits():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 4))
+    quantize_(model, int8_absmax, act_bits=None, only="1")
+    CalibratedStart()(model, torch.rand(64, 3, 2, 2), 0)
+    assert [layer.weight_bits for _, layer in select_layers(model)] == [8, "ternary"]
+
+
+def test_a_transformed_model_is_in_evaluation():
+    images_of_2 = torch.zeros(2, 3, 2, 2, dtype=torch.uint8)
+    assert not transformed(Row("float", None, [], None), nn.Sequential(nn.Dropout()), images_of_2, 0).training

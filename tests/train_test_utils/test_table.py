@@ -164,3 +164,7 @@ def test_commands_keep_quoted_words_launchers_and_the_order_of_seeds():
     command = "torchrun --nproc_per_node=4 x.py --out 'my --dir' --budget=0.1 --seeds {0} --only=qat_all"
     joined = commands_of([row(seed=seed, command=command.format(seed)) for seed in (10, 2)])
     assert joined == ["torchrun --nproc_per_node=4 x.py --budget 0.1 --out 'my --dir' --seeds 2 10 --only qat_all"]
+
+
+def test_a_tenth_of_a_megabyte_and_less():
+    assert megabytes(120_000) == "0.120 MB" and megabytes(99_000) == "99.0 kB"

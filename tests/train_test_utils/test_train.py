@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from contextlib import suppress
 from dataclasses import replace
@@ -386,3 +387,62 @@ def test_statistics_of_one_image_more_than_whole_batches():
     """One image alone has no variance: it is left out."""
     recipes = [Recipe(epochs=1, lr=0.01, batch_size=16, statistics_images=count) for count in (32, 33)]
     assert same(*(train(model(), dataset(), recipe, Setup(CPU)) for recipe in recipes))
+
+
+def test_each_seed_and_each_step_draws_its_own_numbers(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(train_module, "augment", lambda images, **how: drawn.append(torch.initial_seed()) or images)
+    for seed in (1, 2, 1):
+        train(linear(), dataset(), replace(PLAIN, epochs=1), Setup(CPU), seed=seed)
+    assert drawn[:5] == drawn[10:] and len(set(drawn)) == 10
+
+
+def test_every_epoch_has_an_order_of_its_own(monkeypatch):
+    seen = []
+
+    def noted(data, batch, recipe, budget):
+        seen.extend(batch.tolist())
+        return to_float(data.train.images[batch])
+
+    monkeypatch.setattr(train_module, "_augmented", noted)
+    train(linear(), dataset(), replace(PLAIN, epochs=2), Setup(CPU), seed=3)
+    assert seen == [i for epoch in (0, 1) for i in epoch_order(80, 3, epoch).tolist()]
+
+
+def test_the_teacher_stays_as_it_is():
+    teacher = nn.Sequential(nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(1800, 4))
+    before = copy.deepcopy(teacher.state_dict())
+    train(linear(), dataset(), replace(PLAIN, epochs=1, distill=0.5), Setup(CPU), teacher=teacher)
+    assert all(torch.equal(before[name], tensor) for name, tensor in teacher.state_dict().items())
+
+
+def test_statistics_are_averaged_with_the_weights():
+    first, recipe = make("alexnet_like"), replace(PLAIN, epochs=2)
+    nets = [train(copy.deepcopy(first), dataset(), replace(recipe, ema=ema), Setup(CPU)) for ema in (0.9999, None)]
+    slow, fast = ((net[2].running_mean - first[2].running_mean).abs().sum() for net in nets)
+    assert slow < 0.5 * fast
+
+
+def test_the_scale_of_the_loss_comes_back(tmp_path, monkeypatch):
+    def stop(record):
+        raise Stop
+
+    monkeypatch.setattr(train_module, "LOOK_EVERY", 1)
+    monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=1.0, growth_interval=1))
+    path, setup = tmp_path / "last.pt", Setup(CPU, torch.float16, checkpoint_seconds=-1)
+    with pytest.raises(Stop):
+        train(linear(), dataset(), PLAIN, setup, state_path=path, on_epoch=stop)
+    train(linear(), dataset(), PLAIN, setup, state_path=path)
+    assert torch.load(path)["scaler"]["scale"] == 2**15  # doubled in each of 15 steps
+
+
+def test_the_last_part_of_an_epoch_is_told_too():
+    records = []
+    train(linear(), dataset(), replace(PLAIN, epochs=1.4), Setup(CPU), on_epoch=records.append)
+    assert [(record["epoch"], record["step"]) for record in records] == [(1, 5), (2, 7)]
+
+
+@pytest.mark.parametrize(("seconds", "saved"), [(1e9, False), (-1, True)])
+def test_states_are_as_far_apart_as_the_setup_says(seconds, saved, tmp_path):
+    train(linear(), dataset(), PLAIN, Setup(CPU, checkpoint_seconds=seconds), state_path=tmp_path / "last.pt")
+    assert (tmp_path / "last.pt").exists() == saved

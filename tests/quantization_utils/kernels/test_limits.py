@@ -156,3 +156,11 @@ def test_wrong_shapes_are_named() -> None:
     with pytest.raises(ValueError, match="images must be"):
         kernels.make_executor([conv(-1, 8, 3)], "cpu")(images_of(1, 8, 8, channels=4))
     assert kernels.make_executor([conv(-1, 8, 3)], "cpu")(images_of(0, 8, 8)[:0].reshape(0, 3, 8, 8)).shape[0] == 0
+
+
+@pytest.mark.parametrize("other", [None, torch.tensor([7, 7, 8], dtype=torch.uint8)])
+def test_two_paddings_of_one_value_are_refused(other: Tensor | None) -> None:
+    mean = torch.tensor([7, 7, 7], dtype=torch.uint8)
+    nodes = [conv(-1, 4, 3, pad_values=mean), conv(-1, 4, 3, pad_values=other, residual=0, residual_gain=1.0)]
+    with pytest.raises(ValueError, match="pad one value differently"):
+        kernels.make_executor(nodes, BACKENDS[0])(images_of(1, 8, 8))
