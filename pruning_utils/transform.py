@@ -112,8 +112,10 @@ def _keys(
         importance = importance.flatten(1).sum(1) if importance.shape == weight.shape else importance
         magnitude, pruned = magnitude.flatten(1).sum(1), pruned.flatten(1).all(1)
     if importance.shape != magnitude.shape:
+        is_of_filters = importance.shape == weight.shape[:1]
         raise ValueError(
             f"the score of {name} has shape {tuple(importance.shape)}: it should be {tuple(magnitude.shape)}"
+            + is_of_filters * ", or be marked as one of filters: @scoring(granularity='filter')"
         )
     if not (weight.isfinite().all() and importance.isfinite().all()):
         raise ValueError(f"{name} has weights or importances that are not finite: was it trained to the end?")

@@ -44,9 +44,9 @@ def quantize_(
     another quantizer takes the rest.
 
     Raises:
-        ValueError: `act_bits` outside 2 … 8, nothing to quantize, a layer of a class derived from PyTorch's, which may
-            do something else, one whose weight is computed from several tensors, or one whose sums 32 bits can't hold;
-            the model is as it was.
+        ValueError: `act_bits` outside 2 … 8, nothing to quantize, a quantizer that returns something else than
+            `quantizers` says, a layer of a class derived from PyTorch's, which may do something else, one whose weight
+            is computed from several tensors, or one whose sums 32 bits can't hold; the model is as it was.
     """
     if act_bits is not None and act_bits not in range(2, 9):
         raise ValueError(f"activations can have 2 to 8 bits or None (float), not {act_bits!r}")
@@ -57,6 +57,8 @@ def quantize_(
         raise ValueError("the model is a layer itself, which cannot take its own place: put it into an nn.Sequential")
     layers = [(name, layer) for name, layer in layers if not isinstance(layer, (BitLinear, BitConv2d))]
     check_replaceable(layers)
+    if layers:
+        _check_quantizer(quantizer, min((layer.weight for _, layer in layers), key=Tensor.numel).detach())
     quantized: dict[str, BitLinear | BitConv2d] = {}
     for name, layer in layers:
         bit_class = BitLinear if isinstance(layer, nn.Linear) else BitConv2d
@@ -72,6 +74,21 @@ def quantize_(
         if isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0  # its fast path would read the float weights, past the layers
     return model
+
+
+def _check_quantizer(quantizer: Quantizer, weight: Tensor) -> None:
+    """Raise a ValueError if what it makes of a weight is not what a quantizer returns."""
+    made = quantizer(weight)
+    is_pair = isinstance(made, tuple) and len(made) == 2 and all(isinstance(part, Tensor) for part in made)
+    if is_pair:
+        codes, scale = made
+        is_pair = (codes.dtype, codes.shape) == (torch.int8, weight.shape)
+        is_pair &= (scale.dtype, scale.shape) == (torch.float32, weight.shape[:1])
+    if not is_pair or (weight.isfinite().all() and not (scale.isfinite() & (scale > 0)).all()):
+        raise ValueError(
+            f"{getattr(quantizer, '__name__', quantizer)} is no quantizer: of a weight (N, ...) one returns codes, "
+            "int8 of that shape, and a scale of each channel, float32 (N,), positive and finite"
+        )
 
 
 def check_replaceable(layers: Sequence[tuple[str, nn.Module]]) -> None:
@@ -198,24 +215,21 @@ def _insert_static_quantizers(model: nn.Module) -> dict[str, Quantized]:
     if graph is None:
         return found
     uses = Counter(str(fx_node.target) for fx_node in graph.nodes if fx_node.op == "call_module")
+    readers: dict[Any, list[fx.Node]] = {}  # each layer's uses
     for fx_node in graph.nodes:
         layer = module_of(model, fx_node)
         if isinstance(layer, Quantized):
             found[str(fx_node.target)] = layer
-        if not isinstance(layer, (BitLinear, BitConv2d)) or layer.input_quantizer is None:
-            continue
-        bits = int(layer.input_quantizer.bits)  # type: ignore[arg-type]
-        producer = _producer(model, fx_node.all_input_nodes[0])
-        ends = [producer]
-        if isinstance(module_of(model, producer), nn.AdaptiveAvgPool2d):
-            ends.append(_producer(model, producer.all_input_nodes[0]))  # of integers, so what it reads is quantized too
-            if isinstance(module_of(model, ends[-1]), Normalize):
-                continue  # signed pixels, whose average is no unsigned code
-        if not all(isinstance(module_of(model, e), NODE_ENDS) for e in ends):
+        if isinstance(layer, (BitLinear, BitConv2d)) and layer.input_quantizer is not None:
+            readers.setdefault(layer, []).append(fx_node)
+    for layer, fx_nodes in readers.items():
+        ends_of_each = [_ends(model, fx_node) for fx_node in fx_nodes]
+        if not all(ends_of_each):
             continue  # an input that no node ends (a model of another kind): it keeps its dynamic scale
-        for name, module in ((str(e.target), module_of(model, e)) for e in ends):
+        bits = int(layer.input_quantizer.bits)
+        for name, module in ((str(e.target), module_of(model, e)) for ends in ends_of_each for e in ends):
             if isinstance(module, Quantized) and module.quantizer.bits != bits:
-                raise ValueError(f"{fx_node.target} reads with {bits} bits what another layer reads with others")
+                raise ValueError(f"{fx_nodes[0].target} reads with {bits} bits what another layer reads with others")
             if isinstance(module, (nn.ReLU, nn.AdaptiveAvgPool2d)):
                 if uses[name] > 1:
                     raise ValueError(f"{name} runs more than once and can have one scale: give each use its own module")
@@ -223,6 +237,19 @@ def _insert_static_quantizers(model: nn.Module) -> dict[str, Quantized]:
                 replace_module(model, name, found[name].train(module.training))
         layer.input_quantizer = None
     return found
+
+
+def _ends(model: nn.Module, fx_node: fx.Node) -> list[fx.Node]:
+    """Where what a layer reads there is quantized: the end of the node before, and of the one that its pool reads.
+
+    Nothing if no node ends there.
+    """
+    ends = [_producer(model, fx_node.all_input_nodes[0])]
+    if isinstance(module_of(model, ends[0]), nn.AdaptiveAvgPool2d):
+        ends.append(_producer(model, ends[0].all_input_nodes[0]))  # of integers, so what it reads is quantized too
+        if isinstance(module_of(model, ends[-1]), Normalize):
+            return []  # signed pixels, whose average is no unsigned code
+    return ends if all(isinstance(module_of(model, end), NODE_ENDS) for end in ends) else []
 
 
 def _producer(model: nn.Module, fx_node: Any) -> fx.Node:

@@ -252,6 +252,8 @@ def test_own_scores():
     assert all((m.weight.flatten()[: m.weight.numel() // 2] == 0).all() for m in layers(by_position))
     with pytest.raises(ValueError, match="has shape"):
         prune_(network(), lambda w: w.sum(), 0.5)
+    with pytest.raises(ValueError, match=r"or be marked as one of filters: @scoring\(granularity='filter'\)"):
+        prune_(network(), lambda w: w.flatten(1).abs().amax(1), 0.5)
 
 
 @pytest.mark.parametrize("amount", [-0.1, 1, 1.0, 30, float("nan"), "0.3", None, True])

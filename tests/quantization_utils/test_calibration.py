@@ -135,3 +135,19 @@ def test_a_relu_that_is_used_twice_is_not_given_one_scale():
     with pytest.raises(ValueError, match="relu runs more than once .*: give each use its own module"):
         calibrate_(model, batch)
     assert torch.equal(logits_of(model, batch), expected)
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_layer_that_is_used_twice_has_both_inputs_quantized(ended):
+    """Where something else than a ReLU stands before one of them, both keep their dynamic scales."""
+    twice = nn.Conv2d(8, 8, 3, padding=1)
+    between = nn.ReLU() if ended else nn.Softplus()
+    model = nn.Sequential(Normalize(), nn.Conv2d(3, 8, 3), nn.ReLU(), twice, between, twice)
+    calibrate_(quantize_(model, act_bits=2), images(4))
+    seen = []
+    model[3].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    logits_of(model, images(1))
+    if ended:
+        assert model[3].input_quantizer is None and [len(x.unique()) <= 4 for x in seen] == [True, True]
+    else:
+        assert model[3].input_quantizer.bits == 2

@@ -289,3 +289,21 @@ def test_a_layer_whose_sums_32_bits_cannot_hold_is_told_before_training():
     assert len(layers(quantize_(copy.deepcopy(model)), BitLinear)) == 2
     assert len(layers(quantize_(model, int8_absmax, act_bits=None), BitLinear)) == 2
     assert quantize_(nn.Sequential(nn.Linear(66_311, 1)), int8_absmax)
+
+
+@pytest.mark.parametrize(
+    "quantizer",
+    [
+        lambda w: (w.sign(), w.flatten(1).abs().mean(1)),
+        lambda w: (w.sign().to(torch.int8), w.abs().mean()),
+        lambda w: (w.sign().to(torch.int8).flatten(1), w.flatten(1).abs().mean(1)),
+        lambda w: (w.sign().to(torch.int8), torch.zeros(len(w))),
+        lambda w: w.sign().to(torch.int8),
+    ],
+    ids=["float codes", "one scale", "flat codes", "scales of 0", "no scales"],
+)
+def test_what_is_no_quantizer_is_told_before_a_training(quantizer):
+    model = make("alexnet_like")
+    with pytest.raises(ValueError, match="is no quantizer: .* int8 of that shape, and a scale of each channel"):
+        quantize_(model, quantizer)
+    assert not [m for m in model.modules() if isinstance(m, (BitLinear, BitConv2d))]
