@@ -123,17 +123,19 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.record and options.files:
         parser.error("--record is for the models of the study: leave the files out")
-    try:
-        if not options.files:
+    code = 0
+    for path in options.files or [None]:
+        try:
+            if path:
+                print_file(path)
+                continue
             reports = print_models(options.layers)
             if options.record:
                 record(reports)
-        for path in options.files:
-            print_file(path)
-    except (ModelFileError, OSError) as error:
-        print(f"determine_space_saved.py: {sentence(error)}", file=sys.stderr)
-        return 2
-    return 0
+        except (ModelFileError, OSError) as error:
+            print(f"determine_space_saved.py: {sentence(error)}", file=sys.stderr)
+            code = 2
+    return code
 
 
 if __name__ == "__main__":

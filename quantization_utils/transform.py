@@ -57,8 +57,9 @@ def quantize_(
         raise ValueError("the model is a layer itself, which cannot take its own place: put it into an nn.Sequential")
     layers = [(name, layer) for name, layer in layers if not isinstance(layer, (BitLinear, BitConv2d))]
     check_replaceable(layers)
-    if layers:
-        _check_quantizer(quantizer, min((layer.weight for _, layer in layers), key=Tensor.numel).detach())
+    weights: list[Any] = [layer.weight for _, layer in layers]
+    if weights:
+        _check_quantizer(quantizer, min(weights, key=torch.numel).detach())
     quantized: dict[str, BitLinear | BitConv2d] = {}
     for name, layer in layers:
         bit_class = BitLinear if isinstance(layer, nn.Linear) else BitConv2d

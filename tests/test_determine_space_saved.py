@@ -113,6 +113,12 @@ def test_bad_files_are_one_sentence_and_exit_code_2(content, tmp_path, capsys):
     assert str(path) in error and error.count("\n") == 1
 
 
+def test_a_bad_file_keeps_no_other_from_being_shown(tmp_path, capsys):
+    assert determine_space_saved.main([str(tmp_path / "missing"), str(GOLDEN), str(tmp_path / "another")]) == 2
+    captured = capsys.readouterr()
+    assert "verified" in captured.out and captured.err.count("determine_space_saved.py: ") == 2
+
+
 def test_files_are_not_recorded_as_the_study(capsys):
     with pytest.raises(SystemExit) as stop:
         determine_space_saved.main(["--record", str(GOLDEN)])
