@@ -154,10 +154,11 @@ def run_table(
                 try:
                     line = run.line(logbook)
                 except (ValueError, MemoryError, torch.OutOfMemoryError) as error:
-                    is_mistake = isinstance(error, ValueError) and not isinstance(error, NonFiniteLoss)
-                    # Of several processes only one may have found a mistake: the others would wait for it.
-                    if os.environ.get("TERNARY_TRACEBACK") or (is_mistake and distributed.world_size() > 1):
+                    diverged = isinstance(error, NonFiniteLoss)
+                    # All processes see that; of anything else, which may have befallen one, the others would not know.
+                    if os.environ.get("TERNARY_TRACEBACK") or (distributed.world_size() > 1 and not diverged):
                         raise
+                    is_mistake = isinstance(error, ValueError) and not diverged
                     code = max(code, 2 if is_mistake else 1)
                     script = Path(sys.argv[0]).name
                     print(f"{script}: {row.name}, seed {seed}: {sentence(error)}", file=sys.stderr)
