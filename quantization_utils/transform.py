@@ -80,12 +80,14 @@ def quantize_(
 def _check_quantizer(quantizer: Quantizer, weight: Tensor) -> None:
     """Raise a ValueError if what it makes of a weight is not what a quantizer returns."""
     made = quantizer(weight)
-    is_pair = isinstance(made, tuple) and len(made) == 2 and all(isinstance(part, Tensor) for part in made)
-    if is_pair:
+    is_right = isinstance(made, tuple) and len(made) == 2 and all(isinstance(part, Tensor) for part in made)
+    if is_right:
         codes, scale = made
-        is_pair = (codes.dtype, codes.shape) == (torch.int8, weight.shape)
-        is_pair &= (scale.dtype, scale.shape) == (torch.float32, weight.shape[:1])
-    if not is_pair or (weight.isfinite().all() and not (scale.isfinite() & (scale > 0)).all()):
+        is_right = (codes.dtype, codes.shape) == (torch.int8, weight.shape)
+        is_right &= (scale.dtype, scale.shape) == (torch.float32, weight.shape[:1])
+        if weight.isfinite().all():
+            is_right &= bool((scale.isfinite() & (scale > 0)).all())
+    if not is_right:
         raise ValueError(
             f"{getattr(quantizer, '__name__', quantizer)} is no quantizer: of a weight (N, ...) one returns codes, "
             "int8 of that shape, and a scale of each channel, float32 (N,), positive and finite"
