@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -123,15 +124,16 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.record and options.files:
         parser.error("--record is for the models of the study: leave the files out")
+
+    def study() -> None:
+        reports = print_models(options.layers)
+        if options.record:
+            record(reports)
+
     code = 0
-    for path in options.files or [None]:
+    for report in [partial(print_file, path) for path in options.files] or [study]:
         try:
-            if path:
-                print_file(path)
-                continue
-            reports = print_models(options.layers)
-            if options.record:
-                record(reports)
+            report()
         except (ModelFileError, OSError) as error:
             print(f"determine_space_saved.py: {sentence(error)}", file=sys.stderr)
             code = 2
