@@ -18,7 +18,7 @@ from quantization_utils.quantizers import TERNARY, absmean_fitted, as_is, int8_a
 from quantization_utils.reconstruction import Reconstruction
 from tests.networks import KINDS, images, make
 from tests.pretend_gpu import AVAILABLE, NAME
-from train_test_utils import experiment
+from train_test_utils import experiment, run
 from train_test_utils.data import load_dataset
 from train_test_utils.dataset import ImageDataset
 from train_test_utils.evaluate import predict
@@ -113,7 +113,7 @@ def rows_of_a_script(path: Path) -> None:
 
     train_test_utils.cli.pick_device = lambda name: torch.device(NAME)
     experiment.load_dataset = lambda name, folder: small(load_dataset(name, folder))
-    experiment.latency_beside = lambda *models, seconds: {}  # on the CPU
+    run.latency_beside = lambda *models, seconds: {}  # on the CPU
     rows = ["ptq_all_corrected_8bit_acts", "qat_all", "qat_linear_l2_filters_50"]
     options = ["--options", "checkpoint=none", "width=64", "depth=1", "patch_size=8", "--budget", "0.005"]
     where = ["--out", str(path), "--dataset", "digits", "--wandb", "disabled", "--precision", "fp32"]

@@ -20,7 +20,7 @@ from PIL import Image
 from models import build
 from models.select import select_layers
 from quantization_utils import load_model
-from train_test_utils import experiment
+from train_test_utils import experiment, run
 from train_test_utils.logbook import read_rows
 from train_test_utils.row_folder import locked
 from train_test_utils.rows import Prune
@@ -194,7 +194,7 @@ def test_a_second_run_computes_nothing_again(finished, monkeypatch, capsys):
         raise AssertionError("trained or packed again")
 
     for name in ("train", "pack_", "save_weights"):
-        monkeypatch.setattr(experiment, name, forbidden)
+        monkeypatch.setattr(run, name, forbidden)
     assert start(monkeypatch, "vit", *TINY, *only, "--out", str(out)) == 0
     assert lines_of(out) == lines and [p.stat().st_mtime_ns for p in kept] == before and len(kept) == 12
     assert capsys.readouterr().out.count("done before") == 4
@@ -280,7 +280,7 @@ def test_a_training_that_diverges_takes_its_children_with_it(monkeypatch, capsys
     def diverged(*args, **kwargs):
         raise NonFiniteLoss("the loss was not finite at step 3")
 
-    monkeypatch.setattr(experiment, "train", diverged)
+    monkeypatch.setattr(run, "train", diverged)
     assert start(monkeypatch, "vit", *TINY, "--only", "ptq_all", "--out", str(tmp_path)) == 1
     assert capsys.readouterr().err == "vit_experiments.py: float, seed 3: the loss was not finite at step 3\n"
     assert not list(tmp_path.rglob("rows.jsonl"))
@@ -291,14 +291,14 @@ def test_a_training_that_diverges_takes_its_children_with_it(monkeypatch, capsys
     [(ValueError("a score of another shape."), 2), (torch.OutOfMemoryError("no memory"), 1), (MemoryError(), 1)],
 )
 def test_what_is_wrong_with_one_row_leaves_the_others_and_the_report(error, code, monkeypatch, capsys, tmp_path):
-    real = experiment.transformed
+    real = run.transformed
 
     def failing(row, *args, **kwargs):
         if row.name == "ptq_all":
             raise error
         return real(row, *args, **kwargs)
 
-    monkeypatch.setattr(experiment, "transformed", failing)
+    monkeypatch.setattr(run, "transformed", failing)
     words = [*TINY, "--only", "ptq_all", "ptq_all_twn", "--out", str(tmp_path)]
     assert start(monkeypatch, "vit", *words) == code
     assert f"vit_experiments.py: ptq_all, seed 3: {str(error) or 'MemoryError'}\n" in capsys.readouterr().err
@@ -311,7 +311,7 @@ def test_ctrl_c_says_that_the_same_command_continues(monkeypatch, capsys, tmp_pa
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(experiment, "train", interrupted)
+    monkeypatch.setattr(run, "train", interrupted)
     assert start(monkeypatch, "vit", *TINY, "--only", "float", "--out", str(tmp_path)) == 130
     error = capsys.readouterr().err
     assert error.endswith("vit_experiments.py: interrupted; the same command continues\n") and "Traceback" not in error
@@ -370,7 +370,7 @@ def test_a_row_is_not_held_against_results_that_another_process_has_put_in_place
     out, _ = finished
     folder = out / "vit-digits" / "float-seed3"
     before = (folder / "config_hash").read_text()
-    loaded = experiment.Run.finished_in
+    loaded = run.Run.finished_in
 
     def then_another_comes(run, logbook):
         line = loaded(run, logbook)
@@ -378,7 +378,7 @@ def test_a_row_is_not_held_against_results_that_another_process_has_put_in_place
             (folder / "config_hash").write_text("another\n")
         return line
 
-    monkeypatch.setattr(experiment.Run, "finished_in", then_another_comes)
+    monkeypatch.setattr(run.Run, "finished_in", then_another_comes)
     assert start(monkeypatch, "vit", *TINY, "--only", "ptq_all_per_tensor", "--out", str(out)) == 2
     assert f"{folder} was taken by another process with other options: start again" in capsys.readouterr().err
     (folder / "config_hash").write_text(before)
@@ -389,7 +389,7 @@ def test_what_is_not_done_is_not_measured_again(finished, monkeypatch, capsys):
     out, _ = finished
     before, folders = lines_of(out), sorted((out / "vit-digits").iterdir())
     other = [w if w != "0.005" else "0.003" for w in TINY]
-    monkeypatch.setattr(experiment, "train", None)
+    monkeypatch.setattr(run, "train", None)
     assert start(monkeypatch, "vit", *other, "--only", "qat_all", "--measure-again", "--out", str(out)) == 0
     assert capsys.readouterr().err == "float, seed 3: not done with these options, so not measured\n"
     assert lines_of(out) == before and sorted((out / "vit-digits").iterdir()) == folders
@@ -398,7 +398,7 @@ def test_what_is_not_done_is_not_measured_again(finished, monkeypatch, capsys):
 def test_measuring_again_leaves_the_rows_that_are_not_named(finished, monkeypatch):
     out, _ = finished
     before = lines_of(out)
-    monkeypatch.setattr("train_test_utils.experiment.commit", lambda: "now")
+    monkeypatch.setattr("train_test_utils.run.commit", lambda: "now")
     assert start(monkeypatch, "vit", *TINY, "--only", "ptq_all", "--measure-again", "--out", str(out)) == 0
     (line,) = lines_of(out)[len(before) :]
     old = [line for line in before if line["row"] == "ptq_all"][-1]
@@ -412,10 +412,10 @@ def test_a_short_training_is_not_compiled(monkeypatch, tmp_path):
     compiled = []
     monkeypatch.setattr("train_test_utils.cli.can_compile", lambda device: True)
     monkeypatch.setattr(
-        "train_test_utils.experiment.train", lambda model, data, recipe, setup, **more: compiled.append(setup.compile)
+        "train_test_utils.run.train", lambda model, data, recipe, setup, **more: compiled.append(setup.compile)
     )
     for least in (1, 10**6):
-        monkeypatch.setattr("train_test_utils.experiment.WORTH_COMPILING", least)
+        monkeypatch.setattr("train_test_utils.run.WORTH_COMPILING", least)
         assert start(monkeypatch, "vit", *TINY, "--only", "float", "--out", str(tmp_path / str(least))) == 0
     assert compiled == [True, False]
 
@@ -423,9 +423,9 @@ def test_a_short_training_is_not_compiled(monkeypatch, tmp_path):
 def test_latency_alone_is_measured_again_without_an_image_of_the_data(finished, monkeypatch):
     out, _ = finished
     before = lines_of(out)
-    monkeypatch.setattr("train_test_utils.experiment.predict", None)
-    monkeypatch.setattr("train_test_utils.experiment.commit", lambda: "now")
-    monkeypatch.setattr("train_test_utils.experiment.latency_beside", lambda *models, seconds: {"throughput_batch": 5})
+    monkeypatch.setattr("train_test_utils.run.predict", None)
+    monkeypatch.setattr("train_test_utils.run.commit", lambda: "now")
+    monkeypatch.setattr("train_test_utils.run.latency_beside", lambda *models, seconds: {"throughput_batch": 5})
     assert start(monkeypatch, "vit", *TINY, "--only", "ptq_all", "--measure-again", "latency", "--out", str(out)) == 0
     (line,) = lines_of(out)[len(before) :]
     old = [line for line in before if line["row"] == "ptq_all"][-1]

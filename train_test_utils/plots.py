@@ -25,6 +25,8 @@ SCORE_STYLES = {
 }
 FULL_LATENCY_LINES = 24  # more than these, and pruned rows are left out of the latency picture
 
+Curve = Sequence[Mapping[str, Any]]  # the epochs of a training
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -35,13 +37,13 @@ class Picture:
     caption: str
 
 
-def draw_all(lines: Sequence[Line], curves: Mapping[str, Sequence[Mapping[str, Any]]], folder: Path) -> list[Picture]:
-    """Draw what the rows have data for."""
+def draw_all(lines: Sequence[Line], curves: Sequence[Curve], folder: Path) -> list[Picture]:
+    """Draw what there are data for; `curves`: of each line, empty where it has none."""
     drawn = [
         draw_size(lines, folder),
         draw_pruning(lines, folder),
         draw_latency(lines, folder),
-        draw_curves(curves, lines, folder),
+        draw_curves(lines, curves, folder),
     ]
     return [picture for picture in drawn if picture is not None]
 
@@ -161,29 +163,25 @@ def _timed_on(line: Line) -> str:
     return ", ".join(part for part in (device, f"{threads} thread{'s' * (threads != '1')}" if threads else "") if part)
 
 
-def draw_curves(
-    curves: Mapping[str, Sequence[Mapping[str, Any]]], lines: Sequence[Line], folder: Path
-) -> Picture | None:
+def draw_curves(lines: Sequence[Line], curves: Sequence[Curve], folder: Path) -> Picture | None:
     """Training loss and accuracy by epoch."""
-    fields = [
-        f for f in ("train_loss", "train_accuracy_pct") if any(f in r for records in curves.values() for r in records)
-    ]
+    fields = [f for f in ("train_loss", "train_accuracy_pct") if any(f in r for records in curves for r in records)]
     if not fields:
         return None
     figure, panels = _figure(5.2 * len(fields), 4.2, len(fields))
-    plain = {name: Line(({"row": name},)).pruning is None for name in curves}
     for axes, field in zip(panels, fields, strict=True):
         ends = []
-        for name, records in curves.items():
+        for line, records in zip(lines, curves, strict=True):
             points = [(r["epoch"], r[field]) for r in records if "epoch" in r and field in r]
             if not points:
                 continue
             xs, ys = zip(*points, strict=True)
-            colour, marker = family(name)
-            axes.plot(xs, ys, color=colour, linewidth=1.8 if plain[name] else 0.8, alpha=1 if plain[name] else 0.45,
+            colour, marker = family(line.name)
+            plain = line.pruning is None
+            axes.plot(xs, ys, color=colour, linewidth=1.8 if plain else 0.8, alpha=1 if plain else 0.45,
                       marker=marker if len(xs) == 1 else None)  # fmt: skip
-            if plain[name]:
-                ends.append((xs[-1], ys[-1], name, colour))
+            if plain:
+                ends.append((xs[-1], ys[-1], line.label, colour))
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if field == "train_loss":

@@ -91,18 +91,18 @@ def _first(name: str, patterns: Sequence[str]) -> str | None:
 
 def _experiments(rows: Sequence[Mapping[str, Any]], titles: Sequence[str] | None) -> str:
     lines = lines_of(rows)
-    several = len({line.budget for line in lines}) > 1
     known = {_name(column): column for column in columns_of(lines)}
     if unknown := sorted(set(titles or ()) - set(known)):
         raise ValueError(f"these rows have no column {unknown[0]!r}: choose from {', '.join(known)}")
     columns = [known[title] for title in titles or known]
-    head = ["row", *(["budget"] if several else []), *(column.title for column in columns)]
-    body = [
-        [f"`{line.name}`", *([f"{line.budget:g}"] if several else []), *(column.cell(line) for column in columns)]
-        for line in lines
-    ]
+    head = ["row", *(column.title for column in columns)]
+    body = [[_label(line), *(column.cell(line) for column in columns)] for line in lines]
     notes = _reduced(lines) + [f"{k} {v}" for k, v in circumstances(lines).items()]
     return _table(head, body, left=1) + _notes(notes, rows)
+
+
+def _label(line: Line) -> str:
+    return f"`{line.name}`" + (f" ({line.conditions})" if line.conditions else "")
 
 
 def _reduced(lines: Sequence[Line]) -> list[str]:

@@ -20,7 +20,8 @@ from .cli import sentence
 from .logbook import read_curves, read_rows
 from .output import prepare_output, say
 from .readme_tables import with_tables
-from .table import circumstances, columns_of, is_reduced, lines_of
+from .row_folder import place_of
+from .table import Line, circumstances, columns_of, is_reduced, lines_of
 
 
 def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -51,7 +52,7 @@ def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
 def write_report(rows: Sequence[Mapping[str, Any]], out_dir: str | Path) -> list[Path]:
     """Write `report.html` (one page, everything embedded) and its pictures into `out_dir`; return their paths.
 
-    Training curves are read from `<out_dir>/<row>-seed<k>/curves.jsonl` where these exist.
+    Training curves, of a line's first seed, are read from the row's `curves.jsonl` where that exists.
     """
     from .plots import draw_all  # imported here: matplotlib takes a second, and the tables do not need it
     from .report_page import page
@@ -59,16 +60,17 @@ def write_report(rows: Sequence[Mapping[str, Any]], out_dir: str | Path) -> list
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     lines = lines_of(rows)
-    curves = {}
-    for line in lines:
-        found = read_curves(out_dir / f"{line.name}-seed{line.seeds[0]}")
-        if found:
-            curves[line.name] = found
-    pictures = draw_all(lines, curves, out_dir)
+    pictures = draw_all(lines, [_curve(line, out_dir) for line in lines], out_dir)
     path = out_dir / "report.html"
     with replacing(path) as file:
         file.write(page(lines, pictures).encode())
     return [path, *(picture.path for picture in pictures)]
+
+
+def _curve(line: Line, folder: Path) -> list[dict[str, Any]]:
+    """The epochs of a line's first seed."""
+    first = line.rows[0]
+    return read_curves(place_of(folder / f"{line.name}-seed{first.get('seed')}", first.get("config_hash")))
 
 
 def _wrapped(notes: Sequence[str], width: int) -> list[str]:

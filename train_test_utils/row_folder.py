@@ -67,5 +67,10 @@ def owner_of(folder: Path) -> str | None:
     return mark.read_text().strip() if mark.exists() else None
 
 
+def place_of(folder: Path, config_hash: str | None) -> Path:
+    """Where the results of a configuration are, in the folder or moved aside; unknown (None): in the folder."""
+    return folder if config_hash in (None, owner_of(folder)) else _aside(folder, config_hash)
+
+
 def _aside(folder: Path, config_hash: str) -> Path:
     return folder.with_name(f"{folder.name}.{config_hash}")

@@ -74,10 +74,17 @@ class Line:
 
 
 def lines_of(rows: Sequence[Mapping[str, Any]]) -> list[Line]:
-    """The lines of a table, in the order of first appearance. Of rows done twice with a seed, the later counts."""
+    """The lines of a table, in the order of first appearance.
+
+    Of rows done twice with a seed, the later counts. A row under a recipe that was edited since (another `line_hash`)
+    takes the place of those before it: seeds of two recipes have no mean.
+    """
     latest: dict[tuple[str, ...], dict[Any, Mapping[str, Any]]] = {}
     for row in rows:
-        latest.setdefault(_key(row), {})[row.get("seed")] = row
+        by_seed = latest.setdefault(_key(row), {})
+        if any(other.get("line_hash") != row.get("line_hash") for other in by_seed.values()):
+            by_seed.clear()
+        by_seed[row.get("seed")] = row
     lines = [Line(tuple(by_seed.values())) for by_seed in latest.values()]
     fields = ("budget", "options", "precision")
     several = [field for field in fields if len({str(line.rows[-1].get(field)) for line in lines}) > 1]

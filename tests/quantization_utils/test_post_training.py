@@ -15,8 +15,8 @@ from quantization_utils.post_training import Settings, _slope, correct_batch_nor
 from quantization_utils.reconstruction import Reconstruction
 from tests import networks
 from train_test_utils.dataset import ImageDataset, Split
-from train_test_utils.experiment import Run
 from train_test_utils.rows import Row
+from train_test_utils.run import Run
 from train_test_utils.transforms import CalibratedStart, CalibratedTernary, ReconstructedTernary
 
 RANK = "ignore:fewer positions than weights:UserWarning"

@@ -73,8 +73,8 @@ def test_rows_of_two_budgets_that_were_measured_on_held_out_images(tmp_path):
     rows = [row | {"dataset": "cifar10-heldout0.2", "budget": budget} for budget in (0.02, 1.0) for row in EXPERIMENTS]
     (tmp_path / "vit.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     text = with_tables(marked("vit only=float"), tmp_path)
-    assert "| row | budget | held-out accuracy |" in text
-    assert "| `float` | 0.02 | 80.12% |" in text and "| `float` | 1 | 80.12% |" in text
+    assert "| row | held-out accuracy |" in text
+    assert "| `float` (budget 0.02) | 80.12% |" in text and "| `float` (budget 1) | 80.12% |" in text
 
 
 def test_lines_of_which_some_have_an_accuracy_and_yes_and_no(tmp_path):

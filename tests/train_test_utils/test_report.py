@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from train_test_utils.plots import _size_axis, draw_all, draw_curves, draw_latency, draw_pruning, draw_size, spread
 from train_test_utils.report import format_table, main, print_table, write_report
 from train_test_utils.report_page import headline_line, page
+from train_test_utils.row_folder import claim
 from train_test_utils.table import lines_of
 
 
@@ -88,12 +89,26 @@ def test_almost_nothing_is_enough(tmp_path, few):
 
 
 def test_curves_are_those_of_the_first_seed(tmp_path, monkeypatch):
-    taken = {}
-    monkeypatch.setattr("train_test_utils.plots.draw_all", lambda lines, curves, folder: taken.update(curves) or [])
+    taken = []
+    monkeypatch.setattr("train_test_utils.plots.draw_all", lambda lines, curves, folder: taken.extend(curves) or [])
     (tmp_path / "qat_all-seed3").mkdir()
     (tmp_path / "qat_all-seed3" / "curves.jsonl").write_text('{"epoch": 1, "train_loss": 1.0}\n')
     write_report([{"row": "qat_all", "seed": seed} for seed in (3, 4)], tmp_path)
-    assert taken == {"qat_all": [{"epoch": 1, "train_loss": 1.0}]}
+    assert taken == [[{"epoch": 1, "train_loss": 1.0}]]
+
+
+def test_each_budget_has_its_own_curve(tmp_path, figures, monkeypatch):
+    """The results of the earlier one were moved aside by the later one."""
+    both = [row | {"config_hash": str(row["budget"])} for b in (0.02, 1.0) for row in rows((0,), b)[:1]]
+    for row in both:
+        folder = tmp_path / "float-seed0"
+        claim(folder, row["config_hash"])
+        (folder / "curves.jsonl").write_text(json.dumps({"epoch": 1, "train_loss": row["budget"]}) + "\n")
+    monkeypatch.setattr("train_test_utils.report_page.page", lambda lines, pictures: "")
+    write_report(both, tmp_path)
+    (axes,) = figures["training_curves"].axes
+    assert points(axes) == [((1,), (0.02,)), ((1,), (1.0,))]
+    assert {text.get_text() for text in axes.texts} == {"float (budget 0.02)", "float (budget 1)"}
 
 
 def test_notes_below_the_terminal_table_are_as_wide_as_the_terminal(monkeypatch):
@@ -159,8 +174,8 @@ def test_the_latency_picture_says_how_many_rows_it_leaves_out(pruned, caption, f
 
 
 def test_training_curves_have_a_panel_each_for_loss_and_accuracy(figures, tmp_path):
-    curves = {"qat_all": [{"epoch": e, "train_loss": 1 / e, "train_accuracy_pct": 50 + e} for e in (1, 2, 4)]}
-    draw_curves(curves, [], tmp_path)
+    curves = [[{"epoch": e, "train_loss": 1 / e, "train_accuracy_pct": 50 + e} for e in (1, 2, 4)]]
+    draw_curves(lines_of([{"row": "qat_all"}]), curves, tmp_path)
     loss, accuracy = figures["training_curves"].axes
     assert points(loss) == [((1, 2, 4), (1, 0.5, 0.25))] and points(accuracy) == [((1, 2, 4), (51, 52, 54))]
 
@@ -218,7 +233,7 @@ def test_held_out_figures_are_not_called_test_accuracy(tmp_path, monkeypatch):
     assert "held-out accuracy; float" in page(held_out, []) and "test accuracy" not in page(held_out, [])
     titles = []
     monkeypatch.setattr(Axes, "set_ylabel", lambda axes, label, *_, **__: titles.append(label))
-    draw_all(held_out, {}, tmp_path)
+    draw_all(held_out, [[]] * len(held_out), tmp_path)
     assert titles and not [title for title in titles if "test" in title]
 
 

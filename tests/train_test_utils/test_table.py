@@ -32,6 +32,15 @@ def test_a_row_done_again_replaces_the_earlier_one():
     assert sorted(line.values("test_accuracy_pct")) == [60, 70]
 
 
+def test_seeds_of_a_recipe_that_was_edited_since_are_left_out():
+    rows = [row(seed=s, line_hash=h, test_accuracy_pct=a)
+            for s, h, a in ((0, "a", 50.0), (1, "a", 60.0), (0, "b", 70.0), (2, "b", 80.0))]  # fmt: skip
+    (line,) = lines_of(rows)
+    assert line.seeds == (0, 2) and line.mean("test_accuracy_pct") == 75
+    (line,) = lines_of([*rows, rows[0]])  # and back
+    assert line.seeds == (0,)
+
+
 def test_texts_are_those_of_the_last_row_and_a_budget_that_is_not_there_is_the_whole():
     (line,) = lines_of([{"row": "float", "seed": 0, "device": "A"}, {"row": "float", "seed": 1, "device": "B"}])
     assert line.text("device") == "B" and line.budget == 1

@@ -1,0 +1,257 @@
+"""One row with one seed: build, transform, train, pack, save, reload, measure, log."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from models import build
+from quantization_utils import pack_
+from quantization_utils.file_format import ModelFileError, read_file
+from quantization_utils.storage import load_model, save_model
+
+from . import distributed
+from .checkpoint import load_weights, save_weights
+from .cli import Arguments
+from .dataset import ImageDataset
+from .evaluate import accuracy_pct, agreement_pct, predict
+from .logbook import Logbook
+from .measure import code_zero_fraction, count_macs, ideal_bytes, latency_beside, weight_bits
+from .output import say
+from .record import commit, device_name, versions
+from .row_folder import claim, locked, owner_of
+from .rows import Row, calibration_images, config_hash, describe, folder_hashes, is_named, pruned_text, transformed
+from .train import Setup, train
+
+WORTH_COMPILING = 500  # steps of a training: compilation takes a minute
+LIBRARIES = ("torch", "transformers", "numpy")  # that figures depend on
+
+
+class Run:
+    """One row with one seed."""
+
+    def __init__(
+        self, model_name: str, options: dict[str, Any], row: Row, parent: Run | None, seed: int,
+        data: ImageDataset, arguments: Arguments, folder: Path,
+    ) -> None:  # fmt: skip
+        self.model_name, self.options, self.row, self.parent = model_name, options, row, parent
+        self.seed, self.data, self.arguments = seed, data, arguments
+        self.config = {
+            "model": model_name, "options": options, "dataset": data.name, "data_fingerprint": data.fingerprint,
+            "row": describe(row), "seed": seed, "budget": arguments.budget, "precision": str(arguments.precision),
+            "parent": parent.hash if parent else None,
+        }  # fmt: skip
+        if folders := folder_hashes(options):  # a checkpoint that was written anew under its name makes another row
+            self.config["folders"] = folders
+        if distributed.world_size() > 1:  # each has random numbers of its own
+            self.config["processes"] = distributed.world_size()
+        self.hash = config_hash(self.config)
+        alike = {k: v for k, v in self.config.items() if k != "seed"} | {"parent": parent.line_hash if parent else None}
+        self.line_hash = config_hash(alike)  # the same for all seeds
+        self.folder = folder / f"{row.name}-seed{seed}"
+        self.file = self.folder / "model.safetensors"
+        self.checkpoint = self.folder / "checkpoint.safetensors"
+
+    def line(self, logbook: Logbook) -> dict[str, Any] | None:
+        """The row's line: of before, measured anew if need be, or of now; None where only what is done is measured."""
+        line = self.finished_in(logbook)
+        if line is None:
+            return None if self.arguments.measure_again else self.execute(logbook)
+        again = self.arguments.measure_again if is_named(self.row, self.arguments.only) else None
+        if distributed.first_decides(lambda: self.is_damaged(line)) or again == "everything":
+            return self.measure_again(logbook, line)
+        return self.time_again(logbook, line) if again == "latency" else line
+
+    def finished_in(self, logbook: Logbook) -> dict[str, Any] | None:
+        """The row's line if it has been done with this very configuration and its weights are still there."""
+        if not distributed.first_decides(lambda: logbook.done(self.hash) is not None):
+            return None
+        claim(self.folder, self.hash)
+        if not distributed.first_decides(self.checkpoint.exists):
+            return None
+        line = (logbook.done(self.hash) or {}) | {"line_hash": self.line_hash}  # older ones have none
+        if distributed.rank() == 0:
+            (self.folder / "last.pt").unlink(missing_ok=True)  # left by a kill just after the row was recorded
+            say(f"{self.row.name}, seed {self.seed}: done before ({line['test_accuracy_pct']:.2f}%)")
+        return line
+
+    def is_damaged(self, line: dict[str, Any]) -> bool:
+        """Whether the packed file of a finished row is gone or not as it was; its weights can be packed again."""
+        with suppress(OSError, ModelFileError):
+            read_file(self.file)  # and hold it against the hash in it
+            return self.file.stat().st_size != line["file_bytes"]
+        print(f"{self.file} is gone or damaged: the row is packed and measured again", file=sys.stderr)
+        return True
+
+    def execute(self, logbook: Logbook) -> dict[str, Any]:
+        """Do the row and append its line to the logbook."""
+        with self._ancestors_kept():
+            model = self.start()
+            began = time.monotonic()
+            model = self.transformed(model)  # first: options that make no model move no finished results aside
+            transform_seconds = round(time.monotonic() - began, 3)
+            claim(self.folder, self.hash)
+            with self._alone():
+                done = self.finished_in(logbook)  # by another process, while this one transformed the model
+                return done or self._train_and_record(logbook, model, transform_seconds)
+
+    @contextmanager
+    def _ancestors_kept(self) -> Iterator[None]:
+        """No other process puts other results in the place of those that this row starts from and is held against."""
+        with ExitStack() as stack:
+            ancestor = self.parent
+            while ancestor is not None and distributed.rank() == 0:
+                stack.enter_context(locked(ancestor.folder, shared=True))
+                ancestor._refuse_taken()
+                ancestor = ancestor.parent
+            yield
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """No other process is at work in the row's folder, and none has taken it."""
+        if distributed.rank() > 0:
+            yield
+            return
+        with locked(self.folder):
+            self._refuse_taken()
+            yield
+
+    def _refuse_taken(self) -> None:
+        if owner_of(self.folder) != self.hash:
+            raise ValueError(f"{self.folder} was taken by another process with other options: start again")
+
+    def _train_and_record(self, logbook: Logbook, model: nn.Module, transform_seconds: float) -> dict[str, Any]:
+        logbook.start_row(f"{self.row.name}-seed{self.seed}", self.config)
+        seconds: float | None = 0.0
+        if self.row.recipe is not None:
+            args = self.arguments
+            compiled = args.compile and self.row.recipe.steps(len(self.data.train), args.budget) >= WORTH_COMPILING
+            setup = Setup(args.device, args.precision, compiled, args.checkpoint_seconds)
+            teacher = self.parent.trained() if self.parent and self.row.recipe.distill else None
+            seconds = None  # unknown, if an interrupted run had ended but for its row
+
+            def on_epoch(record: dict[str, Any]) -> None:
+                nonlocal seconds
+                seconds = record["train_seconds"]
+                logbook.epoch(record)
+
+            train(
+                model, self.data, self.row.recipe, setup, seed=self.seed, budget=args.budget, teacher=teacher,
+                state_path=self.folder / "last.pt", title=f"{self.row.name} seed {self.seed}", on_epoch=on_epoch,
+            )  # fmt: skip
+        if distributed.rank() == 0:
+            save_weights(model, self.checkpoint, self.hash)
+        return self._record(logbook, model, {"train_seconds": seconds, "transform_seconds": transform_seconds})
+
+    def measure_again(self, logbook: Logbook, line: dict[str, Any]) -> dict[str, Any]:
+        """A new line for a row that is done, without training: the later of two lines counts.
+
+        Beside the device and the code of the measurement it says those of the training.
+        """
+        with self._ancestors_kept(), self._alone():
+            logbook.start_row(f"{self.row.name}-seed{self.seed}", self.config)
+            kept = {field: line.get(field) for field in ("train_seconds", "transform_seconds")}
+            for field in ("device", "commit", "versions"):
+                kept[f"trained_{field}"] = line.get(f"trained_{field}", line.get(field))
+            return self._record(logbook, self.trained(), kept)
+
+    def time_again(self, logbook: Logbook, line: dict[str, Any]) -> dict[str, Any]:
+        """As `measure_again`, for latency and throughput alone: seconds a row, on a machine that is quiet now."""
+        with self._ancestors_kept(), self._alone():
+            logbook.start_row(f"{self.row.name}-seed{self.seed}", self.config)
+            if distributed.rank() == 0:
+                now = {"latency_commit": commit(), "latency_versions": versions(*LIBRARIES)}
+                logbook.row(line | self.timed(load_model(self.file)[0]) | now)
+            distributed.barrier()
+            return logbook.done(self.hash) or {}
+
+    def _record(self, logbook: Logbook, model: nn.Module, more: dict[str, Any]) -> dict[str, Any]:
+        """Measure, and append a line with `more` fields."""
+        if distributed.rank() == 0:
+            logbook.row(self.measured(model) | more)
+            (self.folder / "last.pt").unlink(missing_ok=True)
+        distributed.barrier()
+        return logbook.done(self.hash) or {}
+
+    def start(self) -> nn.Module:
+        """The parent's trained model, or a fresh one."""
+        if self.parent is not None:
+            return self.parent.trained()
+        torch.manual_seed(self.seed)
+        return build(self.model_name, len(self.data.class_names), **self.options)
+
+    def transformed(self, model: nn.Module, structure_only: bool = False) -> nn.Module:
+        return transformed(self.row, model, self.data.train.images, self.seed, structure_only)
+
+    def trained(self) -> nn.Module:
+        """This row's model as it was trained (its structure rebuilt, its weights from the checkpoint)."""
+        model = self.transformed(self.start(), structure_only=True)
+        load_weights(model, self.checkpoint, self.hash)
+        return model.eval()
+
+    def measured(self, model: nn.Module) -> dict[str, Any]:
+        """The row's line: everything in it is taken from the file that was saved and loaded again.
+
+        But for the zero fraction: the file no longer has the channels that pruning has silenced.
+        """
+        args, test = self.arguments, self.data.test
+        trainable_logits = predict(model.to(args.device), test.images)
+        path = self.file
+        metadata = {"classes": list(self.data.class_names), "trained": self.config, "commit": commit()}
+        packed = pack_(copy.deepcopy(model).cpu())
+        metadata["accuracy_of_trainable_pct"] = accuracy_pct(trainable_logits, test.labels)
+        save_model(packed, path, metadata, calibration_images(self.data.train.images, self.seed).cpu())
+        packed, _ = load_model(path)
+        logits = predict(packed if args.device.type == "cpu" else load_model(path, str(args.device))[0], test.images)
+        agreement = agreement_pct(model, test.images, trainable_logits, logits)
+        return {
+            "model": self.model_name, "dataset": self.data.name, "row": self.row.name, "seed": self.seed,
+            "options": self.options, "parent": self.row.parent,
+            "epochs": self.row.recipe.epochs if self.row.recipe else 0, "pruned": pruned_text(self.row),
+            "transforms": [str(t) for t in self.row.transforms],
+            "test_accuracy_pct": round(accuracy_pct(logits, test.labels), 3), "test_images": len(test),
+            "reload_agreement_pct": round(agreement, 3),
+            "file_bytes": os.path.getsize(path), "float_file_bytes": os.path.getsize(self.origin.file),
+            "ideal_bytes": ideal_bytes(packed), "zero_fraction": round(code_zero_fraction(model), 5),
+            "weight_bits": weight_bits(packed), "macs": count_macs(packed),
+            **self.timed(packed), "device": device_name(args.device), "budget": args.budget,
+            "precision": str(args.precision).removeprefix("torch."),
+            "config_hash": self.hash, "line_hash": self.line_hash, "data_fingerprint": self.data.fingerprint,
+            "command": f"{distributed.launcher()} {shlex.join(sys.argv)}", "commit": commit(),
+            "versions": versions(*LIBRARIES),
+            "finished_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        }  # fmt: skip
+
+    def timed(self, packed: nn.Module) -> dict[str, Any]:
+        """Latency fields of the row's line: on the CPU, where the integer kernels run, beside the float model's."""
+        floating, _ = load_model(self.origin.file)
+        return {
+            **latency_beside(floating, packed, seconds=1.0 if self.arguments.quick else 6.0),
+            "latency_device": device_name(torch.device("cpu")), "threads": torch.get_num_threads(),
+            "backend": backend_of(packed),
+        }  # fmt: skip
+
+    @property
+    def origin(self) -> Run:
+        """The row of the float model that this one descends from."""
+        return self if self.parent is None else self.parent.origin
+
+
+def backend_of(model: nn.Module) -> str:
+    """Which kernels run a loaded model: of its packed network, or of its packed layers; "torch" if it has none."""
+    if hasattr(model, "executor"):
+        return model.executor.backend
+    runners = {m._runner.backend for m in model.modules() if hasattr(getattr(m, "_runner", None), "backend")}
+    runners |= {m.encoder.backend for m in model.modules() if getattr(getattr(m, "encoder", None), "backend", None)}
+    return "+".join(sorted(runners)) or "torch"
