@@ -31,8 +31,8 @@ def build(name: str, num_classes: int, **options: Any) -> nn.Module:
         FileNotFoundError: an option names a file that is not there.
     """
     check_options(name, options)
-    if num_classes < 2:
-        raise ValueError(f"a classifier needs at least two classes, not {num_classes}")
+    if not isinstance(num_classes, int) or num_classes < 2:
+        raise ValueError(f"a classifier needs at least two classes, not {num_classes!r}")
     try:
         model = MODELS[name](num_classes, **options)
     except (ValueError, OSError):  # a sentence already

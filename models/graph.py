@@ -23,6 +23,10 @@ class ChainTracer(fx.Tracer):
         children = [name for name, _ in m.named_children() if name != "parametrizations"]
         return not children or bool(getattr(m, "fx_leaf", False))
 
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        """The images alone: other arguments of a model have their defaults, as where it is called with images."""
+        return root_fn, [self.root, self.create_proxy("placeholder", "images", (), {})]
+
 
 def trace(model: nn.Module) -> fx.Graph | None:
     """The data flow of a chain network in evaluation; every `call_module` target is in `model.named_modules()`.

@@ -42,6 +42,8 @@ class Normalize(nn.Module):
 
     def forward(self, images_NCHW: Tensor) -> Tensor:
         require_pixels(images_NCHW)
+        if images_NCHW.dim() < 3 or len(self.mean) not in (1, images_NCHW.shape[-3]):
+            raise ValueError(f"images have {len(self.mean)} channels, (…, C, H, W), and not {tuple(images_NCHW.shape)}")
         return (images_NCHW - self.mean_C11) / self.std_C11
 
     def extra_repr(self) -> str:

@@ -22,7 +22,7 @@ def select_layers(
         ValueError: a name pattern that matches no layer (a typing mistake would silently change the result), or a
             packed model, whose layers are no linear or convolution layers any more.
     """
-    if any(hasattr(module, "codes") or hasattr(module, "nodes") for module in model.modules()):
+    if any(getattr(module, "is_packed", False) for module in model.modules()):
         raise ValueError("the model is packed, and its codes are fixed: do this before pack_")
     wanted = (only,) if only is None or isinstance(only, (type, str)) else tuple(only)
     keep = (keep,) if isinstance(keep, str) else keep

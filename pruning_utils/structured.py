@@ -40,8 +40,11 @@ def batch_norms_behind(model: nn.Module) -> dict[str, list[nn.Module]]:
     graph = trace(model)
     found: dict[str, list[nn.Module]] = {}
     for node in graph.nodes if graph else ():
-        if isinstance(module_of(model, node), (nn.Linear, nn.Conv2d)):
+        layer = module_of(model, node)
+        if isinstance(layer, (nn.Linear, nn.Conv2d)):
+            filters = layer.weight.shape[0]  # a norm of another number normalises something else than channels
             behind = (m for m in _readers(model, node) if isinstance(m, BATCH_NORMS) and m.affine)
+            behind = (m for m in behind if m.num_features == filters)
             found.setdefault(str(node.target), []).extend(behind)
     return found
 

@@ -49,8 +49,8 @@ def prune_(
 
     Raises:
         ValueError: an amount outside [0, 1), an unknown granularity or scope, a score that does not fit them, weights
-            or scores that are not finite (the model has diverged), a weight that is no parameter (`weight_norm`), or no
-            layer to prune; the model is as it was.
+            or scores that are not finite (the model has diverged), a weight that is no parameter (`weight_norm`) or
+            another layer's too, or no layer to prune; the model is as it was.
     """
     granularity, scope = _meaning(score, granularity, scope)
     if not isinstance(amount, Real) or not 0 <= amount < 1:
@@ -65,6 +65,9 @@ def prune_(
         if "weight" not in layer._parameters and not is_parametrized(layer, "weight"):
             raise ValueError(f"{name} computes its weight anew in every pass (weight_norm, torch.nn.utils.prune): "
                              "make it a parameter first (remove_weight_norm, torch.nn.utils.prune.remove)")  # fmt: skip
+        if _holders(model, layer) > 1:
+            raise ValueError(f"{name} shares its weight with another layer, which a mask can't tell from it: give it "
+                             "a copy, or leave it out (only)")  # fmt: skip
 
     generator = torch.Generator().manual_seed(seed)
     keys = [_keys(name, layer, score, granularity, generator) for name, layer in layers]
@@ -99,13 +102,23 @@ def _meaning(score: Any, granularity: str | None, scope: str | None) -> tuple[st
     return granularity, scope
 
 
+def _holders(model: nn.Module, layer: nn.Module) -> int:
+    """How many modules have the weight of a layer as their parameter, masked or not."""
+    parametrizations: Any = getattr(layer, "parametrizations", {})
+    weight = parametrizations["weight"].original if "weight" in parametrizations else layer.weight
+    return sum(any(p is weight for p in module.parameters(recurse=False)) for module in model.modules())
+
+
 def _keys(
     name: str, layer: nn.Module, score: Score, granularity: str, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """What decides the order in one layer: the importance, then |w|. What is zero already is -∞, what must stay +∞."""
     weight: Tensor = layer.weight.detach()  # type: ignore[assignment, operator]
     arguments = (generator,) if getattr(score, "seeded", False) else ()
-    importance = score(effective_weight(layer), *arguments).to(weight.device).float()
+    importance = score(effective_weight(layer), *arguments)
+    if not isinstance(importance, Tensor):
+        raise ValueError(f"the score of {name} is a {type(importance).__name__}: it should be a tensor")
+    importance = importance.to(weight.device).float()
     magnitude = weight.abs().float()
     pruned = weight == 0
     if granularity == "filter":

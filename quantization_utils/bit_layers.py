@@ -222,6 +222,7 @@ class BitConv2d(_BitLayer, nn.Conv2d):  # type: ignore[misc]
 class _PackedLayer(nn.Module):
     """Codes, scale, bias; no float weight. `act_bits` None: weight only, float arithmetic; else integer arithmetic."""
 
+    is_packed = True
     codes: Tensor
     scale: Tensor
     bias: Tensor | None

@@ -242,7 +242,7 @@ def _read_header(file: Any, size: int) -> tuple[bytes, dict[str, str], dict[str,
     (length,) = struct.unpack("<Q", prefix)
     if length > min(size - 8, MAX_HEADER_BYTES):
         raise ModelFileError(
-            f"its header claims {length} bytes of {size - 8}: the file is cut off or not a safetensors file"
+            f"its header would be longer than its {size} bytes allow: the file is cut off or not a safetensors file"
         )
     text = file.read(length)
     if len(text) != length:

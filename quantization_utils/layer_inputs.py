@@ -39,7 +39,8 @@ def execution_order(model: nn.Module, image_1CHW: Tensor) -> dict[str, str | Non
     def norm_runs(norm: str) -> Any:
         def hook(module: nn.Module, args: Any) -> None:
             for name, (output, version) in outputs.items():
-                if output is args[0] and output._version == version:
+                is_its = output is args[0] and output._version == version
+                if is_its and len(model.get_submodule(name).weight) == module.num_features:  # type: ignore[arg-type]
                     order[name] = norm
 
         return hook

@@ -29,6 +29,8 @@ KNOWN |= {*BATCH_NORMS, *PASSES}
 class PackedNetwork(nn.Module):
     """The integer form of a chain network: images float32 in [0, 1] (B, 3, H, W) → logits float32 (B, classes)."""
 
+    is_packed = True
+
     def __init__(
         self, nodes: list[Node], constructor: dict[str, Any] | None = None, backend: str = "auto",
         image_shape: tuple[int, ...] = IMAGE_SHAPE,
@@ -107,7 +109,8 @@ def to_nodes(model: nn.Module, image_shape: tuple[int, ...] = IMAGE_SHAPE) -> li
         with fixed_weights(model, lambda layer: layer.weight):
             _ShapeProp(fx.GraphModule(model, graph)).run(torch.zeros(1, *image_shape, device=device_of(model)))
     except Exception as error:  # whatever its layers raise for images that are not theirs
-        raise NotANetwork("it does not take images of {}×{}×{}".format(*image_shape)) from error
+        size = "×".join(map(str, image_shape))
+        raise NotANetwork(f"it does not take images of {size}, and was not calibrated with others") from error
     return _Builder(model).build(graph)
 
 
@@ -146,6 +149,9 @@ class _Builder:
         if fx_node.kwargs or not fx_node.args:
             raise NotANetwork(f"{fx_node.target} is not called with values alone")
         module, source = module_of(self.model, fx_node), fx_node.args[0]
+        for user in fx_node.users:  # a layer before it would have no quantizer, and take the blame
+            if user.op in ("call_function", "call_method") and user.target not in ADDITIONS:
+                raise NotANetwork(f"{user} is no module, such as nn.Flatten or nn.ReLU, but a function")
         if fx_node.target is operator.iadd or getattr(getattr(module, "module", None), "inplace", False):
             self.refuse_if_read_again(source)
         if fx_node.target in ADDITIONS:

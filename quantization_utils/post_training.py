@@ -160,7 +160,7 @@ def check_layers(model: nn.Module, ran: dict[str, str | None], only: Selection, 
         if follower is not None and model.get_submodule(follower).running_mean is None:
             raise ValueError(f"{follower} has no running statistics to correct: leave {name} out (keep)")
         if getattr(module, "groups", 1) != 1:
-            raise ValueError(f"{name} is a grouped convolution, which cannot be calibrated: leave it out (keep)")
+            raise ValueError(f"{name} is a grouped convolution, which error feedback is not for: leave it out (keep)")
         if isinstance(module, nn.Conv2d) and (isinstance(module.padding, str) or module.padding_mode != "zeros"):
             raise ValueError(f"{name} is padded with other than a number of zeros: leave it out (keep)")
     return [name for name, _ in chosen]

@@ -144,6 +144,9 @@ def _describe_network(model: PackedNetwork) -> tuple[dict[str, tuple[Tensor, Bit
 
 def _describe_modules(model: nn.Module) -> tuple[dict[str, tuple[Tensor, Bits | None]], dict[str, Any]]:
     """The same of a module tree: its state dict, with parametrizations (pruning masks) applied."""
+    for name, module in model.named_modules():
+        if isinstance(module, (BitLinear, BitConv2d)):
+            raise ValueError(f"layer {name!r} is still trainable: call pack_(model) before saving")
     constructor = getattr(model, "constructor", None)
     if constructor is None:
         reason = getattr(model, "why_no_network", "")
@@ -155,8 +158,6 @@ def _describe_modules(model: nn.Module) -> tuple[dict[str, tuple[Tensor, Bits | 
     packed, quantized = {}, {}
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
-        if isinstance(module, (BitLinear, BitConv2d)):
-            raise ValueError(f"layer {name!r} is still trainable: call pack_(model) before saving")
         if isinstance(module, (PackedLinear, PackedConv2d)):
             packed[name] = {"act_bits": module.act_bits}
             tensors[prefix + "codes"] = (module.get_buffer("codes"), module.weight_bits)
@@ -294,5 +295,4 @@ def _set_backend(model: nn.Module, backend: str) -> None:
             module.backend = backend
         if isinstance(module, PackedConv2d) and backend.startswith("cpu") and not module.has_kernel:
             raise ValueError(kernels.NO_KERNEL.format(backend=backend))
-    if any(isinstance(m, (PackedLinear, PackedConv2d)) for m in model.modules()):
-        model.requires_grad_(False)  # as pack_ leaves it
+    model.requires_grad_(False)  # as pack_ leaves it

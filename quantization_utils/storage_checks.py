@@ -220,6 +220,9 @@ def _node_of(members: Any, index: int, where: str) -> Node:
 
 def _output_shape(node: Node, held: dict[str, tuple[int, ...]], source: tuple[int, ...], where: str) -> tuple[int, ...]:
     """The shape that comes out, after a check of the tensors' shapes against each other and the input's."""
+    if node.op in ("linear", "avg_pool"):
+        whole_input = all(getattr(node, name) == NODE_DEFAULTS[name] for name in ("kernel", "stride", "padding"))
+        require(whole_input, f"{where} has a kernel, stride or padding, and takes its whole input")
     if node.op in ("max_pool", "avg_pool"):
         wanted: dict[str, tuple[int, ...]] = {"gain": (1,)} if node.op == "avg_pool" else {}
         require(held == wanted and len(source) == 3, f"{where} does not have the tensors and input of a pool")

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.parametrize import remove_parametrizations, type_before_parametrizations
 
 from models.graph import PASSES, module_of, put_module, replace_module, trace
-from models.normalize import Normalize
+from models.normalize import Normalize, require_pixels
 from models.select import Selection, select_layers
 from models.state import evaluating
 
@@ -48,7 +48,7 @@ def quantize_(
             `quantizers` says, a layer of a class derived from PyTorch's, which may do something else, one whose weight
             is computed from several tensors, or one whose sums 32 bits can't hold; the model is as it was.
     """
-    if act_bits is not None and act_bits not in range(2, 9):
+    if act_bits is not None and not (isinstance(act_bits, int) and 2 <= act_bits <= 8):
         raise ValueError(f"activations can have 2 to 8 bits or None (float), not {act_bits!r}")
     layers = select_layers(model, only, keep)
     if not layers:
@@ -74,11 +74,15 @@ def quantize_(
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0  # its fast path would read the float weights, past the layers
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False  # which the layers do not take
     return model
 
 
 def _check_quantizer(quantizer: Quantizer, weight: Tensor) -> None:
     """Raise a ValueError if what it makes of a weight is not what a quantizer returns."""
+    if not callable(quantizer):
+        raise ValueError(f"a quantizer is a function such as quantization_utils.absmean, not {quantizer!r}")
     made = quantizer(weight)
     is_right = isinstance(made, tuple) and len(made) == 2 and all(isinstance(part, Tensor) for part in made)
     if is_right:
@@ -136,11 +140,10 @@ def calibrate_(model: nn.Module, images: Tensor, batch_size: int = 128) -> nn.Mo
     """
     if len(images) == 0:
         raise ValueError("calibration needs at least one image")
+    require_pixels(images)
     with _as_it_was_after_an_error(model):
         producers = _insert_static_quantizers(model)
-        if not producers:
-            return model
-        samples = _observe(model, producers, images, batch_size)
+        samples = _observe(model, producers, images, batch_size) if producers else {}
         for name, sample in samples.items():
             if not sample.isfinite().all():
                 raise ValueError(f"{name} is not finite on the calibration images: has training diverged?")
@@ -243,16 +246,16 @@ def _insert_static_quantizers(model: nn.Module) -> dict[str, Quantized]:
 
 
 def _ends(model: nn.Module, fx_node: fx.Node) -> list[fx.Node]:
-    """Where what a layer reads there is quantized: the end of the node before, and of the one that its pool reads.
+    """Where what a layer reads there is quantized: the end of the node before, and of those that its pools read.
 
     Nothing if no node ends there.
     """
     ends = [_producer(model, fx_node.all_input_nodes[0])]
-    if isinstance(module_of(model, ends[0]), nn.AdaptiveAvgPool2d):
-        ends.append(_producer(model, ends[0].all_input_nodes[0]))  # of integers, so what it reads is quantized too
-        if isinstance(module_of(model, ends[-1]), Normalize):
-            return []  # signed pixels, whose average is no unsigned code
-    return ends if all(isinstance(module_of(model, end), NODE_ENDS) for end in ends) else []
+    while isinstance(module_of(model, ends[-1]), nn.AdaptiveAvgPool2d):
+        ends.append(_producer(model, ends[-1].all_input_nodes[0]))  # of integers, so what it reads is quantized too
+    if len(ends) > 1 and isinstance(module_of(model, ends[-1]), Normalize):
+        return []  # signed pixels, whose average is no unsigned code
+    return ends if all(type(module_of(model, end)) in NODE_ENDS for end in ends) else []
 
 
 def _producer(model: nn.Module, fx_node: Any) -> fx.Node:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ SCORE_STYLES = {
     "l2_filters": ("#0072B2", "D"),
     "l1_global": ("#009E73", "^"),
 }
+MORE_STYLES = (("#CC79A7", "v"), ("#56B4E9", "P"), ("#D55E00", "X"))  # of scores that have been added
 FULL_LATENCY_LINES = 24  # more than these, and pruned rows are left out of the latency picture
 
 Curve = Sequence[Mapping[str, Any]]  # the epochs of a training
@@ -90,13 +92,15 @@ def draw_pruning(lines: Sequence[Line], folder: Path) -> Picture | None:
             groups.setdefault((base, line.conditions), {}).setdefault(score, []).append(line)
     if not groups:
         return None
+    scores = dict.fromkeys(score for by_score in groups.values() for score in by_score)
+    styles = SCORE_STYLES | dict(zip([s for s in scores if s not in SCORE_STYLES], cycle(MORE_STYLES), strict=False))
     figure, panels = _figure(1.2 + 3.9 * len(groups), 4.2, len(groups))
     for axes, ((base, conditions), by_score) in zip(panels, groups.items(), strict=True):
-        start = next((p for p in lines if (p.name, p.conditions) == (base, conditions)), None)
+        unpruned = (p for p in lines if p.pruning is None)
+        start = next((p for p in unpruned if (p.name, p.conditions) == (base, conditions)), None)
         start_y = start.mean("test_accuracy_pct") if start else None
-        ends = []
         for score, members in by_score.items():
-            colour, marker = SCORE_STYLES.get(score, OTHER)
+            colour, marker = styles[score]
             points = sorted((line.pruning[2], line.mean("test_accuracy_pct"), line.std("test_accuracy_pct") or 0.0)
                             for line in members if line.pruning)  # fmt: skip
             if start_y is not None:
@@ -105,7 +109,6 @@ def draw_pruning(lines: Sequence[Line], folder: Path) -> Picture | None:
             axes.errorbar(
                 xs, ys, errors if any(errors) else None, color=colour, marker=marker, markersize=5, linewidth=1.6
             )
-            ends.append((xs[-1], ys[-1], score, colour))
         if start_y is not None:
             axes.plot(0, start_y, marker=family(base)[1], color=family(base)[0], markersize=8, zorder=4)
         title = f"{base}\n{conditions}" if conditions else base
@@ -115,7 +118,7 @@ def draw_pruning(lines: Sequence[Line], folder: Path) -> Picture | None:
         _accuracy_axis(axes, "" if axes is not panels[0] else _accuracy_of(lines))
     _same_limits(panels)
     for axes, by_score in zip(panels, groups.values(), strict=True):
-        _end_labels(axes, [_end(score, members) for score, members in by_score.items()])
+        _end_labels(axes, [_end(score, members, styles[score][0]) for score, members in by_score.items()])
     return _save(figure, lines, folder / "accuracy_vs_pruned.png", "Accuracy against what is pruned",
                  "Share of the chosen layers' weights, or of their filters where the score's name says so, that is "
                  "pruned; at 0% the same "
@@ -199,9 +202,9 @@ def family(name: str) -> tuple[str, str]:
     return FAMILIES.get(name.split("_")[0], OTHER) if not name.startswith("float_") else OTHER
 
 
-def _end(score: str, members: Sequence[Line]) -> tuple[float, float, str, str]:
+def _end(score: str, members: Sequence[Line], colour: str) -> tuple[float, float, str, str]:
     x, y = max((line.pruning[2], line.mean("test_accuracy_pct") or 0.0) for line in members if line.pruning)
-    return x, y, score, SCORE_STYLES.get(score, OTHER)[0]
+    return x, y, score, colour
 
 
 def _figure(width: float, height: float, panels: int = 1) -> tuple[Figure, list[Axes]]:

@@ -68,7 +68,7 @@ class Line:
         match = re.search(r"([\d.]+)% of .* by (\w+)", self.text("pruned"))
         if match:
             percent, score = float(match[1]), match[2]
-            return self.name.removesuffix(f"_{score}_{percent:g}"), score, percent
+            return self.name.replace(f"_{score}_{percent:g}", ""), score, percent
         match = re.fullmatch(rf"(.+?)_({'|'.join(SCORES)})_(\d+)", self.name)
         return (match[1], match[2], float(match[3])) if match else None
 

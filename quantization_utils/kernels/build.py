@@ -51,7 +51,8 @@ def _load() -> str:
             _compile_and_load(library, flags)
     except Exception as error:  # every cause means the same: these kernels cannot be used here
         lines = str(error).strip().splitlines() or [""]
-        reasons = (line for line in lines if "error" in line.lower() and "Error building" not in line)  # the compiler's
+        telling = ("error", "not found", "cannot find")  # in lines of the compiler, the linker and the shell
+        reasons = (line for line in lines if any(w in line.lower() for w in telling) and "Error building" not in line)
         return f"{type(error).__name__}: {next(reasons, lines[0])}"
     from . import ops
 
@@ -93,8 +94,11 @@ def _compile_and_load(library: Path, flags: list[str]) -> None:
     """Operators can be registered once: what was compiled here stays loaded, whoever put the same at `library`."""
     from torch.utils import cpp_extension
 
-    if not (shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")):
-        raise FileNotFoundError("no C++ compiler was found (on Debian or Ubuntu: apt install g++)")
+    if not shutil.which("c++") and shutil.which("g++"):
+        os.environ.setdefault("CXX", "g++")  # PyTorch would call the other
+    compiler = os.environ.get("CXX", "c++")
+    if not shutil.which(compiler.split()[0]):
+        raise FileNotFoundError(f"no C++ compiler was found as {compiler!r} (on Debian or Ubuntu: apt install g++)")
     # ninja lives beside the interpreter, which is not on the path when the environment is not activated.
     os.environ["PATH"] = os.environ.get("PATH", os.defpath) + os.pathsep + str(Path(sys.executable).parent)
     print(f"compiling the CPU kernels into {library.parent}, once …", end=" ", file=sys.stderr, flush=True)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..nodes import Node
+from ..nodes import IMAGE, Node
 from . import build
 
 ISAS = ("amx", "avx512vnni", "avx2", "portable")  # best first
@@ -57,8 +57,7 @@ def choose_isa(backend: str) -> str:
 class NetworkExecutor:
     """Runs packed nodes: images float32 (B, C, H, W) in [0, 1] on the CPU → logits float32 (B, classes).
 
-    Pixels outside of [0, 1] count as the nearer end; one that is NaN makes all logits of its image NaN, as the
-    reference's.
+    Pixels outside of [0, 1] count as the nearer end; one that is NaN makes all logits of its image NaN.
     """
 
     def __init__(self, nodes: Sequence[Node], backend: str = "cpu") -> None:
@@ -67,9 +66,9 @@ class NetworkExecutor:
         if algorithm not in ALGORITHMS:
             raise ValueError(f"TERNARY_ALGORITHM is {algorithm!r}: choose one of {', '.join(ALGORITHMS)}")
         self.backend = f"cpu-{isa}"
+        self._handle = _create(nodes, isa, algorithm)
         self._last_is_flat = nodes[-1].op in ("linear", "avg_pool")
         self._channels = _channels_out(nodes)[-1]
-        self._handle = _create(nodes, isa, algorithm)
         weakref.finalize(self, torch.ops.ternary.network_free, self._handle).atexit = False
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -225,9 +224,8 @@ def _channels_out(nodes: Sequence[Node]) -> list[int]:
 
 def _create(nodes: Sequence[Node], isa: str, algorithm: str) -> int:
     """Hand the nodes over; return the number under which C++ keeps them."""
-    first = next(n for n in nodes if n.input == -1)
-    if first.op != "conv" or first.codes is None:
-        raise ValueError("the first node must be a convolution; use backend='reference' for other networks")
+    if not nodes or any(node.op != "conv" for node in nodes if node.input == IMAGE):
+        raise ValueError("what reads the image must be a convolution; use backend='reference' for other networks")
     meta: list[int] = []
     tensors: dict[str, list[Tensor]] = {"codes": [], "gain": [], "bias": [], "pad_values": []}
     for node in nodes:
@@ -242,5 +240,6 @@ def _create(nodes: Sequence[Node], isa: str, algorithm: str) -> int:
             values.append(torch.empty(0) if value is None else value)
     return torch.ops.ternary.network_create(
         isa, algorithm, tensors["codes"], tensors["gain"], tensors["bias"], tensors["pad_values"],
-        [int(m) for m in meta], [float(n.residual_gain) for n in nodes], first.codes.shape[1],
+        [int(m) for m in meta], [float(n.residual_gain) for n in nodes],
+        next(n.codes.shape[1] for n in nodes if n.input == IMAGE and n.codes is not None),
     )  # fmt: skip

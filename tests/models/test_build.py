@@ -60,6 +60,7 @@ def test_every_parameter_learns(name):
     [
         (("resnet18", 10), {}, "unknown model 'resnet18': choose one of alexnet, resnet_18, vit"),
         (("alexnet", 1), {}, "at least two classes, not 1"),
+        (("alexnet", "10"), {}, "at least two classes, not '10'"),
         (("resnet_18", 10), {"width": 3}, "resnet_18 has no option 'width': choose from stem"),
         (("resnet_18", 10), {"stem": "imagenet"}, "unknown stem 'imagenet': choose cifar or maxpool"),
         (("alexnet", 10), {"dropout": "some"}, r"dropout is a fraction in \[0, 1\), not 'some'"),
@@ -89,5 +90,7 @@ def test_normalize_against_its_formula():
     constants = zip((125, 123, 114), (63, 60, 58), strict=True)
     expected = torch.stack([(pixels[:, c] - m) / s for c, (m, s) in enumerate(constants)], 1)
     torch.testing.assert_close(normalize(pixels / 255), expected.float())
+    with pytest.raises(ValueError, match="images have 3 channels"):
+        normalize(pixels[:, :1] / 255)
     assert Normalize().mean == (125, 123, 114) and Normalize().std == (63, 63, 63)
     assert not nn.Module.state_dict(normalize), "its constants are arguments of the constructor, not weights"

@@ -39,6 +39,20 @@ def test_the_trace_is_that_of_evaluation():
     assert "auxiliary" not in str(trace(model)) and model.training
 
 
+def test_an_argument_that_is_left_out_has_its_default():
+    class WithTwoHeads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.relu, self.head, self.other = nn.ReLU(), nn.Linear(4, 2), nn.Linear(4, 2)
+
+        def forward(self, x, extra=None, *, features=False):
+            x = self.relu(x)
+            return x if features else self.head(x) if extra is None else self.other(x)
+
+    graph = trace(WithTwoHeads())
+    assert [str(node.target) for node in graph.nodes] == ["images", "relu", "head", "output"]
+
+
 def test_a_masked_layer_is_still_one_step():
     model = prune_(make("alexnet_like"), l1, 0.5)
     assert not any("parametrizations" in str(node.target) for node in trace(model).nodes)

@@ -27,6 +27,12 @@ def test_only_and_keep(model, only, keep, names):
     assert [name for name, _ in select_layers(model, only, keep)] == names
 
 
+def test_layers_in_a_list_of_nodes_are_no_packed_network():
+    model = nn.Module()
+    model.nodes = nn.ModuleList([nn.Linear(4, 4)])
+    assert [name for name, _ in select_layers(model)] == ["nodes.0"]
+
+
 @pytest.mark.parametrize("which", ["only", "keep"])
 def test_a_pattern_that_matches_nothing_is_a_mistake(model, which):
     with pytest.raises(ValueError, match=f"{which}='4' matches no layer: choose from 0, 2.0, 2.1, 3"):

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import parametrize
 from torch.nn.utils import prune as torch_prune
 
 from models import build
@@ -172,6 +173,12 @@ def test_a_layer_that_runs_twice_has_the_batch_norms_behind_both():
     assert batch_norms_behind(model) == {"conv": [model.first, model.last]}
 
 
+def test_a_batch_norm_of_tokens_is_not_of_the_filters_before_it():
+    model = nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(6, 2))
+    prune_(model, l2_filters, 0.5)
+    assert int((model[0].weight == 0).all(1).sum()) == 3 and not hasattr(model[1], "parametrizations")
+
+
 def test_filter_pruning_without_batch_norm_masks_the_bias():
     model = prune_(build("alexnet", 10, batch_norm=False), l2_filters, 0.5, only=nn.Conv2d)
     for module in model:
@@ -252,6 +259,8 @@ def test_own_scores():
     assert all((m.weight.flatten()[: m.weight.numel() // 2] == 0).all() for m in layers(by_position))
     with pytest.raises(ValueError, match="has shape"):
         prune_(network(), lambda w: w.sum(), 0.5)
+    with pytest.raises(ValueError, match="is a list: it should be a tensor"):
+        prune_(network(), lambda w: w.tolist(), 0.5)
     with pytest.raises(ValueError, match=r"or be marked as one of filters: @scoring\(granularity='filter'\)"):
         prune_(network(), lambda w: w.flatten(1).abs().amax(1), 0.5)
 
@@ -297,6 +306,19 @@ def test_a_weight_that_is_no_parameter_is_told_before_any_layer_is_masked():
     assert not hasattr(model[0], "parametrizations")
     torch_prune.remove(model[2], "weight")
     assert zeros(prune_(model, l1, 0.5))[0] == 135
+
+
+@pytest.mark.parametrize("masked_before", [False, True])
+def test_a_weight_of_two_layers_is_no_one_layers_to_prune(masked_before):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+    model[1].weight = model[0].weight
+    if masked_before:
+        parametrize.register_parametrization(model[1], "weight", nn.Identity())
+    with pytest.raises(ValueError, match="0 shares its weight with another layer"):
+        prune_(model, l1, 0.5, only="0")
+    prune_(model, l1, 0.5, only="2")
+    model = nn.Sequential(model[2], nn.ReLU(), model[2])  # one layer in two places
+    assert zeros(prune_(model, l1, 0.75))[0] == 6
 
 
 def test_prune_returns_the_model_itself():

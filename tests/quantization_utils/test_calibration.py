@@ -57,9 +57,11 @@ def test_calibration_changes_no_weight_and_no_mode(kind):
     assert all(torch.equal(now[k], v) for k, v in state.items())
 
 
-def test_no_images():
+def test_what_are_no_images():
     with pytest.raises(ValueError, match="at least one image"):
         calibrate_(quantize_(make("alexnet_like")), images(0))
+    with pytest.raises(ValueError, match="not torch.uint8"):
+        calibrate_(quantize_(nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU())), images(2).byte())
 
 
 @pytest.mark.parametrize("code_max", [255, 15])
@@ -74,10 +76,25 @@ def test_the_step_is_near_the_best_there_is(code_max):
     assert _best_step(torch.zeros(10), code_max) > 0
 
 
-def test_the_average_of_signed_pixels_is_given_no_unsigned_codes():
-    layers = [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 14 * 14, 5)]
-    model = calibrate_(quantize_(nn.Sequential(Normalize(), nn.AdaptiveAvgPool2d(16), *layers)), images(8))
-    assert type(model[1]) is nn.AdaptiveAvgPool2d and model[2].input_quantizer.bits == 8
+class Steeper(nn.ReLU):
+    def forward(self, input):
+        return 2 * input
+
+
+POOLS = [nn.AdaptiveAvgPool2d(18), nn.AdaptiveAvgPool2d(16)]
+
+
+@pytest.mark.parametrize(
+    "signed",
+    [[Normalize(), POOLS[1]], [Normalize(), *POOLS], [Normalize(), nn.BatchNorm2d(3), *POOLS], [Steeper()]],
+    ids=["pool", "pools", "batch norm", "own ReLU"],
+)
+def test_what_may_be_negative_is_given_no_unsigned_codes(signed):
+    tail = [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)]
+    model = calibrate_(quantize_(nn.Sequential(*signed, *tail)), images(8))
+    conv = model[len(signed)]
+    assert not layers(model[: len(signed)], Quantized) and conv.input_quantizer.bits == 8
+    assert len(layers(model, Quantized)) == 2
 
 
 def test_one_input_has_one_number_of_bits():

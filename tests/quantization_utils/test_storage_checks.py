@@ -29,6 +29,7 @@ CHANGES = {
     "more logits than classes": (lambda n, r: r.update(layer(1, (6, 256))), "6 logits for 5 classes"),
     "a sum of two shapes": (lambda n, r: n["nodes"][1].update(residual=0), "adds node 0, .* another shape"),
     "padding as wide as the kernel": (lambda n, r: n["nodes"][0].update(padding=[3, 3]), "padding than kernel"),
+    "a linear layer with padding": (lambda n, r: n["nodes"][1].update(kernel=[9, 1], padding=[8, 0]), "whole input"),
     "another kernel": (lambda n, r: n["nodes"][0].update(kernel=[1, 1], padding=[0, 0]), "not its codes'"),
 }
 

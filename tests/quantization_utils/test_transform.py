@@ -46,6 +46,8 @@ def test_only_keep_and_a_second_quantizer_for_the_rest():
         ({"act_bits": 9}, "2 to 8 bits or None .float., not 9"),
         ({"act_bits": 1}, "2 to 8 bits"),
         ({"act_bits": 7.5}, "2 to 8 bits"),
+        ({"act_bits": 8.0}, "2 to 8 bits"),
+        ({"quantizer": "absmean"}, "a quantizer is a function .*, not 'absmean'"),
         ({"act_bits": "8"}, "2 to 8 bits"),
         ({"only": "conv9"}, "only='conv9' matches no layer"),
         ({"only": nn.LSTM}, "only=.*LSTM.*, keep=.*: nothing to quantize"),
@@ -257,6 +259,15 @@ def test_the_fast_path_of_a_transformer_layer_does_not_read_float_weights():
     trainable = model(x)
     torch.testing.assert_close(logits_of(model, x), trainable)
     torch.testing.assert_close(logits_of(pack_(model), x), trainable, rtol=0, atol=1e-4)
+
+
+def test_a_transformer_with_padded_sequences_is_given_whole_tensors():
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), 2)
+    quantize_(model, keep="*out_proj").eval()
+    x, padded = torch.randn(2, 5, 16), torch.arange(5).expand(2, 5) >= torch.tensor([[3], [5]])
+    with torch.inference_mode():
+        out = model(x, src_key_padding_mask=padded)
+        torch.testing.assert_close(out[:1, :3], model(x[:1, :3]))
 
 
 @pytest.mark.parametrize("kind, dtype", [("alexnet_like", torch.bfloat16), ("vit_like", torch.float64)])

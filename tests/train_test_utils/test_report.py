@@ -159,6 +159,15 @@ def test_pruning_curves_start_from_the_row_that_is_not_pruned(figures, tmp_path)
     assert points(axes)[:2] == [((0, 30, 90), (89.5, 86.5, 80.5))] * 2  # l1, random
 
 
+def test_a_pruned_row_of_another_name_is_no_start_and_each_score_has_its_colour(figures, tmp_path):
+    pruned = [{"row": f"mine {s}", "pruned": f"50% of filters of all layers by {s}", "test_accuracy_pct": 80.0 + i}
+              for i, s in enumerate(("l1_global", "taylor", "fisher"))]  # fmt: skip
+    draw_pruning(lines_of(pruned), tmp_path)
+    drawn = [axes.lines for axes in figures["accuracy_vs_pruned"].axes]
+    assert [[tuple(line.get_xdata()) for line in lines] for lines in drawn] == [[(50,)]] * 3
+    assert len({(line.get_color(), line.get_marker()) for (line,) in drawn}) == 3
+
+
 def test_latencies_are_drawn_beside_the_float_models(figures, tmp_path):
     draw_latency(lines_of(rows()[1:2]), tmp_path)
     (axes,) = figures["latency"].axes

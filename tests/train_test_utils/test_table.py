@@ -76,6 +76,7 @@ def test_quotients_are_taken_seed_by_seed():
 @pytest.mark.parametrize("fields, expected", [
     ({"row": "qat_all_l1_30", "pruned": "30% of single weights of convolutions by l1"}, ("qat_all", "l1", 30)),
     ({"row": "qat_all_taylor_5", "pruned": "5% of filters of all layers by taylor"}, ("qat_all", "taylor", 5)),
+    ({"row": "qat_all_l1_5_mine", "pruned": "5% of single weights of all layers by l1"}, ("qat_all_mine", "l1", 5)),
     ({"row": "ptq_linear_l1_global_90"}, ("ptq_linear", "l1_global", 90)),
     ({"row": "float_l2_filters_50"}, ("float", "l2_filters", 50)),
     ({"row": "qat_all_8bit_ends", "pruned": ""}, None),

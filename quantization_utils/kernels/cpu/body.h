@@ -26,10 +26,11 @@ template <typename T>
 static inline T load_part(const void* from, int size) {
 #ifdef load_masked
   return load_masked<T>(from, size);
-#endif
+#else
   T value = {};
   __builtin_memcpy(&value, from, size);
   return value;
+#endif
 }
 
 template <typename T>

@@ -23,11 +23,14 @@ void check_sizes(const NodeSpec& s, int i) {
   for (int d = 0; d < 2; ++d) {
     if (s.kernel[d] < 1 || s.stride[d] < 1 || s.padding[d] < 0) refuse(i, "has no such kernel, stride or padding");
     if (s.op == Op::kMaxPool && 2 * s.padding[d] > s.kernel[d]) refuse(i, "pads more than half of its kernel");
+    const bool slides = conv || s.op == Op::kMaxPool;
+    if (!slides && (s.kernel[d] > 1 || s.stride[d] > 1 || s.padding[d])) refuse(i, "has a kernel, stride or padding, and takes its whole input");
   }
   if (product && (int64_t)s.codes.size() != (int64_t)s.n * s.c * (conv ? s.kernel[0] * s.kernel[1] : 1)) refuse(i, "has codes of another shape");
   if (product && (s.gain.size() != (size_t)s.n || s.bias.size() != (size_t)s.n)) refuse(i, "has not one gain and one bias for each channel");
   if (s.out_max < 0 || s.out_max > 255) refuse(i, "puts out codes that no byte holds");
   if (s.op == Op::kAvgPool && s.gain.size() != 1) refuse(i, "has not one gain");
+  if (!product && (!s.bias.empty() || s.residual != kNone)) refuse(i, "adds something to a pool");
   if (!s.pad_values.empty() && s.pad_values.size() != (size_t)s.c) refuse(i, "pads other channels than it reads");
 }
 

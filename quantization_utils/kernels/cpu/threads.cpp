@@ -62,6 +62,13 @@ void run(Team& team, const std::function<void(Member&)>& body) {
   run_on_new_threads(team, body);
 }
 
+// What an instruction set needs around its kernels, whichever way these end.
+struct State {
+  explicit State(const Kernels& isa) : isa(isa) { isa.begin(); }
+  ~State() { isa.end(); }
+  const Kernels& isa;
+};
+
 }  // namespace
 
 void Member::wait(Team::Phase& phase, int64_t items) {
@@ -72,9 +79,8 @@ void Member::wait(Team::Phase& phase, int64_t items) {
 void parallel(const Kernels& isa, int threads, const std::function<void(Member&)>& body) {
   if (threads <= 1) {  // needs no team, and keeps nobody else from theirs
     Member alone(0);
-    isa.begin();
-    body(alone);
-    return isa.end();
+    const State state(isa);
+    return body(alone);
   }
   std::lock_guard<std::mutex> one_at_a_time(*region);
   if (!team) team = new Team;
@@ -85,9 +91,8 @@ void parallel(const Kernels& isa, int threads, const std::function<void(Member&)
     phase.done.value.store(0, std::memory_order_relaxed);
   }
   run(*team, [&](Member& member) {
-    isa.begin();
+    const State state(isa);
     body(member);
-    isa.end();
   });
 }
 

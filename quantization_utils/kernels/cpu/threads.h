@@ -63,6 +63,7 @@ class Member {
 // Runs body(member) on `threads` threads (the caller is one) and returns when all are done; at most kMaxPhases phases. One
 // region at a time. The threads are OpenMP's, which are PyTorch's own: a second pool would fight with them for the cores,
 // each spinning for work that comes to the other. After fork(), and without OpenMP, threads are made for each region.
+// A body must not throw where there are several threads: that ends the process.
 void parallel(const Kernels& isa, int threads, const std::function<void(Member&)>& body);
 
 }  // namespace ternary

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import sys
 from pathlib import Path
@@ -59,6 +60,26 @@ def test_the_compilers_reason_is_told(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.delenv("PATH")
     monkeypatch.setattr(cpp_extension, "load", fails)
     assert build._load.__wrapped__() == "RuntimeError: x.cpp:1: error: no such thing"
+
+
+def test_a_compiler_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv("CXX", "nothing++ -m64")
+    assert "no C++ compiler was found as 'nothing++ -m64'" in build._load.__wrapped__()
+
+
+def test_another_name_of_the_compiler_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(build_directory: str, **options: Any) -> None:
+        compiler = os.environ["CXX"]
+        raise RuntimeError(f"Error building extension 'k': [1/9] {compiler} …\nsh: {compiler}: not found")
+
+    (tmp_path / "g++").symlink_to("/bin/true")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv("CXX", "")  # so that what is set meanwhile is undone
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(cpp_extension, "load", load)
+    assert build._load.__wrapped__() == "RuntimeError: sh: g++: not found"
 
 
 def test_clang_is_not_linked_with_the_library_of_another_compiler(

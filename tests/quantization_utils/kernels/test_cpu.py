@@ -215,6 +215,16 @@ def test_gradients_are_refused() -> None:
 def test_what_makes_no_network_is_refused() -> None:
     with pytest.raises(ValueError, match="node 0 puts out codes that no byte holds"):
         kernels.make_executor([replace(conv(-1, 4, 3), out_max=300)], "cpu")
+    layer = Node("linear", 0, codes=codes_of((5, 256)), gain=torch.ones(5), bias=torch.zeros(5))
+    padded = replace(layer, kernel=(9, 1), padding=(8, 0))
+    with pytest.raises(ValueError, match="node 1 has a kernel, stride or padding, and takes its whole input"):
+        kernels.make_executor([conv(-1, 4, 3), padded], "cpu")
+    shifted = Node("avg_pool", 0, gain=torch.ones(1), bias=torch.ones(1))
+    with pytest.raises(ValueError, match="node 1 adds something to a pool"):
+        kernels.make_executor([conv(-1, 4, 3), shifted], "cpu")
+    for nodes in ([], [Node("max_pool", -1)], [conv(-1, 4, 3), Node("max_pool", -1)]):
+        with pytest.raises(ValueError, match="what reads the image must be a convolution"):
+            kernels.make_executor(nodes, "cpu")
     lists = [[torch.zeros(4, 3, 3, 3)], [torch.ones(4)], [torch.zeros(4)], [torch.zeros(3)]]
     meta = [0, -1, -2, 1, 0, 0, 4, 3, 3, 3, 1, 1, 1, 1]
     assert torch.ops.ternary.network_create("portable", "auto", *lists, meta, [1.0], 3)

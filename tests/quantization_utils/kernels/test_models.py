@@ -215,4 +215,4 @@ except ValueError as error:
     ).stdout
     lines = out.splitlines()
     assert lines[0] == "['reference', 'reference'] 1 ('reference',)"
-    assert "no C++ compiler was found" in lines[1]
+    assert "no C++ compiler was found as 'c++'" in lines[1]
