@@ -32,15 +32,15 @@ def execution_order(model: nn.Module, image_1CHW: Tensor) -> dict[str, str | Non
     def layer_ran(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
             order.setdefault(name, None)
-            outputs[name] = output, output._version
+            if isinstance(module, nn.Conv2d) or output.dim() == 2:  # a batch norm's channels are in dimension 1
+                outputs[name] = output, output._version
 
         return hook
 
     def norm_runs(norm: str) -> Any:
         def hook(module: nn.Module, args: Any) -> None:
             for name, (output, version) in outputs.items():
-                is_its = output is args[0] and output._version == version
-                if is_its and len(model.get_submodule(name).weight) == module.num_features:  # type: ignore[arg-type]
+                if output is args[0] and output._version == version:
                     order[name] = norm
 
         return hook

@@ -104,8 +104,7 @@ def folder_of(model_name: str, dataset: ImageDataset, out: Path) -> Path:
 def run_table(
     model_name: str, options: dict[str, Any], rows: Sequence[Row], dataset: ImageDataset, arguments: Arguments
 ) -> int:
-    """Every row for every seed on one data set; then the table, the report and the pictures; return the
-    exit code.
+    """Every row for every seed on one data set; then the table, the report and the pictures; return the exit code.
 
     Where rows are to be measured again, those that have not been done are left out.
     """

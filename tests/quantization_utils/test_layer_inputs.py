@@ -70,6 +70,12 @@ def test_blocks_and_batch_norms_of_a_residual_network() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("shape, norm", [((4, 8), "1"), ((4, 6, 8), None)])
+def test_a_batch_norm_of_tokens_is_not_the_layers(shape: tuple[int, ...], norm: str | None) -> None:
+    model = nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6)).eval()
+    assert execution_order(model, torch.randn(shape)) == {"0": norm}
+
+
 @pytest.mark.parametrize("layer, shape", [
     (nn.Conv2d(3, 5, 3, stride=2, padding=1, bias=False), (6, 3, 9, 9)),
     (nn.Conv2d(3, 5, 3, padding=1, dilation=2, bias=False), (6, 3, 9, 9)),
