@@ -31,9 +31,10 @@ void print(const char* what, const std::vector<float>& values) {
   std::printf("%s %016llx\n", what, (unsigned long long)hash);
 }
 
-NodeSpec node(Op op, int input, int n, int c, int kernel, int stride, int out_max, int top) {
-  NodeSpec s{};
-  s.op = op, s.input = input, s.residual = kNone, s.ternary = top == 1, s.relu = out_max > 0, s.out_max = out_max, s.n = n, s.c = c;
+Node node(Op op, int input, int n, int c, int kernel, int stride, int out_max, int top) {
+  Node s{};
+  s.op = op, s.input = input, s.ternary = top == 1, s.relu = out_max > 0, s.n = n, s.c = c;
+  if (out_max > 0) s.out_max = out_max;
   for (int i = 0; i < 2; ++i) s.kernel[i] = kernel, s.stride[i] = stride, s.padding[i] = op == Op::kConv ? kernel / 2 : 0;
   if (op == Op::kConv || op == Op::kLinear) {
     const float spread = (float)(c * kernel * kernel) * (float)top;
@@ -49,14 +50,15 @@ void networks(const Kernels& isa) {
         for (int batch : {1, 5})
           for (int threads : {1, 2}) {
             state = 7;
-            std::vector<NodeSpec> nodes = {
+            std::vector<Node> nodes = {
                 node(Op::kConv, -1, 37, 3, 3, 1, out_max, top), node(Op::kConv, 0, 37, 37, 3, 1, out_max, top),
                 node(Op::kConv, 1, 37, 37, 3, 1, out_max, top), node(Op::kConv, 2, 45, 37, 3, 2, out_max, top),
                 node(Op::kMaxPool, 3, 0, 0, 2, 2, 0, top),      node(Op::kLinear, 4, 10, 45 * 3 * 4, 1, 1, 0, top)};
             nodes[2].residual = 0, nodes[2].residual_gain = 0.37f;
-            Network network(isa, nodes, 3);
+            Network network(isa, algorithm, 3);
+            for (Node& n : nodes) network.add(std::move(n));
             std::vector<float> out(batch * 10);
-            network.run(filled<float>(batch * 3 * 13 * 17, [] { return uniform() + 0.5f; }).data(), batch, 13, 17, threads, algorithm, out.data());
+            network.run(filled<float>(batch * 3 * 13 * 17, [] { return uniform() + 0.5f; }).data(), batch, 13, 17, threads, out.data());
             print("network", out);
           }
 }

@@ -25,8 +25,6 @@ from . import build
 
 ISAS = ("amx", "avx512vnni", "avx2", "portable")  # best first
 ALGORITHMS = ("auto", "direct", "winograd", "skipping")
-OPS = {"conv": 0, "linear": 1, "max_pool": 2, "avg_pool": 3}
-NO_RESIDUAL = -2
 
 Dense = tuple[Tensor, Tensor, Tensor | None]  # codes int8 (N, K), scale (N,), bias (N,)
 
@@ -226,20 +224,14 @@ def _create(nodes: Sequence[Node], isa: str, algorithm: str) -> int:
     """Hand the nodes over; return the number under which C++ keeps them."""
     if not nodes or any(node.op != "conv" for node in nodes if node.input == IMAGE):
         raise ValueError("what reads the image must be a convolution; use backend='reference' for other networks")
-    meta: list[int] = []
-    tensors: dict[str, list[Tensor]] = {"codes": [], "gain": [], "bias": [], "pad_values": []}
+    handle = torch.ops.ternary.network_create(
+        isa, algorithm, next(n.codes.shape[1] for n in nodes if n.input == IMAGE and n.codes is not None)
+    )
     for node in nodes:
-        n, c = (0, 0) if node.codes is None else node.codes.shape[:2]
-        meta += [
-            OPS[node.op], node.input, NO_RESIDUAL if node.residual is None else node.residual,
-            node.codes is not None and _is_ternary(node.codes), node.relu, node.out_max or 0, n, c,
-            *node.kernel, *node.stride, *node.padding,
-        ]  # fmt: skip
-        for name, values in tensors.items():
-            value = getattr(node, name)
-            values.append(torch.empty(0) if value is None else value)
-    return torch.ops.ternary.network_create(
-        isa, algorithm, tensors["codes"], tensors["gain"], tensors["bias"], tensors["pad_values"],
-        [int(m) for m in meta], [float(n.residual_gain) for n in nodes],
-        next(n.codes.shape[1] for n in nodes if n.input == IMAGE and n.codes is not None),
-    )  # fmt: skip
+        torch.ops.ternary.network_add(
+            handle, op=node.op, input=node.input, residual=node.residual, residual_gain=node.residual_gain,
+            relu=node.relu, out_max=node.out_max, kernel=node.kernel, stride=node.stride, padding=node.padding,
+            is_ternary=node.codes is not None and _is_ternary(node.codes), codes=node.codes, gain=node.gain,
+            bias=node.bias, pad_values=node.pad_values,
+        )  # fmt: skip
+    return handle

@@ -61,14 +61,8 @@ struct Registry {
   }
 };
 
-struct NetworkItem {
-  std::unique_ptr<ternary::Network> network;
-  int channels;
-  std::string algorithm;
-};
-
 // Never destroyed, like the threads that use them.
-Registry<NetworkItem>& networks() { static auto* r = new Registry<NetworkItem>; return *r; }
+Registry<ternary::Network>& networks() { static auto* r = new Registry<ternary::Network>; return *r; }
 Registry<ternary::Linear>& linears() { static auto* r = new Registry<ternary::Linear>; return *r; }
 Registry<ternary::Encoder>& encoders() { static auto* r = new Registry<ternary::Encoder>; return *r; }
 
@@ -88,52 +82,58 @@ auto refusing(const Call& call) {
   }
 }
 
-// `meta`, 14 numbers a node: op input residual ternary relu out_max n c kernel[2] stride[2] padding[2]
-int64_t network_create(const std::string& isa_name, const std::string& algorithm, at::TensorList codes, at::TensorList gains, at::TensorList biases,
-                       at::TensorList pads, at::IntArrayRef meta, at::ArrayRef<double> residual_gains, int64_t channels) {
-  std::vector<ternary::NodeSpec> nodes(residual_gains.size());
-  for (const size_t count : {codes.size(), gains.size(), biases.size(), pads.size(), meta.size() / 14})
-    TORCH_CHECK_VALUE(count == nodes.size() && meta.size() % 14 == 0, "a node's description is not complete");
-  for (size_t i = 0; i < nodes.size(); ++i) {
-    ternary::NodeSpec& s = nodes[i];
-    const int64_t* m = meta.data() + i * 14;
-    s.op = (ternary::Op)m[0], s.input = m[1], s.residual = m[2], s.ternary = m[3], s.relu = m[4], s.out_max = m[5], s.n = m[6], s.c = m[7];
-    for (int d = 0; d < 2; ++d) s.kernel[d] = m[8 + d], s.stride[d] = m[10 + d], s.padding[d] = m[12 + d];
-    s.residual_gain = (float)residual_gains[i];
-    s.codes = to_vector<int8_t>(codes[i], at::kChar);
-    s.gain = to_vector<float>(gains[i], at::kFloat);
-    s.bias = to_vector<float>(biases[i], at::kFloat);
-    s.pad_values = to_vector<uint8_t>(pads[i], at::kByte);
-    TORCH_CHECK_VALUE(s.input >= -1 && s.input < (int64_t)i && s.residual >= ternary::kNone && s.residual < (int64_t)i, "node ", i, " reads a later node");
+int64_t network_create(const std::string& isa_name, const std::string& algorithm, int64_t channels) {
+  return networks().add(std::make_shared<ternary::Network>(isa(isa_name), algorithm, (int)channels));
+}
+
+ternary::Op op_of(const std::string& name) {
+  const auto found = std::find(std::begin(ternary::kOpNames), std::end(ternary::kOpNames), name);
+  TORCH_CHECK_VALUE(found != std::end(ternary::kOpNames), "there is no operation ", name);
+  return (ternary::Op)(found - std::begin(ternary::kOpNames));
+}
+
+// The next node. codes, gain, bias and pad_values: none where a node has none.
+void network_add(int64_t handle, const std::string& op, int64_t input, std::optional<int64_t> residual, double residual_gain, bool relu,
+                 std::optional<int64_t> out_max, at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding, bool is_ternary,
+                 const std::optional<at::Tensor>& codes, const std::optional<at::Tensor>& gain, const std::optional<at::Tensor>& bias,
+                 const std::optional<at::Tensor>& pad_values) {
+  ternary::Node node{};
+  node.op = op_of(op), node.input = (int)input, node.residual_gain = (float)residual_gain, node.relu = relu, node.ternary = is_ternary;
+  if (residual) node.residual = (int)*residual;
+  if (out_max) node.out_max = (int)*out_max;
+  for (int d = 0; d < 2; ++d) node.kernel[d] = kernel[d], node.stride[d] = stride[d], node.padding[d] = padding[d];
+  if (codes) {
+    TORCH_CHECK_VALUE(codes->dim() >= 2, "codes are (channels, inputs) or (channels, inputs, height, width)");
+    node.n = codes->size(0), node.c = codes->size(1), node.codes = to_vector<int8_t>(*codes, at::kChar);
   }
-  auto item = std::make_shared<NetworkItem>();
-  item->network = refusing([&] { return std::make_unique<ternary::Network>(isa(isa_name), std::move(nodes), (int)channels); });
-  item->channels = (int)channels, item->algorithm = algorithm;
-  return networks().add(item);
+  if (gain) node.gain = to_vector<float>(*gain, at::kFloat);
+  if (bias) node.bias = to_vector<float>(*bias, at::kFloat);
+  if (pad_values) node.pad_values = to_vector<uint8_t>(*pad_values, at::kByte);
+  refusing([&] { networks().get(handle)->add(std::move(node)); });
 }
 
 at::Tensor network_run(const at::Tensor& images, int64_t handle, at::IntArrayRef tail) {
-  auto item = networks().get(handle);
-  TORCH_CHECK_VALUE(images.dim() == 4 && images.size(1) == item->channels, "images must be (batch, ", item->channels, ", height, width)");
+  auto network = networks().get(handle);
+  TORCH_CHECK_VALUE(images.dim() == 4 && images.size(1) == network->image_channels(), "images must be (batch, ", network->image_channels(), ", height, width)");
   const at::Tensor x = images.to(at::kFloat).contiguous();
   const int b = x.size(0), h = x.size(2), w = x.size(3);
   std::vector<int64_t> shape = {b};
   shape.insert(shape.end(), tail.begin(), tail.end());
   if (b == 0) return at::empty(shape, x.options());
   return refusing([&] {
-    TORCH_CHECK_VALUE(item->network->out_shape(b, h, w) == shape, "images of another size than the network was prepared for");
+    TORCH_CHECK_VALUE(network->out_shape(b, h, w) == shape, "images of another size than the network was prepared for");
     at::Tensor out = at::empty(shape, x.options());
-    item->network->run(x.data_ptr<float>(), b, h, w, at::get_num_threads(), item->algorithm, out.data_ptr<float>());
+    network->run(x.data_ptr<float>(), b, h, w, at::get_num_threads(), out.data_ptr<float>());
     return out;
   });
 }
 
 std::vector<int64_t> network_shape(int64_t handle, int64_t batch, int64_t height, int64_t width) {
-  return refusing([&] { return networks().get(handle)->network->out_shape(batch, height, width); });
+  return refusing([&] { return networks().get(handle)->out_shape(batch, height, width); });
 }
 
 std::string network_describe(int64_t handle, int64_t batch, int64_t height, int64_t width) {
-  return refusing([&] { return networks().get(handle)->network->describe(batch, height, width); });
+  return refusing([&] { return networks().get(handle)->describe(batch, height, width); });
 }
 
 int64_t linear_create(const std::string& isa_name, const at::Tensor& codes, const at::Tensor& scale, const std::optional<at::Tensor>& bias, bool is_ternary,
@@ -276,7 +276,9 @@ TORCH_LIBRARY(ternary, m) {
   m.def("patches_run(Tensor images, int handle, int[2] patch, int n) -> Tensor");
   m.def("encoder_run(Tensor x, int handle, int[] tail) -> Tensor");
   m.def("has_isa(str name) -> bool", has_isa);
-  m.def("network_create(str isa, str algorithm, Tensor[] codes, Tensor[] gains, Tensor[] biases, Tensor[] pads, int[] meta, float[] residual_gains, int channels) -> int", network_create);
+  m.def("network_create(str isa, str algorithm, int channels) -> int", network_create);
+  m.def("network_add(int handle, *, str op, int input, int? residual, float residual_gain, bool relu, int? out_max, int[2] kernel, int[2] stride, "
+        "int[2] padding, bool is_ternary, Tensor? codes, Tensor? gain, Tensor? bias, Tensor? pad_values) -> ()", network_add);
   m.def("network_shape(int handle, int batch, int height, int width) -> int[]", network_shape);
   m.def("network_describe(int handle, int batch, int height, int width) -> str", network_describe);
   m.def("machine_limits(str isa, int megabytes) -> (float, float)", machine_limits);

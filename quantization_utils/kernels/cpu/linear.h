@@ -2,7 +2,8 @@
 #pragma once
 #include <mutex>
 
-#include "network.h"
+#include "panels.h"
+#include "threads.h"
 
 namespace ternary {
 

@@ -1,5 +1,4 @@
-// A node's weights in the order in which its kernels read them.
-#include "network.h"
+#include "panels.h"
 
 namespace ternary {
 namespace {
@@ -24,13 +23,13 @@ void transform_kernel(int side, const int8_t* g, int (&v)[3][3], int (&u)[5][5])
 
 }  // namespace
 
-std::shared_ptr<Panels> Network::winograd_panels(int node, const Value& in, int side) {
-  const NodeSpec& s = nodes_[node];
-  auto& slot = packed_[{node, side, in.cs}];
+std::shared_ptr<const Panels> PackedWeights::winograd(int node, const Value& in, int side) {
+  const Node& s = model_.nodes[node];
+  auto& slot = panels_[{node, side, in.cs}];
   if (slot) return slot;
   auto panels = std::make_shared<Panels>();
   Panels& p = *panels;
-  const int lanes = isa_.lanes, vectors = (s.n + lanes - 1) / lanes, bytes = isa_.winograd_bytes;
+  const int lanes = model_.isa.lanes, vectors = (s.n + lanes - 1) / lanes, bytes = model_.isa.winograd_bytes;
   p.kind = Weights::kSmall, p.groups = in.cs / 4, p.block = lanes;
   p.block_bytes = (int64_t)bytes * in.cs * lanes;
   p.bytes.assign(vectors * p.block_bytes, 0);
@@ -51,33 +50,32 @@ std::shared_ptr<Panels> Network::winograd_panels(int node, const Value& in, int 
   return slot = panels;  // now that it is whole
 }
 
-std::shared_ptr<Panels> Network::panels(int node, const Value& in) {
-  const NodeSpec& s = nodes_[node];
+std::shared_ptr<const Panels> PackedWeights::direct(int node, const Value& in) {
+  const Node& s = model_.nodes[node];
   const bool linear = s.op == Op::kLinear;
   const int kh = linear ? in.h : s.kernel[0], kw = linear ? in.w : s.kernel[1], c = linear ? in.c : s.c;
-  auto& slot = packed_[{node, kh, kw, in.cs}];
+  auto& slot = panels_[{node, kh, kw, in.cs}];
   if (slot) return slot;
   const int64_t k = (int64_t)kh * kw * c;
   Weights kind = storage_of(s.ternary, k);
   // Signed bytes also where a run leaves a quarter of a group or more empty, as three colours do: fewer multiply-adds.
   if (s.ternary && kw * in.cs <= 12) kind = Weights::kSmall;
   if (k > most_inputs(kind)) refuse(node, "has too many inputs for 32-bit accumulators");
-  slot = std::make_shared<Panels>(pack_panels(isa_, kind, s.n, kh, kw * in.cs, [&](int n, int run, int i) {
+  slot = std::make_shared<Panels>(pack_panels(model_.isa, kind, s.n, kh, kw * in.cs, [&](int n, int run, int i) {
     const int x = i / in.cs, ch = i % in.cs;
     return ch < c ? s.codes[(((size_t)n * c + ch) * kh + run) * kw + x] : 0;
   }));
   return slot;
 }
 
-// null: of the blocks of one input and a vector of channels, fewer than `least` (a fraction) are zero.
-std::shared_ptr<SparsePanels> Network::sparse_panels(int node, const Value& in, double least) {
-  const NodeSpec& s = nodes_[node];
+std::shared_ptr<const SparsePanels> PackedWeights::skipping(int node, const Value& in, double least) {
+  const Node& s = model_.nodes[node];
   if (s.op != Op::kLinear || !s.ternary || s.c > most_inputs(Weights::kTwoBit)) return nullptr;
   const auto [slot, is_new] = sparse_.try_emplace({node, in.h, in.w, in.cs});
   if (!is_new) return slot->second;
   auto sparse = std::make_shared<SparsePanels>();
   SparsePanels& p = *sparse;
-  const int lanes = isa_.lanes, vectors = (s.n + lanes - 1) / lanes, plane = in.h * in.w;
+  const int lanes = model_.isa.lanes, vectors = (s.n + lanes - 1) / lanes, plane = in.h * in.w;
   p.runs = in.h, p.words = (in.w * in.cs + 63) / 64;
   p.used.assign((size_t)vectors * p.runs * p.words, 0);
   std::vector<std::vector<int>> inputs(vectors);  // columns of the codes, in the order in which activations lie
@@ -99,7 +97,7 @@ std::shared_ptr<SparsePanels> Network::sparse_panels(int node, const Value& in, 
   }
   if (blocks > (1 - least) * vectors * s.c) return nullptr;
   for (int v = 0; v < vectors; ++v) {
-    const Panels dense = pack_panels(isa_, Weights::kTwoBit, std::min(lanes, s.n - v * lanes), 1, (int)inputs[v].size(),
+    const Panels dense = pack_panels(model_.isa, Weights::kTwoBit, std::min(lanes, s.n - v * lanes), 1, (int)inputs[v].size(),
                                      [&](int n, int, int i) { return s.codes[(size_t)(v * lanes + n) * s.c + inputs[v][i]]; });
     p.parts.push_back({(int64_t)p.bytes.size(), dense.groups});
     p.bytes.insert(p.bytes.end(), dense.bytes.begin(), dense.bytes.begin() + (int64_t)dense.groups * lanes * 4);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -225,13 +226,26 @@ def test_what_makes_no_network_is_refused() -> None:
     for nodes in ([], [Node("max_pool", -1)], [conv(-1, 4, 3), Node("max_pool", -1)]):
         with pytest.raises(ValueError, match="what reads the image must be a convolution"):
             kernels.make_executor(nodes, "cpu")
-    lists = [[torch.zeros(4, 3, 3, 3)], [torch.ones(4)], [torch.zeros(4)], [torch.zeros(3)]]
-    meta = [0, -1, -2, 1, 0, 0, 4, 3, 3, 3, 1, 1, 1, 1]
-    assert torch.ops.ternary.network_create("portable", "auto", *lists, meta, [1.0], 3)
-    for short in range(4):
-        fewer = [[] if k == short else tensors for k, tensors in enumerate(lists)]
-        with pytest.raises(ValueError, match="a node's description is not complete"):
-            torch.ops.ternary.network_create("portable", "auto", *fewer, meta, [1.0], 3)
+    with pytest.raises(ValueError, match="node 0 puts out codes that no byte holds"):
+        kernels.make_executor([replace(conv(-1, 4, 3), out_max=0)], "cpu")
+
+
+def test_a_network_takes_its_nodes_before_it_runs() -> None:
+    executor, images = kernels.make_executor([conv(-1, 4, 3)], "cpu"), images_of(1, 8, 8)
+    pool: dict[str, Any] = {
+        "residual": None, "residual_gain": 0.0, "relu": False, "out_max": None, "kernel": (2, 2), "stride": (2, 2),
+        "padding": (0, 0), "is_ternary": False, "codes": None, "gain": None, "bias": None, "pad_values": None,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="there is no operation min_pool"):
+        torch.ops.ternary.network_add(executor._handle, op="min_pool", input=0, **pool)
+    with pytest.raises(ValueError, match="node 1 reads a later node"):
+        torch.ops.ternary.network_add(executor._handle, op="max_pool", input=1, **pool)
+    executor(images)
+    with pytest.raises(ValueError, match="a network that has run takes no more nodes"):
+        torch.ops.ternary.network_add(executor._handle, op="max_pool", input=0, **pool)
+    empty = torch.ops.ternary.network_create("portable", "auto", 3)
+    with pytest.raises(ValueError, match="a network without nodes"):
+        torch.ops.ternary.network_run(images, empty, [3, 8, 8])
 
 
 def test_environment_and_requests(monkeypatch: pytest.MonkeyPatch) -> None:
