@@ -81,10 +81,11 @@ class NetworkExecutor:
         """One dict a node for a batch size that has run: op, algorithm, microseconds of each candidate, multiply-adds.
 
         Microseconds are None where an algorithm was not measured or cannot be used. Products with padding do not count.
+        "images" are so many as a thread takes through a node at a time by itself; 0: all threads share the batch.
         """
         lines = torch.ops.ternary.network_describe(self._handle, batch, height, width).splitlines()
-        names = ("node", "op", "algorithm", "direct_us", "winograd_us", "skipping_us", "multiply_adds")
-        types: tuple[Callable[[str], Any], ...] = (int, str, str, _micros, _micros, _micros, int)
+        names = ("node", "op", "algorithm", "direct_us", "winograd_us", "skipping_us", "multiply_adds", "images")
+        types: tuple[Callable[[str], Any], ...] = (int, str, str, _micros, _micros, _micros, int, int)
         return [
             dict(zip(names, (t(v) for t, v in zip(types, line.split(), strict=True)), strict=True)) for line in lines
         ]

@@ -11,27 +11,42 @@ namespace {
 constexpr double kLeastSkipped = 0.125;
 
 // Microseconds of each node in a run of the whole network: a node alone would find its weights in the caches, where in the network
-// it does not. A node has ended when the first thread leaves it: a thread that the system had put aside finds all done and passes
-// many at once. Of the front, every thread runs one part. The buffers hold whatever they hold.
+// it does not. A node begins when the first thread enters it and ends when the first one leaves it: a thread that the system had put
+// aside finds all done and passes many at once. Of a stage in parts every thread runs two, where there are as many, and the second
+// counts: it finds what the first left in the caches, as most do. The buffers hold whatever they hold.
 std::vector<double> time_nodes(const Model& model, Plan& plan, std::vector<Bytes>& scratch) {
   using Clock = std::chrono::steady_clock;
-  const int n = (int)model.nodes.size();
-  std::vector<std::vector<Clock::time_point>> left(plan.threads, std::vector<Clock::time_point>(n + 1, Clock::time_point::max()));
+  const size_t n = model.nodes.size();
+  struct Times {
+    std::vector<Clock::time_point> enter, leave;
+  };
+  std::vector<Times> times(plan.threads, {std::vector(n, Clock::time_point::max()), std::vector(n, Clock::time_point::max())});
   parallel(model.isa, plan.threads, [&](Member& member) {
-    std::vector<Clock::time_point>& times = left[member.index()];
-    Bytes& own = scratch[member.index()];
-    Member alone(member.index());
-    times[0] = Clock::now();
-    for (int i = 0; i < plan.front; ++i) run_node(model, plan, plan.parts[member.index()], i, {alone, own}), times[i + 1] = Clock::now();
-    for (int i = plan.front; i < n; ++i) run_node(model, plan, plan.whole, i, {member, own}), times[i + 1] = Clock::now();
+    const int index = member.index();
+    Member alone(index);
+    const auto run = [&](const Stage& stage, const Buffers& buffers, Member& who) {
+      for (int i = stage.first; i < stage.end; ++i) {
+        times[index].enter[i] = Clock::now();
+        run_node(model, plan, buffers, i, {who, scratch[index]});
+        times[index].leave[i] = Clock::now();
+      }
+    };
+    for (Stage& stage : plan.stages) {
+      const int parts = stage.part ? (plan.batch + stage.part - 1) / stage.part : 0;
+      for (int part = index; part < parts && part < index + 2 * plan.threads; part += plan.threads) {
+        enter_part(plan, stage, part, stage.parts[index]);
+        run(stage, stage.parts[index], alone);
+      }
+      if (!stage.part) run(stage, plan.whole, member);
+    }
   });
-  for (int i = 0; i <= n; ++i)
-    for (int t = 1; t < plan.threads; ++t) left[0][i] = std::min(left[0][i], left[t][i]);
   std::vector<double> micros(n);
-  for (int i = 0; i < n; ++i) {
-    const double parts = i < plan.front ? plan.batch / (double)(plan.part * plan.threads) : 1.0;
-    micros[i] = std::chrono::duration<double, std::micro>(left[0][i + 1] - left[0][i]).count() * parts;
-  }
+  for (const Stage& stage : plan.stages)
+    for (int i = stage.first; i < stage.end; ++i) {
+      for (const Times& t : times) times[0].enter[i] = std::min(times[0].enter[i], t.enter[i]), times[0].leave[i] = std::min(times[0].leave[i], t.leave[i]);
+      const double parts = stage.part ? plan.batch / (double)(stage.part * plan.threads) : 1.0;
+      micros[i] = std::chrono::duration<double, std::micro>(times[0].leave[i] - times[0].enter[i]).count() * parts;
+    }
   return micros;
 }
 
@@ -66,17 +81,18 @@ void choose_algorithms(const Model& model, PackedWeights& weights, const std::st
   if (algorithm == "direct") return;
   std::vector<Algorithm> algorithms[2];  // the plain ones; Winograd's, or skipping zero blocks where there are enough to try
   size_t shared = 0;
-  for (size_t i = 0; i < model.nodes.size(); ++i) {
-    Step& step = plan.steps[i];
-    const Value &in = plan.whole.values[model.nodes[i].input + 1], &out = plan.whole.values[i + 1];
-    algorithms[0].push_back(step.algorithm), algorithms[1].push_back(step.algorithm);
-    if (algorithm != "winograd") step.sparse = weights.skipping(i, in, algorithm == "skipping" ? 0.0 : kLeastSkipped);
-    if (step.sparse) algorithms[1][i] = Algorithm::kSkipping;
-    if (!step.winograd_side || algorithm == "skipping") continue;
-    if ((int)i >= plan.front) shared = std::max(shared, transformed_bytes(model.isa, step.winograd_side, in, out));  // in a part one thread is alone
-    step.winograd = weights.winograd(i, in, step.winograd_side);
-    algorithms[1][i] = Algorithm::kWinograd;
-  }
+  for (const Stage& stage : plan.stages)
+    for (int i = stage.first; i < stage.end; ++i) {
+      Step& step = plan.steps[i];
+      const Value &in = plan.whole.values[model.nodes[i].input + 1], &out = plan.whole.values[i + 1];
+      algorithms[0].push_back(step.algorithm), algorithms[1].push_back(step.algorithm);
+      if (algorithm != "winograd") step.sparse = weights.skipping(i, in, algorithm == "skipping" ? 0.0 : kLeastSkipped);
+      if (step.sparse) algorithms[1][i] = Algorithm::kSkipping;
+      if (!step.winograd_side || algorithm == "skipping") continue;
+      if (!stage.part) shared = std::max(shared, transformed_bytes(model.isa, step.winograd_side, in, out));
+      step.winograd = weights.winograd(i, in, step.winograd_side);
+      algorithms[1][i] = Algorithm::kWinograd;
+    }
   plan.shared = Bytes(shared);
   if (algorithm == "auto") measure(model, algorithms, scratch, plan);
   for (size_t i = 0; i < model.nodes.size(); ++i) {

@@ -127,15 +127,16 @@ std::string Network::describe(int batch, int height, int width) {
   if (known == plans_.end())
     throw std::invalid_argument("no batch of " + std::to_string(batch) + " images of " + std::to_string(height) + " x " + std::to_string(width) + " has run lately");
   std::ostringstream text;
-  for (size_t i = 0; i < model_.nodes.size(); ++i) {
-    const Node& s = model_.nodes[i];
-    const Step& step = known->steps[i];
-    const auto micros = [&](Algorithm algorithm) { return step.micros[(int)algorithm]; };
-    const std::vector<Value>& values = known->whole.values;
-    text << i << ' ' << kOpNames[(int)s.op] << ' ' << kAlgorithmNames[(int)step.algorithm] << ' '
-         << micros(step.algorithm == Algorithm::kPool ? Algorithm::kPool : Algorithm::kDirect) << ' ' << micros(Algorithm::kWinograd) << ' '
-         << micros(Algorithm::kSkipping) << ' ' << multiply_adds(s, values[s.input + 1], values[i + 1]) << '\n';
-  }
+  const std::vector<Value>& values = known->whole.values;
+  for (const Stage& stage : known->stages)
+    for (int i = stage.first; i < stage.end; ++i) {
+      const Node& s = model_.nodes[i];
+      const Step& step = known->steps[i];
+      const auto micros = [&](Algorithm algorithm) { return step.micros[(int)algorithm]; };
+      text << i << ' ' << kOpNames[(int)s.op] << ' ' << kAlgorithmNames[(int)step.algorithm] << ' '
+           << micros(step.algorithm == Algorithm::kPool ? Algorithm::kPool : Algorithm::kDirect) << ' ' << micros(Algorithm::kWinograd) << ' '
+           << micros(Algorithm::kSkipping) << ' ' << multiply_adds(s, values[s.input + 1], values[i + 1]) << ' ' << stage.part << '\n';
+    }
   return text.str();
 }
 

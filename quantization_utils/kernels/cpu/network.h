@@ -18,7 +18,7 @@ class Network {
   // images: float32 planes (batch, channels, height, width); out: float32, as many as out_shape says.
   void run(const float* images, int batch, int height, int width, int threads, float* out);
   std::vector<int64_t> out_shape(int batch, int height, int width);
-  // One line a node: "node op algorithm direct_us winograd_us skipping_us multiply_adds", for a batch that has run.
+  // One line a node: "node op algorithm direct_us winograd_us skipping_us multiply_adds images", for a batch that has run.
   std::string describe(int batch, int height, int width);
   int image_channels() const { return model_.image_channels; }
 

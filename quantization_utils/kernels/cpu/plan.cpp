@@ -57,18 +57,17 @@ const uint8_t* padding_of(const Model& model, int value, int channels) {
   return pad;
 }
 
-// Memory for values first ... end - 1. One is used again by a later value of exactly the same layout, so the border, written
-// here, stays as it is.
-void allocate(const Model& model, Buffers& buffers, int first, int end) {
+// Memory for those values that are `wanted`; last_use says of each which node is the last during which it has to stay. Memory is used
+// again by a later value of exactly the same layout, so the border, written here, stays as it is.
+void allocate(const Model& model, const std::vector<bool>& wanted, const std::vector<int>& last_use, Buffers& buffers) {
   std::vector<Value>& values = buffers.values;
-  std::vector<int> last(values.size(), -1);  // node that reads it
-  for (size_t i = 0; i < model.nodes.size(); ++i) {
-    last[model.nodes[i].input + 1] = i;
-    if (model.nodes[i].residual) last[*model.nodes[i].residual + 1] = i;
-  }
   std::map<std::vector<int64_t>, std::vector<uint8_t*>> free_buffers;
   std::vector<std::vector<int64_t>> keys(values.size());
-  for (int v = first; v < end; ++v) {
+  for (int v = 0; v < (int)values.size(); ++v) {
+    // Node v - 1 makes it, beside all that this node or a later one reads.
+    for (int u = 0; u < v; ++u)
+      if (wanted[u] && last_use[u] == v - 2) free_buffers[keys[u]].push_back(values[u].data);
+    if (!wanted[v]) continue;
     Value& value = values[v];
     const uint8_t* pad = padding_of(model, v, value.c);
     keys[v] = {value.h, value.w, value.c, value.border, value.extra, value.is_float, pad ? v : -1};
@@ -82,10 +81,18 @@ void allocate(const Model& model, Buffers& buffers, int first, int end) {
     }
     value.data = candidates.back();
     candidates.pop_back();
-    // Values that node v - 1 was the last to read are free from now on.
-    for (int u = first; u < v; ++u)
-      if (last[u] == v - 1) free_buffers[keys[u]].push_back(values[u].data);
   }
+}
+
+// Of each value the last node that reads it.
+std::vector<int> last_reads(const std::vector<Node>& nodes) {
+  std::vector<int> last(nodes.size() + 1, -1);
+  for (size_t i = 0; i < nodes.size(); ++i) {
+    last[nodes[i].input + 1] = i;
+    if (nodes[i].residual) last[*nodes[i].residual + 1] = i;
+  }
+  last.back() = (int)nodes.size();
+  return last;
 }
 
 Step make_step(const Model& model, PackedWeights& weights, const std::vector<Value>& values, int node) {
@@ -111,24 +118,46 @@ Step make_step(const Model& model, PackedWeights& weights, const std::vector<Val
   return step;
 }
 
-// Nodes before the first linear layer, of which only the last one's value is read after them; else 0.
-int front_of(const std::vector<Node>& nodes) {
-  const int front = std::find_if(nodes.begin(), nodes.end(), [](const Node& s) { return s.op == Op::kLinear; }) - nodes.begin();
-  for (size_t i = front; i < nodes.size(); ++i)
-    if (nodes[i].input < front - 1 || (nodes[i].residual && *nodes[i].residual < front - 1)) return 0;
-  return front;
-}
-
-// Whole images for each thread, where there are enough to share them evenly: few enough at a time for their values to stay in a
-// core's own cache from node to node, and no thread waits for another. The linear layers follow for all images at once, as
-// their weights are too many to be read for a few.
-int images_a_part(const Plan& plan, int front) {
-  int64_t largest = 1;
-  for (int v = 0; v < front; ++v) largest = std::max(largest, plan.whole.values[v].image_bytes());
-  int part = front == 0 ? 0 : (int)std::clamp<int64_t>((384 << 10) / largest, 1, 8);
-  auto uneven = [&] { return (plan.batch + part * plan.threads - 1) / (part * plan.threads) * part * plan.threads * 10 > plan.batch * 11; };
+// Images that a thread takes through nodes first ... end - 1 by itself, so that values stay in its core's own cache from node to node
+// and no thread waits for another: so many that their values are as much memory as the weights, as far as the cache holds these
+// values. With more, values would leave the cache; with fewer, weights would be read more often. 0: there are too few images
+// for an even share.
+int images_a_part(const Model& model, const Plan& plan, int first, int end) {
+  constexpr int64_t kCached = 768 << 10;
+  constexpr int kMost = 16;
+  int64_t weights = 0, values = 1;  // bytes; values of a node: all that it reads and writes
+  for (int i = first; i < end; ++i) {
+    const Node& s = model.nodes[i];
+    weights += (int64_t)s.codes.size() / 2;  // about as packed
+    int64_t bytes = plan.whole.values[s.input + 1].image_bytes() + plan.whole.values[i + 1].image_bytes();
+    if (s.residual) bytes += plan.whole.values[*s.residual + 1].image_bytes();
+    values = std::max(values, bytes);
+  }
+  int part = (int)std::clamp<int64_t>(std::min(weights, kCached) / values, 1, kMost);
+  const auto uneven = [&] { return (plan.batch + part * plan.threads - 1) / (part * plan.threads) * part * plan.threads * 10 > plan.batch * 11; };
   while (part > 0 && uneven()) --part;
   return part;
+}
+
+// Linear layers are for all images at once, as their weights are too many to be read for a few; what comes before them is cut wherever
+// one value is all that goes on, and put together where the same number of images is right.
+std::vector<Stage> stages_of(const Model& model, const Plan& plan) {
+  const std::vector<Node>& nodes = model.nodes;
+  const int n = (int)nodes.size();
+  const int front = std::find_if(nodes.begin(), nodes.end(), [](const Node& s) { return s.op == Op::kLinear; }) - nodes.begin();
+  const std::vector<int> last = last_reads(nodes);
+  std::vector<Stage> stages;
+  int first = 0, waiting = -1;  // the last node that reads any value before `end`
+  for (int end = 1; end <= front; ++end) {
+    waiting = std::max(waiting, last[end - 1]);
+    if (waiting >= end) continue;
+    const int part = images_a_part(model, plan, first, end);
+    if (!stages.empty() && stages.back().part == part) stages.back().end = end;
+    else stages.push_back({first, end, part, {}});
+    first = end;
+  }
+  if (first < n) stages.push_back({first, n, 0, {}});
+  return stages;
 }
 
 }  // namespace
@@ -151,21 +180,39 @@ std::vector<Value> shapes(const Model& model, int batch, int height, int width) 
   return values;
 }
 
+int64_t enter_part(const Plan& plan, const Stage& stage, int64_t part, Buffers& own) {
+  const int64_t first = part * stage.part;
+  for (int v = stage.first; v <= stage.end; ++v) own.values[v].n = (int)std::min<int64_t>(stage.part, plan.batch - first);
+  if (stage.first > 0) own.values[stage.first].data = plan.whole.values[stage.first].element(first, 0);
+  own.values[stage.end].data = plan.whole.values[stage.end].element(first, 0);
+  return first;
+}
+
 Plan make_plan(const Model& model, PackedWeights& weights, int batch, int height, int width, int threads) {
   Plan plan;
   plan.batch = batch, plan.height = height, plan.width = width, plan.threads = threads;
   plan.whole.values = shapes(model, batch, height, width);
-  plan.front = front_of(model.nodes);
-  plan.part = images_a_part(plan, plan.front);
-  if (plan.part == 0) plan.front = 0;
-  allocate(model, plan.whole, plan.front, (int)model.nodes.size() + 1);
-  for (size_t i = 0; i < model.nodes.size(); ++i) plan.steps.push_back(make_step(model, weights, plan.whole.values, (int)i));
-  for (int thread = 0; plan.part && thread < threads; ++thread) {
-    Buffers part;
-    part.values = shapes(model, plan.part, height, width);
-    allocate(model, part, 0, plan.front + 1);  // its last value goes where the threads share it, but not while algorithms are measured
-    plan.parts.push_back(std::move(part));
+  const int n = (int)model.nodes.size();
+  for (int i = 0; i < n; ++i) plan.steps.push_back(make_step(model, weights, plan.whole.values, i));
+  plan.stages = stages_of(model, plan);
+  const std::vector<int> last = last_reads(model.nodes);
+  std::vector<int> last_of_batch = last;  // parts of a stage are done at different times
+  std::vector<bool> wanted(n + 1, false);
+  wanted[0] = plan.stages[0].part == 0;
+  for (Stage& stage : plan.stages) {
+    for (int v = 0; v <= stage.end; ++v)
+      if (stage.part && last[v] >= stage.first && last[v] < stage.end) last_of_batch[v] = stage.end - 1;
+    for (int v = stage.first + 1; v <= stage.end; ++v) wanted[v] = stage.part == 0 || v == stage.end;
+    for (int thread = 0; stage.part && thread < threads; ++thread) {
+      std::vector<bool> inner(n + 1, false);
+      for (int v = stage.first + (stage.first > 0); v < stage.end; ++v) inner[v] = true;
+      Buffers part;
+      part.values = shapes(model, stage.part, height, width);
+      allocate(model, inner, last, part);
+      stage.parts.push_back(std::move(part));
+    }
   }
+  allocate(model, wanted, last_of_batch, plan.whole);
   return plan;
 }
 

@@ -37,15 +37,23 @@ struct Buffers {
   std::vector<Bytes> storage;
 };
 
+// Nodes first ... end - 1, of which later nodes read the last one's value only.
+struct Stage {
+  int first, end;
+  int part = 0;                // images that a thread takes through them by itself; 0: all threads share each node
+  std::vector<Buffers> parts;  // one a thread: their values for so many images; the first and the last lie in the plan's whole ones
+};
+
 struct Plan {
   int batch, height, width, threads;
-  int front = 0;               // nodes that each thread computes by itself, for some images at a time; then all share the rest
-  int part = 0;                // images at a time
-  std::vector<Step> steps;     // of each node
-  Buffers whole;               // of the batch
-  std::vector<Buffers> parts;  // one a thread: the front of `part` images
-  Bytes shared;                // Winograd's transformed input, where the threads share one
+  std::vector<Step> steps;    // of each node
+  std::vector<Stage> stages;
+  Buffers whole;              // of the batch: what stages hand on, and all values of stages that threads share
+  Bytes shared;               // Winograd's transformed input, where the threads share one
 };
+
+// Makes a thread's buffers those of one part: returns the number of its first image.
+int64_t enter_part(const Plan& plan, const Stage& stage, int64_t part, Buffers& own);
 
 // The values of a batch of images without memory for them.
 std::vector<Value> shapes(const Model& model, int batch, int height, int width);

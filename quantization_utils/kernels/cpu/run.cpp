@@ -20,15 +20,13 @@ void run_image(const Model& model, const Value& v, const float* images, Member& 
   });
 }
 
-// One thread alone: the front for some images, whose last value goes to where the threads share it.
-void run_part(const Model& model, Plan& plan, const float* images, int64_t part, const Worker& worker) {
-  Buffers& own = plan.parts[worker.member.index()];
+// One thread alone: a stage for some images.
+void run_part(const Model& model, Plan& plan, Stage& stage, const float* images, int64_t part, const Worker& worker) {
+  Buffers& own = stage.parts[worker.member.index()];
   Member alone(worker.member.index());
-  const int64_t first = part * plan.part;
-  for (Value& v : own.values) v.n = (int)std::min<int64_t>(plan.part, plan.batch - first);
-  own.values[plan.front].data = plan.whole.values[plan.front].element(first, 0);
-  run_image(model, own.values[0], images + first * model.image_channels * plan.height * plan.width, alone);
-  for (int i = 0; i < plan.front; ++i) run_node(model, plan, own, i, {alone, worker.scratch});
+  const int64_t first = enter_part(plan, stage, part, own);
+  if (stage.first == 0) run_image(model, own.values[0], images + first * model.image_channels * plan.height * plan.width, alone);
+  for (int i = stage.first; i < stage.end; ++i) run_node(model, plan, own, i, {alone, worker.scratch});
 }
 
 void run_direct(const Task& t) {
@@ -147,9 +145,14 @@ int64_t team_chunk(int64_t groups, int blocks, int threads, int64_t most) {
 }
 
 void run_plan(const Model& model, Plan& plan, const float* images, const Worker& worker) {
-  if (plan.part) worker.member.share((plan.batch + plan.part - 1) / plan.part, [&](int64_t part) { run_part(model, plan, images, part, worker); });
-  else run_image(model, plan.whole.values[0], images, worker.member);
-  for (int i = plan.front; i < (int)model.nodes.size(); ++i) run_node(model, plan, plan.whole, i, worker);
+  for (Stage& stage : plan.stages) {
+    if (stage.part) {
+      worker.member.share((plan.batch + stage.part - 1) / stage.part, [&](int64_t part) { run_part(model, plan, stage, images, part, worker); });
+      continue;
+    }
+    if (stage.first == 0) run_image(model, plan.whole.values[0], images, worker.member);
+    for (int i = stage.first; i < stage.end; ++i) run_node(model, plan, plan.whole, i, worker);
+  }
 }
 
 void run_node(const Model& model, Plan& plan, const Buffers& buffers, int node, const Worker& worker) {

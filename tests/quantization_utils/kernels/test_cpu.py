@@ -180,6 +180,26 @@ def test_results_do_not_depend_on_threads() -> None:
         torch.set_num_threads(before)
 
 
+def test_threads_take_more_images_at_a_time_where_weights_are_many() -> None:
+    torch.manual_seed(1)
+    nodes = [conv(-1, 16, 3), conv(0, 96, 16, 3, 2), conv(1, 96, 96, 3, 2),
+             conv(2, 96, 96, residual=2, residual_gain=0.5), conv(3, 96, 96, residual=3, residual_gain=0.5),
+             conv(4, 320, 96, 3, 2), conv(5, 320, 320, 3, 2)]  # fmt: skip
+    last = Node("linear", 6, codes=codes_of((5, 320)), gain=torch.rand(5), bias=torch.randn(5))
+    images, before = images_of(33, 16, 16), torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            for used in (nodes, [*nodes, last]):
+                executor = kernels.make_executor(used, "cpu")
+                found, expected = executor(images), reference.NetworkExecutor(used)(images)
+                assert torch.equal(found, expected) and torch.equal(executor(images), expected)
+                at_a_time = [step["images"] for step in executor.plan(33, 16, 16)]
+                assert at_a_time[0] == 1 < at_a_time[4] < at_a_time[6] and at_a_time[7:] in ([], [0])
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_plans_of_the_last_sizes_are_kept_whatever_the_threads() -> None:
     executor = kernels.make_executor([conv(-1, 8, 3), Node("avg_pool", 0, gain=torch.tensor([0.1]))], "cpu")
     images, before = images_of(20, 8, 8), torch.get_num_threads()
