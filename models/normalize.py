@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 
 def require_pixels(images: Tensor) -> None:
-    """Refuse bytes, which every model here would take for pixels 255 times as bright."""
+    """Refuse bytes, which every model here would take for pixels 255 times as bright, and what is no tensor."""
+    if not isinstance(images, Tensor):
+        raise ValueError(f"images are one tensor (B, C, H, W), not a {type(images).__name__}")
     if not images.is_floating_point():
         raise ValueError(f"images are floating-point numbers in [0, 1], not {images.dtype}")
 

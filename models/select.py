@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 
@@ -19,13 +20,14 @@ def select_layers(
     all. `keep`: name patterns of layers to leave out.
 
     Raises:
-        ValueError: a name pattern that matches no layer (a typing mistake would silently change the result), or a
-            packed model, whose layers are no linear or convolution layers any more.
+        ValueError: a name pattern that matches no layer (a typing mistake would silently change the result), something
+            else than types and patterns, or a model that is packed, compiled, or without values.
     """
+    refuse_compiled(model)
     if any(getattr(module, "is_packed", False) for module in model.modules()):
         raise ValueError("the model is packed, and its codes are fixed: do this before pack_")
-    wanted = (only,) if only is None or isinstance(only, (type, str)) else tuple(only)
-    keep = (keep,) if isinstance(keep, str) else keep
+    wanted = _several(only, (type, str), "only", "layer types or name patterns") if only is not None else (None,)
+    keep = _several(keep, (str,), "keep", "name patterns")
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
     for kind, patterns in (("only", [w for w in wanted if isinstance(w, str)]), ("keep", keep)):
         for pattern in patterns:
@@ -39,4 +41,21 @@ def select_layers(
             w is None or (isinstance(module, w) if isinstance(w, type) else fnmatchcase(name, w)) for w in wanted
         )
 
-    return [(name, module) for name, module in layers if chosen(name, module)]
+    found: list[tuple[str, nn.Module]] = [(name, module) for name, module in layers if chosen(name, module)]
+    for name, module in found:
+        if module.weight.is_meta:  # type: ignore[union-attr]
+            raise ValueError(f"{name} has no values, it is on the device meta: load or initialise the model first")
+    return found
+
+
+def refuse_compiled(model: nn.Module) -> None:
+    """Raise a ValueError for what torch.compile has wrapped: a change would not reach what it has compiled."""
+    if hasattr(model, "_orig_mod"):
+        raise ValueError("the model is compiled: give what was compiled (model._orig_mod), and compile it at the end")
+
+
+def _several(given: Any, kinds: tuple[type, ...], option: str, of_what: str) -> tuple[Any, ...]:
+    items = (given,) if isinstance(given, kinds) else tuple(given) if isinstance(given, Iterable) else (given,)
+    if not all(isinstance(item, kinds) for item in items):
+        raise ValueError(f"{option} takes {of_what}, not {given!r}")
+    return items

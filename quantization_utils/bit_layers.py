@@ -11,6 +11,7 @@ ends.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -104,8 +105,8 @@ class Quantized(nn.Module):
         super().__init__()
         self.module, self.quantizer = module, quantizer
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.quantizer(self.module(x))
+    def forward(self, input: Tensor) -> Tensor:  # named as those of its modules, for callers by name
+        return self.quantizer(self.module(input))
 
 
 class _BitLayer(nn.Module):
@@ -237,12 +238,23 @@ class _PackedLayer(nn.Module):
         self.register_buffer("bias", bias_N)
         self.backend = "auto"
         self._runner: Any = None
+        self._made_of: tuple[Any, ...] = ()
 
     def forward(self, input: Tensor) -> Tensor:
-        if self._runner is None:
+        if self._runner is None or not (torch.compiler.is_compiling() or self._is_as_it_was()):
             with torch.inference_mode(False):  # what is kept for later calls has to take part in gradients there
-                self._runner = self._make_runner()
+                self._runner, self._made_of = self._make_runner(), self._parts()
         return self._runner(input)
+
+    def _parts(self) -> tuple[Any, ...]:
+        """What a runner is made of: tensors, how often each was written to, kernels."""
+        tensors = (self.codes, self.scale, self.bias)
+        versions = tuple(0 if t is None or t.is_inference() else t._version for t in tensors)
+        return (*tensors, versions, self.backend)
+
+    def _is_as_it_was(self) -> bool:
+        now = self._parts()
+        return all(map(operator.is_, now[:3], self._made_of[:3])) and now[3:] == self._made_of[3:]
 
     def _make_runner(self) -> Callable[[Tensor], Tensor]:
         """What runs the layer, made of its tensors: in each of the two classes."""
@@ -262,7 +274,7 @@ class _PackedLayer(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_runner": None}
+        return self.__dict__ | {"_runner": None, "_made_of": ()}
 
 
 class PackedLinear(_PackedLayer):

@@ -38,9 +38,10 @@ def execution_order(model: nn.Module, image_1CHW: Tensor) -> dict[str, str | Non
         return hook
 
     def norm_runs(norm: str) -> Any:
-        def hook(module: nn.Module, args: Any) -> None:
+        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            read = args[0] if args else kwargs["input"]
             for name, (output, version) in outputs.items():
-                if output is args[0] and output._version == version:
+                if output is read and output._version == version:
                     order[name] = norm
 
         return hook
@@ -50,7 +51,7 @@ def execution_order(model: nn.Module, image_1CHW: Tensor) -> dict[str, str | Non
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             handles.append(module.register_forward_hook(layer_ran(name)))
         elif isinstance(module, BATCH_NORMS):
-            handles.append(module.register_forward_pre_hook(norm_runs(name)))
+            handles.append(module.register_forward_pre_hook(norm_runs(name), with_kwargs=True))
     try:
         model(image_1CHW)
     finally:

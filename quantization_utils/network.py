@@ -39,14 +39,18 @@ class PackedNetwork(nn.Module):
         super().__init__()
         self.nodes, self.constructor, self.backend, self.image_shape = nodes, constructor, backend, image_shape
         self._executor: Any = None
+        self._made_for = backend
         self.eval()
 
     @property
     def executor(self) -> Any:
-        """What runs the nodes: built at first use for the device where they are; its `backend` says which kernels."""
-        if self._executor is None:
+        """What runs the nodes: made at first use of them as they are then, where they are, and for `self.backend`.
+
+        Its `backend` says which kernels run.
+        """
+        if self._executor is None or self._made_for != self.backend:
             with torch.inference_mode(False):  # what is kept for later calls has to take part in gradients there
-                self._executor = kernels.make_executor(self.nodes, self.backend)
+                self._executor, self._made_for = kernels.make_executor(self.nodes, self.backend), self.backend
         return self._executor
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
@@ -106,8 +110,9 @@ def to_nodes(model: nn.Module, image_shape: tuple[int, ...] = IMAGE_SHAPE) -> li
     if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
         raise NotANetwork("it has hooks, which may change what its modules put out")
     try:
+        image = torch.zeros(1, *image_shape, dtype=torch.float32, device=device_of(model))
         with fixed_weights(model, lambda layer: layer.weight):
-            _ShapeProp(fx.GraphModule(model, graph)).run(torch.zeros(1, *image_shape, device=device_of(model)))
+            _ShapeProp(fx.GraphModule(model, graph)).run(image)
     except Exception as error:  # whatever its layers raise for images that are not theirs
         size = "×".join(map(str, image_shape))
         raise NotANetwork(f"it does not take images of {size}, and was not calibrated with others") from error
@@ -265,8 +270,16 @@ class _Builder:
     def emit(self, node: Node, step: float) -> _Value:
         if (node.op != "conv" and node.input == IMAGE) or node.residual == IMAGE:
             raise NotANetwork("something else than a convolution, which takes in the normalisation, reads the image")
+        if node.op != "linear" and self.is_flat(node.input):
+            raise NotANetwork("something else than a linear layer reads what an average pool puts out")
+        if node.residual is not None and self.is_flat(node.residual) != (node.op == "linear"):
+            raise NotANetwork("an addition of one value a channel and of an image")
         self.nodes.append(node)
         return _Value(len(self.nodes) - 1, step)
+
+    def is_flat(self, index: int) -> bool:
+        """Whether a node puts out one value a channel, and no image of them."""
+        return index != IMAGE and self.nodes[index].op in ("linear", "avg_pool")
 
 
 def _fold_normalization(

@@ -160,6 +160,8 @@ def remove_dead_neurons_(model: nn.Module) -> nn.Module:
         if not (isinstance(fc1, PackedLinear) and isinstance(fc2, PackedLinear)):
             continue
         alive_N = fc1.codes.any(1) if fc1.bias is None else fc1.codes.any(1) | (fc1.bias != 0)
+        if alive_N.all():  # as a rule, and a copy of all codes takes its time
+            continue
         alive_N[0] |= not alive_N.any()
         fc1.codes, fc1.scale, fc2.codes = fc1.codes[alive_N], fc1.scale[alive_N], fc2.codes[:, alive_N].contiguous()
         fc1.bias = None if fc1.bias is None else fc1.bias[alive_N]

@@ -138,6 +138,11 @@ def fits_int32(inputs: int, weight_bits: int | str) -> bool:
     return inputs * (1 if weight_bits == "ternary" else 127) * 255 < 2**31
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether it holds numbers alone. A finite sum says so, many times faster; any other may be of large numbers."""
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+
+
 def dequantize(codes: Tensor, scale_N: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """codes · scale, with the scale of each output channel (dimension 0), in float32 and then rounded to `dtype`."""
     weight, scale = torch.empty_like(codes, dtype=dtype), scale_N.view(-1, *[1] * (codes.dim() - 1))

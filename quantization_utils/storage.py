@@ -15,12 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from . import kernels
 from .bit_layers import BitConv2d, BitLinear, PackedConv2d, PackedLinear, Quantized
 from .file_format import VERSION, ModelFileError, Stored, dump_json, parse_json, read_file, sha256_all, write_file
 from .network import PackedNetwork
 from .packing import Bits, pack_codes, unpack_codes
+from .quantizers import is_finite
 from .rebuilding import normalization_of, rebuild
 from .scale_rounding import WORTH_HALVING, with_float16_scales
 from .storage_checks import (
@@ -72,13 +74,15 @@ def save_model(
     entries = {name: _entry(r, digest) for (name, r), digest in zip(records.items(), digests, strict=True)}
     own |= {"kind": "network" if isinstance(model, PackedNetwork) else "modules", "tensors": dump_json(entries)}
     try:
-        check_description(own, records)  # what a reader would refuse is never written
+        rebuilt, _ = check_description(own, records)  # what a reader would refuse is never written
+        _check_modules(model, rebuilt)
         _check_values(records, {name: tensor for name, (tensor, bits) in tensors.items() if bits is None})
     except ModelFileError as error:
         raise ValueError(f"this model cannot be saved: {error}") from error
     return write_file(path, {name: r.stored for name, r in records.items()}, own)
 
 
+@torch.inference_mode(False)  # what is made there could not take part in gradients
 def load_model(
     path: str | os.PathLike[str], device: str | torch.device = "cpu", backend: str = "auto"
 ) -> tuple[nn.Module, dict[str, Any]]:
@@ -170,6 +174,23 @@ def _describe_modules(model: nn.Module) -> tuple[dict[str, tuple[Tensor, Bits | 
             tensors = {k: v for k, v in tensors.items() if not k.startswith(hidden)}
     described = {"packed": packed, "quantized": quantized}
     return tensors, {"constructor": constructor, "normalization": normalization_of(model), "modules": described}
+
+
+def _check_modules(model: nn.Module, rebuilt: nn.Module) -> None:
+    """Refuse to save what a reader would take for the model of its constructor, and was changed since."""
+    if isinstance(model, PackedNetwork):
+        return  # its nodes are all there is of it
+
+    def said(module: nn.Module) -> tuple[type, str]:
+        return type_before_parametrizations(module), module.extra_repr()
+
+    expected = {name: said(module) for name, module in rebuilt.named_modules()}
+    for name, module in model.named_modules():
+        if "parametrizations" in name.split("."):
+            continue
+        what = f"{type(module).__name__}({module.extra_repr()})"
+        require(said(module) == expected.get(name), f"its {name} is {what}, which its constructor does not make")
+        require(not (module._forward_hooks or module._forward_pre_hooks), f"{name or 'it'} has hooks: remove them")
 
 
 def _to_records(tensors: Mapping[str, tuple[Tensor, Bits | None]]) -> dict[str, Record]:
@@ -276,10 +297,7 @@ def _check_values(records: Mapping[str, Record], tensors: Mapping[str, Tensor]) 
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             continue
-        # The sum of finite float32 values in float64 is finite, and says so without a mask as large as the tensor.
-        require(
-            bool(torch.isfinite(tensor.sum(dtype=torch.float64))), f"tensor {name!r} has values that are not finite"
-        )
+        require(is_finite(tensor), f"tensor {name!r} has values that are not finite")
         layer, _, last = name.rpartition(".")
         if last == "scale" and f"{layer}.codes" in records:
             require(bool((tensor > 0).all()), f"scales {name!r} are not all positive")

@@ -13,7 +13,7 @@ from torch.nn.utils.parametrize import remove_parametrizations, type_before_para
 
 from models.graph import PASSES, module_of, put_module, replace_module, trace
 from models.normalize import Normalize, require_pixels
-from models.select import Selection, select_layers
+from models.select import Selection, refuse_compiled, select_layers
 from models.state import evaluating
 
 from .bit_layers import BitConv2d, BitLinear, PackedConv2d, PackedLinear, Quantized, StaticQuantizer, fixed_weights
@@ -21,7 +21,7 @@ from .dead_channels import remove_dead_channels
 from .network import NotANetwork, PackedNetwork, to_nodes
 from .nodes import IMAGE_SHAPE
 from .packed_encoder import fuse_encoder_, remove_dead_neurons_
-from .quantizers import Quantizer, absmean, fits_int32
+from .quantizers import Quantizer, absmean, fits_int32, is_finite
 
 # What may stand before a layer whose input has a static scale; pixels, behind the normalisation, are 8-bit already.
 NODE_ENDS = (nn.ReLU, nn.AdaptiveAvgPool2d, Quantized, Normalize)
@@ -53,8 +53,7 @@ def quantize_(
     layers = select_layers(model, only, keep)
     if not layers:
         raise ValueError(f"no linear or convolution layer matches only={only!r}, keep={keep!r}: nothing to quantize")
-    if layers[0][0] == "":
-        raise ValueError("the model is a layer itself, which cannot take its own place: put it into an nn.Sequential")
+    _refuse_a_layer(model)
     layers = [(name, layer) for name, layer in layers if not isinstance(layer, (BitLinear, BitConv2d))]
     check_replaceable(layers)
     weights: list[Any] = [layer.weight for _, layer in layers]
@@ -77,6 +76,11 @@ def quantize_(
         if isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False  # which the layers do not take
     return model
+
+
+def _refuse_a_layer(model: nn.Module) -> None:
+    if isinstance(model, (nn.Linear, nn.Conv2d)):
+        raise ValueError("the model is a layer itself, which cannot take its own place: put it into an nn.Sequential")
 
 
 def _check_quantizer(quantizer: Quantizer, weight: Tensor) -> None:
@@ -122,6 +126,7 @@ def _refuse_hooks(name: str, layer: nn.Module) -> None:
         raise ValueError(f"{name} has hooks, which the layer that takes its place would not have: remove them first")
 
 
+@torch.inference_mode(False)  # steps that are made there could not be learned
 @torch.no_grad()
 def calibrate_(model: nn.Module, images: Tensor, batch_size: int = 128) -> nn.Module:
     """Give a quantized convolution network static activation scales, in place: a chain, that torch.fx can trace.
@@ -135,12 +140,15 @@ def calibrate_(model: nn.Module, images: Tensor, batch_size: int = 128) -> nn.Mo
     anew. `pack_` makes the network for images of this size.
 
     Raises:
-        ValueError: no images, images of bytes, activations that are not finite, readers of one tensor with different
-            bits, or a ReLU or pool that is used twice; the model is as it was.
+        ValueError: no images, images of bytes, a model without quantized layers, activations that are not finite,
+            readers of one tensor with different bits, or a ReLU or pool that is used twice; the model is as it was.
     """
-    if len(images) == 0:
-        raise ValueError("calibration needs at least one image")
     require_pixels(images)
+    if len(images) == 0 or batch_size < 1:
+        raise ValueError("calibration needs at least one image, and batches of at least one")
+    refuse_compiled(model)
+    if not any(isinstance(module, (BitLinear, BitConv2d)) for module in model.modules()):
+        raise ValueError("no layer is quantized, or all are packed: calibrate_ comes between quantize_ and pack_")
     with _as_it_was_after_an_error(model):
         producers = _insert_static_quantizers(model)
         samples = _observe(model, producers, images, batch_size) if producers else {}
@@ -168,6 +176,7 @@ def _as_it_was_after_an_error(model: nn.Module) -> Iterator[None]:
         raise
 
 
+@torch.inference_mode(False)  # what is made there could not take part in gradients
 def pack_(model: nn.Module) -> nn.Module:
     """Turn a quantized model into its integer inference form, in place; return the model.
 
@@ -177,13 +186,23 @@ def pack_(model: nn.Module) -> nn.Module:
     nothing.
 
     Raises:
-        ValueError: a weight that is not finite, or a layer that can't be packed; the model is as it was.
+        ValueError: a weight that is not finite or still on its way from float to quantized, or a layer that can't be
+            packed; the model is as it was.
     """
     if isinstance(model, PackedNetwork):
         return model.eval()  # type: ignore[return-value]
+    refuse_compiled(model)
+    if isinstance(model, (BitLinear, BitConv2d)):
+        _refuse_a_layer(model)
     for name, layer in model.named_modules():
-        if isinstance(layer, (BitLinear, BitConv2d)) and not layer.weight.isfinite().all():
-            raise ValueError(f"{name} has a weight that is not finite: has training diverged?")
+        if isinstance(layer, (BitLinear, BitConv2d)):
+            if layer.weight.is_meta:
+                raise ValueError(f"{name} has no values, it is on the device meta: load them first")
+            if not is_finite(layer.weight):
+                raise ValueError(f"{name} has a weight that is not finite: has training diverged?")
+            if layer.quantized_part != 1.0:
+                part = layer.quantized_part
+                raise ValueError(f"{name} is quantized in part ({part:g}): set its quantized_part to 1 first")
         if isinstance(layer, BitConv2d) and (layer.padding_mode != "zeros" or isinstance(layer.padding, str)):
             raise ValueError(f"{name} can't be packed: only convolutions with zero padding, given as numbers, can")
         if isinstance(layer, (BitLinear, BitConv2d)):

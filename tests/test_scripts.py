@@ -21,9 +21,11 @@ from models import build
 from models.select import select_layers
 from quantization_utils import load_model
 from train_test_utils import experiment, run
+from train_test_utils.cli import sentence
 from train_test_utils.logbook import read_rows
+from train_test_utils.recipe import Recipe
 from train_test_utils.row_folder import locked
-from train_test_utils.rows import Prune
+from train_test_utils.rows import Prune, Row
 from train_test_utils.train import NonFiniteLoss
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -221,6 +223,14 @@ def test_results_that_were_moved_aside_come_back_with_their_configuration(finish
     assert capsys.readouterr().out.count("done before") == 3
 
 
+def test_a_recipe_that_comes_back_counts_again(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["mine.py", *TINY, "--out", str(tmp_path)])
+    for lr in (0.1, 0.2, 0.1, 0.1):
+        experiment.main("vit", [Row("float", None, [], Recipe(epochs=2, lr=lr))], ("float",))
+    one, other, again = (line["line_hash"] for line in lines_of(tmp_path))
+    assert one == again != other
+
+
 @pytest.mark.parametrize("how", ["gone", "cut", "one bit"])
 def test_a_packed_file_that_is_damaged_is_made_from_its_checkpoint(how, finished, monkeypatch, capsys):
     """Before anything that is measured beside it."""
@@ -262,6 +272,15 @@ def test_a_report_that_cannot_be_written_loses_nothing_else(finished, monkeypatc
     assert "qat_linear_l1_50" in said and "the report could not be written (report.html: Permission denied)" in said
 
 
+def test_a_programs_own_error_is_no_sentence(monkeypatch, tmp_path):
+    def failing(*_, **__):
+        raise RuntimeError("a shape that does not fit")
+
+    monkeypatch.setattr(run, "transformed", failing)
+    with pytest.raises(RuntimeError, match="does not fit"):
+        start(monkeypatch, "vit", *TINY, "--only", "float", "--out", str(tmp_path))
+
+
 def test_nothing_is_left_of_what_could_not_begin(monkeypatch, capsys, tmp_path):
     words = [w if w != "width=64" else "width=65" for w in TINY]
     assert words != TINY and start(monkeypatch, "vit", *words, "--only", "float", "--out", str(tmp_path / "out")) == 2
@@ -288,8 +307,9 @@ def test_a_training_that_diverges_takes_its_children_with_it(monkeypatch, capsys
 
 @pytest.mark.parametrize(
     ("error", "code"),
-    [(ValueError("a score of another shape."), 2), (torch.OutOfMemoryError("no memory"), 1), (MemoryError(), 1)],
-)
+    [(ValueError("a score of another shape."), 2), (torch.OutOfMemoryError("no memory"), 1), (MemoryError(), 1),
+     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1)],
+)  # fmt: skip
 def test_what_is_wrong_with_one_row_leaves_the_others_and_the_report(error, code, monkeypatch, capsys, tmp_path):
     real = run.transformed
 
@@ -301,7 +321,7 @@ def test_what_is_wrong_with_one_row_leaves_the_others_and_the_report(error, code
     monkeypatch.setattr(run, "transformed", failing)
     words = [*TINY, "--only", "ptq_all", "ptq_all_twn", "--out", str(tmp_path)]
     assert start(monkeypatch, "vit", *words) == code
-    assert f"vit_experiments.py: ptq_all, seed 3: {str(error) or 'MemoryError'}\n" in capsys.readouterr().err
+    assert f"vit_experiments.py: ptq_all, seed 3: {sentence(error)}\n" in capsys.readouterr().err
     (folder,) = tmp_path.iterdir()
     assert [row["row"] for row in read_rows(folder / "rows.jsonl")] == ["float", "ptq_all_twn"]
     assert (folder / "report.html").exists()

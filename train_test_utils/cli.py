@@ -109,8 +109,17 @@ def parse_arguments(model_name: str, words: list[str], quick_budget: float = QUI
         parser.error(sentence(error))
 
 
+NO_MEMORY = "DefaultCPUAllocator: "  # begins what PyTorch says of it: on a CPU in a RuntimeError of no special type
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or NO_MEMORY in str(error)
+
+
 def sentence(error: Exception) -> str:
     """What went wrong, for a person: the file and the reason of an operating system's error, the words of any other."""
+    if NO_MEMORY in str(error):
+        return str(error).partition(NO_MEMORY)[2].splitlines()[0]
     if isinstance(error, OSError) and error.strerror:
         return ": ".join(str(part) for part in (error.filename, error.strerror) if part is not None)
     return str(error) or type(error).__name__

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from . import distributed
-from .cli import QUICK_BUDGET, Arguments, parse_arguments, sentence
+from .cli import QUICK_BUDGET, Arguments, is_out_of_memory, parse_arguments, sentence
 from .data import load_dataset
 from .dataset import ImageDataset
 from .logbook import Logbook, read_rows
@@ -56,7 +56,7 @@ def main(
         if arguments.quick:
             chosen = [in_small_batches(row) for row in chosen]
         if arguments.list:
-            say(format_rows(model_name, chosen))
+            say(format_rows(model_name, chosen, arguments.budget))
             return
         device = distributed.start(arguments.device)
         with distributed.first_alone():  # one process downloads; all sets, so that a missing one is told now
@@ -69,8 +69,8 @@ def main(
             code = max(code, run_table(model_name, options, chosen, dataset, replace(arguments, device=device)))
         if code:
             raise SystemExit(code)
-    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-        if os.environ.get("TERNARY_TRACEBACK"):
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        if os.environ.get("TERNARY_TRACEBACK") or not is_told(error):
             raise
         print(f"{Path(sys.argv[0]).name}: {sentence(error)}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -79,6 +79,11 @@ def main(
         raise SystemExit(130) from None
     finally:
         distributed.stop()
+
+
+def is_told(error: Exception) -> bool:
+    """Whether it is what a user, or a machine that is too small, has to answer for: a sentence says it all."""
+    return not isinstance(error, RuntimeError) or isinstance(error, NonFiniteLoss) or is_out_of_memory(error)
 
 
 def refuse_mixed_results(model_name: str, datasets: Sequence[ImageDataset], out: Path) -> None:
@@ -124,10 +129,11 @@ def run_table(
                 run = Run(model_name, options, row, parent, seed, data, arguments, folder)
                 try:
                     line = run.line(logbook)
-                except (ValueError, MemoryError, torch.OutOfMemoryError) as error:
+                except (ValueError, MemoryError, RuntimeError) as error:
                     diverged = isinstance(error, NonFiniteLoss)
                     # All processes see that; of anything else, which may have befallen one, the others would not know.
-                    if os.environ.get("TERNARY_TRACEBACK") or (distributed.world_size() > 1 and not diverged):
+                    others_know = diverged or distributed.world_size() == 1
+                    if os.environ.get("TERNARY_TRACEBACK") or not (is_told(error) and others_know):
                         raise
                     is_mistake = isinstance(error, ValueError) and not diverged
                     code = max(code, 2 if is_mistake else 1)
@@ -140,14 +146,15 @@ def run_table(
                 table.append(line)
                 runs[row.name] = run
         if distributed.rank() == 0 and table:
+            print_table(table)
             paths: list[Path] = []
             try:
                 paths = write_report([*logbook.rows(), *table], folder)  # of two lines the later counts: this table's
-                ending = f"report and pictures: {folder / 'report.html'}"
-            except OSError as error:  # a disk that is full, or that finished rows are only read from
-                ending = f"the report could not be written ({sentence(error)})"
-            print_table(table)
-            say(ending)
+                say(f"report and pictures: {folder / 'report.html'}")
+            except Exception as error:  # a full disk, a line written by hand: figures do not depend on pictures
+                if os.environ.get("TERNARY_TRACEBACK"):
+                    raise
+                say(f"the report could not be written ({sentence(error)})")
             logbook.close(table, paths)
     finally:
         logbook.finish()

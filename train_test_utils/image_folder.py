@@ -11,8 +11,8 @@ from PIL import Image, ImageOps
 
 from .dataset import IMAGE_SIZE, ImageDataset, Split, every_fifth_of_a_class
 
-TRAIN_FOLDERS = ("train", "training")  # in capitals, too
-TEST_FOLDERS = ("test", "testing", "val", "valid", "validation", "eval")
+TRAIN_FOLDERS = ("train", "training", "train_set", "training_set")  # in capitals, too
+TEST_FOLDERS = ("test", "testing", "val", "valid", "validation", "eval", "test_set", "validation_set")
 
 
 def load_image_folder(folder: Path) -> ImageDataset:
@@ -56,6 +56,12 @@ def _read(folder: Path) -> tuple[Split, tuple[str, ...]]:
     classes = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
     if len(classes) < 2:
         raise ValueError(f"{folder} needs a folder of images for each class, at least two, and has {len(classes)}")
+    inside = [{p.name: p.is_dir() for p in c.iterdir() if not p.name.startswith(".")} for c in classes]
+    if len(inside[0]) > 1 and all(entries == inside[0] and all(entries.values()) for entries in inside):
+        raise ValueError(
+            f"{' and '.join(c.name for c in classes)} in {folder} have the same folders: call them train and test if "
+            "they are splits; if they are classes, move their images out of these folders"
+        )
     files = [
         (path, label)
         for label, c in enumerate(classes)

@@ -18,6 +18,7 @@ from typing import Any
 from quantization_utils.file_format import replacing
 
 from . import distributed
+from .table import lines_of
 from .wandb_mirror import Mirror
 
 
@@ -152,6 +153,12 @@ class Logbook:
         if self._mirror is not None:
             append_line(self.path, row)
             self._mirror.end(row)
+
+    def recall(self, row: Mapping[str, Any]) -> None:
+        """Let a finished row count again: its recipe was edited, another one's row written, and it has come back."""
+        counting = (shown.get("config_hash") for line in lines_of(self.rows()) for shown in line.rows)
+        if self._mirror is not None and row.get("config_hash") not in counting:
+            append_line(self.path, row)
 
     def close(self, table: Sequence[Mapping[str, Any]], files: Sequence[str | os.PathLike[str]] = ()) -> None:
         """Mirror the whole table with its report (`files`), the rows and the packed models, and say where to look."""

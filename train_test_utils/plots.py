@@ -61,7 +61,7 @@ def draw_size(lines: Sequence[Line], folder: Path) -> Picture | None:
     for line in points:
         x, y = line.mean("file_bytes") or 0.0, line.mean("test_accuracy_pct") or 0.0
         colour, marker = family(line.name)
-        pruned = line.pruning is not None
+        pruned = line.is_pruned
         axes.errorbar(x, y, line.std("test_accuracy_pct"), color=colour, marker=marker, markersize=4.5 if pruned else 8,
                       markerfacecolor="white" if pruned else colour, alpha=0.75 if pruned else 1, linestyle="",
                       zorder=3)  # fmt: skip
@@ -77,7 +77,7 @@ def draw_size(lines: Sequence[Line], folder: Path) -> Picture | None:
         )
     _label(axes, labels)
     dashed = " Dashed: the float model." if reference is not None else ""
-    hollow = " Small hollow marks: pruned rows." if any(p.pruning for p in points) else ""
+    hollow = " Small hollow marks: pruned rows." if any(p.is_pruned for p in points) else ""
     return _save(figure, lines, folder / "accuracy_vs_size.png", "Accuracy against file size",
                  "Each mark is a saved file, reloaded and measured; better is up and "
                  f"left.{dashed}{hollow}")  # fmt: skip
@@ -96,7 +96,7 @@ def draw_pruning(lines: Sequence[Line], folder: Path) -> Picture | None:
     styles = SCORE_STYLES | dict(zip([s for s in scores if s not in SCORE_STYLES], cycle(MORE_STYLES), strict=False))
     figure, panels = _figure(1.2 + 3.9 * len(groups), 4.2, len(groups))
     for axes, ((base, conditions), by_score) in zip(panels, groups.items(), strict=True):
-        unpruned = (p for p in lines if p.pruning is None)
+        unpruned = (p for p in lines if not p.is_pruned)
         start = next((p for p in unpruned if (p.name, p.conditions) == (base, conditions)), None)
         start_y = start.mean("test_accuracy_pct") if start else None
         for score, members in by_score.items():
@@ -134,7 +134,7 @@ def draw_latency(lines: Sequence[Line], folder: Path) -> Picture | None:
     shown = (
         timed
         if len(timed) <= FULL_LATENCY_LINES
-        else [line for line in timed if line.pruning is None] or timed[:FULL_LATENCY_LINES]
+        else [line for line in timed if not line.is_pruned] or timed[:FULL_LATENCY_LINES]
     )
     figure, (axes,) = _figure(8.4, 1.3 + 0.34 * len(shown))
     for y, line in enumerate(shown):
@@ -146,7 +146,8 @@ def draw_latency(lines: Sequence[Line], folder: Path) -> Picture | None:
         if p90:
             axes.plot([own, p90], [y, y], color=colour, linewidth=1, zorder=2)
         axes.plot(own, y, marker=marker, color=colour, markersize=8, zorder=3)
-        text = f"{significant(own)} ms" + (f"   {significant(beside / own)}×" if beside else "")
+        faster = line.mean(f"float_{field}/{field}")  # of several seeds the mean, as in the table
+        text = f"{significant(own)} ms" + (f"   {significant(faster)}×" if faster else "")
         axes.annotate(text, (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=9, color=INK)
     axes.set_yticks(range(len(shown)), [line.label for line in shown])
     axes.tick_params(axis="y", length=0)
@@ -180,7 +181,7 @@ def draw_curves(lines: Sequence[Line], curves: Sequence[Curve], folder: Path) ->
                 continue
             xs, ys = zip(*points, strict=True)
             colour, marker = family(line.name)
-            plain = line.pruning is None
+            plain = not line.is_pruned
             axes.plot(xs, ys, color=colour, linewidth=1.8 if plain else 0.8, alpha=1 if plain else 0.45,
                       marker=marker if len(xs) == 1 else None)  # fmt: skip
             if plain:
@@ -304,7 +305,8 @@ def _save(figure: Figure, lines: Sequence[Line], path: Path, title: str, caption
     """Write the picture, headed by what it is about, so that it can stand alone."""
     heads = dict.fromkeys(f"{line.text('model')} on {line.text('dataset')}" for line in lines if line.text("model"))
     budgets = dict.fromkeys(f"budget {line.budget:g}" for line in lines if is_reduced(line))
-    figure.suptitle(" · ".join([title, *heads, *budgets]), x=0.01, ha="left", fontsize=10, color=FAINT,
+    heading = " · ".join([title, *heads, *budgets]).encode(errors="replace").decode()  # a folder's name may be no text
+    figure.suptitle(heading, x=0.01, ha="left", fontsize=10, color=FAINT,
                     parse_math=False)  # fmt: skip  # a folder's name may have a $
     figure.savefig(path)
     return Picture(path, title, caption)

@@ -63,7 +63,7 @@ def write_report(rows: Sequence[Mapping[str, Any]], out_dir: str | Path) -> list
     pictures = draw_all(lines, [_curve(line, out_dir) for line in lines], out_dir)
     path = out_dir / "report.html"
     with replacing(path) as file:
-        file.write(page(lines, pictures).encode())
+        file.write(page(lines, pictures).encode(errors="replace"))  # the name of a folder may be no text
     return [path, *(picture.path for picture in pictures)]
 
 

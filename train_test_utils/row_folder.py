@@ -23,7 +23,6 @@ def claim(folder: Path, config_hash: str) -> None:
     Raises:
         ValueError: another process is at work there.
     """
-    mark = folder / MARK
     if distributed.rank() == 0:
         owner = owner_of(folder) or config_hash
         if owner != config_hash:
@@ -35,8 +34,8 @@ def claim(folder: Path, config_hash: str) -> None:
         if not folder.exists() and _aside(folder, config_hash).exists():
             _aside(folder, config_hash).rename(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        if not mark.exists():  # a finished row is shown where nothing can be written any more
-            with replacing(mark) as file:
+        if owner_of(folder) is None:  # a finished row is shown where nothing can be written any more
+            with replacing(folder / MARK) as file:
                 file.write(f"{config_hash}\n".encode())
     distributed.barrier()
 
@@ -62,9 +61,9 @@ def locked(folder: Path, shared: bool = False) -> Iterator[None]:
 
 
 def owner_of(folder: Path) -> str | None:
-    """The hash of the configuration that the folder belongs to; None if there is none yet."""
+    """The hash of the configuration that the folder belongs to; None if there is none yet, or its mark is damaged."""
     mark = folder / MARK
-    return mark.read_text().strip() if mark.exists() else None
+    return (mark.read_text().strip() or None) if mark.exists() else None
 
 
 def place_of(folder: Path, config_hash: str | None) -> Path:

@@ -93,9 +93,15 @@ def choose(rows: Sequence[Row], patterns: Sequence[str] | None) -> list[Row]:
     """The rows whose names match any of the patterns (as a shell matches names), with the parents they need, in order.
 
     Raises:
-        ValueError: a pattern that matches no row, or a row that starts from none that stands before it.
+        ValueError: a pattern that matches no row, two rows of one name, a row that starts from none that stands before
+            it, or one that transforms what was never trained.
     """
     for index, row in enumerate(rows):
+        if any(row.name == before.name for before in rows[:index]):
+            raise ValueError(f"two rows are called {row.name}: give each a name of its own")
+        if row.parent is None and row.transforms:  # the float model that it would be held against is itself
+            raise ValueError(f"{row.name} has transformations and starts from no row: name the float row that it "
+                             "starts from (with Reinitialize() first, for weights that are drawn anew)")  # fmt: skip
         if row.parent is not None and all(row.parent != before.name for before in rows[:index]):
             raise ValueError(f"{row.name} starts from {row.parent!r}, which is no row before it")
     if not patterns:
@@ -132,7 +138,8 @@ def describe(value: Any) -> Any:
     """A JSON value for a row, recipe or transformation: functions and classes by name, dataclasses by field.
 
     Raises:
-        ValueError: a function without a name of its own, so that another could not be told from it.
+        ValueError: a function without a name of its own (a lambda, or one made by another function), so that another
+            could not be told from it.
     """
     if is_dataclass(value) and not isinstance(value, type):
         return {"kind": type(value).__name__} | {f.name: describe(getattr(value, f.name)) for f in fields(value)}
@@ -141,8 +148,9 @@ def describe(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: describe(v) for k, v in value.items()}
     if callable(value):
-        if getattr(value, "__name__", "<lambda>") == "<lambda>":
-            raise ValueError(f"{value} has no name to tell it by in a row's configuration: define a function")
+        if getattr(value, "__name__", "<lambda>") == "<lambda>" or "<locals>" in value.__qualname__:
+            raise ValueError(f"{value} has no name of its own to tell it by in a row's configuration: define it at the "
+                             "top of a file, or make it a frozen dataclass with __call__")  # fmt: skip
         return value.__name__
     return value
 
@@ -186,13 +194,15 @@ def pruned_text(row: Row) -> str:
     return "; ".join(str(t) for t in row.transforms if isinstance(t, Prune))
 
 
-def format_rows(model_name: str, rows: Sequence[Row]) -> str:
+def format_rows(model_name: str, rows: Sequence[Row], budget: float = 1.0) -> str:
     """The table of rows for `--list`."""
     lines = [f"{model_name}: {len(rows)} rows", f"{'row':<34} {'starts from':<15} {'trained':<31} transformed by"]
     for row in rows:
         transforms = " → ".join(str(t) for t in row.transforms) or "-"
         lines.append(f"{row.name:<34} {row.parent or '-':<15} {row.recipe or '-'!s:<31} {transforms}")
-    lines.append(f"{sum(row.recipe.epochs for row in rows if row.recipe):g} epochs in all, for a data set and a seed")
+    epochs = budget * sum(row.recipe.epochs for row in rows if row.recipe)
+    of_budget = f" of budget {budget:g}" if budget != 1 else ""
+    lines.append(f"{epochs:g} epochs in all{of_budget}, for a data set and a seed")
     return "\n".join(lines)
 
 

@@ -82,7 +82,9 @@ class Run:
             return None
         line = (logbook.done(self.hash) or {}) | {"line_hash": self.line_hash}  # older ones have none
         if distributed.rank() == 0:
-            (self.folder / "last.pt").unlink(missing_ok=True)  # left by a kill just after the row was recorded
+            with suppress(OSError):  # a disk that can only be read, where there is none
+                (self.folder / "last.pt").unlink(missing_ok=True)  # left by a kill just after the row was recorded
+            logbook.recall(line)
             say(f"{self.row.name}, seed {self.seed}: done before ({line['test_accuracy_pct']:.2f}%)")
         return line
 

@@ -64,28 +64,30 @@ class Line:
 
     @property
     def pruning(self) -> tuple[str, str, float] | None:
-        """(quantization, score, percent) of a pruned line, such as ("qat_all", "l1", 30.0); None if not pruned."""
-        match = re.search(r"([\d.]+)% of .* by (\w+)", self.text("pruned"))
+        """(quantization, score, percent) of a line pruned once, as ("qat_all", "l1", 30.0); None for all others."""
+        match = re.fullmatch(r"([\d.]+)% of [^;]* by (\w+)", self.text("pruned"))
         if match:
             percent, score = float(match[1]), match[2]
             return self.name.replace(f"_{score}_{percent:g}", ""), score, percent
         match = re.fullmatch(rf"(.+?)_({'|'.join(SCORES)})_(\d+)", self.name)
         return (match[1], match[2], float(match[3])) if match else None
 
+    @property
+    def is_pruned(self) -> bool:
+        return bool(self.text("pruned")) or self.pruning is not None
+
 
 def lines_of(rows: Sequence[Mapping[str, Any]]) -> list[Line]:
     """The lines of a table, in the order of first appearance.
 
-    Of rows done twice with a seed, the later counts. A row under a recipe that was edited since (another `line_hash`)
-    takes the place of those before it: seeds of two recipes have no mean.
+    Of rows done twice with a seed, the later counts. Of a row whose recipe was edited (another `line_hash`) there is
+    the recipe that was done last: seeds of two recipes have no mean.
     """
-    latest: dict[tuple[str, ...], dict[Any, Mapping[str, Any]]] = {}
+    latest: dict[tuple[str, ...], dict[Any, dict[Any, Mapping[str, Any]]]] = {}  # key -> recipe, last used last -> seed
     for row in rows:
-        by_seed = latest.setdefault(_key(row), {})
-        if any(other.get("line_hash") != row.get("line_hash") for other in by_seed.values()):
-            by_seed.clear()
-        by_seed[row.get("seed")] = row
-    lines = [Line(tuple(by_seed.values())) for by_seed in latest.values()]
+        recipes, recipe = latest.setdefault(_key(row), {}), row.get("line_hash")
+        recipes[recipe] = recipes.pop(recipe, {}) | {row.get("seed"): row}
+    lines = [Line(tuple(list(recipes.values())[-1].values())) for recipes in latest.values()]
     fields = ("budget", "options", "precision")
     several = [field for field in fields if len({str(line.rows[-1].get(field)) for line in lines}) > 1]
     return [replace(line, conditions=_conditions(line.rows[-1], several)) for line in lines]

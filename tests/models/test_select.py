@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from torch import nn
 
 from models.select import select_layers
@@ -37,3 +38,17 @@ def test_layers_in_a_list_of_nodes_are_no_packed_network():
 def test_a_pattern_that_matches_nothing_is_a_mistake(model, which):
     with pytest.raises(ValueError, match=f"{which}='4' matches no layer: choose from 0, 2.0, 2.1, 3"):
         select_layers(model, **{which: ["0", "4"]})
+
+
+@pytest.mark.parametrize("how", [{"keep": None}, {"keep": (nn.Linear,)}, {"only": nn.Linear(3, 4)}, {"only": 123}])
+def test_what_is_neither_a_type_nor_a_pattern_is_told(model, how):
+    (option,) = how
+    with pytest.raises(ValueError, match=f"{option} takes .*name patterns, not "):
+        select_layers(model, **how)
+
+
+def test_models_that_cannot_be_changed_yet_or_any_more(model):
+    with pytest.raises(ValueError, match="the model is compiled: give what was compiled"):
+        select_layers(torch.compile(model, backend="eager"))
+    with pytest.raises(ValueError, match="0 has no values, it is on the device meta"):
+        select_layers(model.to("meta"))

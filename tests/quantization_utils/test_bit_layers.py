@@ -352,6 +352,12 @@ def test_a_packed_layer_that_has_run_takes_other_weights(act_bits):
     for layer in (changed, one):
         layer.scale.mul_(2)
     assert not torch.equal(changed(x), two(x)) and torch.equal(one.to("cpu")(x), changed(x))  # a copy, and moved
+    one.bias.zero_()
+    assert not torch.equal(one(x), changed(x)) and torch.equal(one(x), copy.deepcopy(one)(x))
+    one.codes = -one.codes
+    assert torch.equal(one(x), copy.deepcopy(one)(x))
+    runner, one.backend = one._runner, "reference"
+    assert one(x) is not None and one._runner is not runner
 
 
 @pytest.mark.parametrize("quantizer", [absmean, absmean_per_tensor])

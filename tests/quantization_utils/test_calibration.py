@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from models.normalize import Normalize
-from quantization_utils import calibrate_, quantize_
+from quantization_utils import calibrate_, pack_, quantize_
 from quantization_utils.bit_layers import Quantized, StaticQuantizer
+from quantization_utils.layer_inputs import execution_order
 from quantization_utils.transform import _best_step
 from tests.networks import CHAINS, KINDS, images, layers, logits_of, make
 
@@ -168,3 +169,31 @@ def test_a_layer_that_is_used_twice_has_both_inputs_quantized(ended):
         assert model[3].input_quantizer is None and [len(x.unique()) <= 4 for x in seen] == [True, True]
     else:
         assert model[3].input_quantizer.bits == 2
+
+
+def test_calibration_comes_between_quantization_and_packing():
+    for model in (make("alexnet_like"), pack_(quantize_(make("alexnet_like")))):
+        with pytest.raises(ValueError, match="no layer is quantized, or all are packed"):
+            calibrate_(model, images(8))
+    for wrong, size in ((images(0), 8), (images(8), 0)):
+        with pytest.raises(ValueError, match="at least one image, and batches of at least one"):
+            calibrate_(quantize_(make("alexnet_like")), wrong, size)
+    with pytest.raises(ValueError, match="images are one tensor .*, not a list"):
+        calibrate_(quantize_(make("alexnet_like")), [images(8)])
+
+
+class CalledByName(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.relu = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()
+        self.pool, self.flat, self.fc = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)
+
+    def forward(self, images):
+        return self.fc(self.flat(self.pool(self.relu(input=self.bn(input=self.conv(input=images))))))
+
+
+def test_modules_that_are_called_by_name():
+    batch, model = images(8), CalledByName().eval()
+    assert execution_order(model, batch[:1]) == {"conv": "bn", "fc": None}
+    expected = calibrate_(quantize_(model), batch)(batch)
+    torch.testing.assert_close(pack_(model)(batch), expected, rtol=0, atol=1e-4)

@@ -238,3 +238,36 @@ def test_a_normalisation_that_does_not_fold_is_told(mean, std):
     model[0] = Normalize(mean, std)
     with pytest.raises(NotANetwork, match="whole pixels with one standard deviation"):
         to_nodes(calibrate_(quantize_(model), images(8)))
+
+
+class BehindAPool(nn.Module):
+    """What reads a global pool, or adds to it, and is no linear layer."""
+
+    def __init__(self, behind):
+        super().__init__()
+        self.norm, self.conv, self.relu, self.pool = Normalize(), nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1)
+        self.one, self.two, self.relu2 = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1), nn.ReLU()
+        self.last, self.flat, self.fc, self.behind = nn.MaxPool2d(1), nn.Flatten(), nn.Linear(8, 5), behind
+
+    def forward(self, images):
+        return self.fc(self.flat(self.behind(self, self.pool(self.relu(self.conv(self.norm(images)))))))
+
+
+@pytest.mark.parametrize(
+    "behind",
+    [
+        lambda m, x: m.relu2(m.one(x)),
+        lambda m, x: m.last(x),
+        lambda m, x: m.relu2(m.one(x) + m.two(x)),
+        lambda m, x: m.relu2(m.one(x) + x),
+    ],
+)
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_what_reads_a_pool_and_is_no_linear_layer(behind, backend):
+    torch.manual_seed(0)
+    model, batch = BehindAPool(behind).eval(), images(8)
+    expected = calibrate_(quantize_(model), batch)(batch)
+    packed = pack_(model)
+    for module in packed.modules():
+        module.backend = backend
+    torch.testing.assert_close(packed(batch), expected, rtol=0, atol=1e-4)

@@ -165,6 +165,13 @@ def test_a_packed_network_can_be_copied(packed):
     assert torch.equal(packed(batch), expected)
 
 
+def test_a_network_that_has_run_takes_another_backend(packed):
+    network = copy.deepcopy(packed)
+    network(images(1))
+    network.backend = "reference"
+    assert network.executor.backend == "reference"
+
+
 def test_an_unknown_backend_is_told(packed):
     packed.backend = "quantum"
     with pytest.raises(ValueError, match="unknown backend 'quantum': choose one of auto, reference"):

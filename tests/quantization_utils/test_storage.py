@@ -416,3 +416,28 @@ def test_a_model_that_no_file_can_rebuild_is_told_why(tmp_path):
     with pytest.raises(ValueError, match=r"how to rebuild its model: .* \(not a chain of convolutions"):
         save_model(pack_(quantize_(chain)), tmp_path / "x")
     assert not (tmp_path / "x").exists()
+
+
+def change_activation(model):
+    model.relu = nn.SiLU()
+
+
+def change_epsilon(model):
+    model.bn1.eps = 0.5
+
+
+def add_hook(model):
+    model.bn1.register_forward_hook(lambda module, args, output: 2 * output)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [(change_activation, "its relu is SiLU"), (change_epsilon, "its bn1 is BatchNorm2d.*eps=0.5"),
+     (add_hook, "bn1 has hooks")],
+)  # fmt: skip
+def test_what_was_changed_since_it_was_built_is_not_saved_as_what_was_built(change, sentence, tmp_path):
+    model = build("resnet_18", 10).eval()
+    change(model)
+    with pytest.raises(ValueError, match=f"this model cannot be saved: {sentence}"):
+        save_model(model, tmp_path / "x")
+    assert not (tmp_path / "x").exists()

@@ -14,7 +14,14 @@ from torch.nn.utils.prune import l1_unstructured
 
 from pruning_utils import l1, l2_filters, prune_, zero_fraction
 from quantization_utils import absmean_fitted, calibrate_, int8_absmax, mse_optimal, pack_, quantize_
-from quantization_utils.bit_layers import BitConv2d, BitLinear, PackedConv2d, PackedLinear, StaticQuantizer
+from quantization_utils.bit_layers import (
+    BitConv2d,
+    BitLinear,
+    PackedConv2d,
+    PackedLinear,
+    Quantized,
+    StaticQuantizer,
+)
 from quantization_utils.network import PackedNetwork
 from tests.networks import CHAINS, KINDS, images, layers, logits_of, make
 
@@ -318,3 +325,44 @@ def test_what_is_no_quantizer_is_told_before_a_training(quantizer):
     with pytest.raises(ValueError, match="is no quantizer: .* int8 of that shape, and a scale of each channel"):
         quantize_(model, quantizer)
     assert not [m for m in model.modules() if isinstance(m, (BitLinear, BitConv2d))]
+
+
+@pytest.mark.parametrize("verb", [lambda model: calibrate_(model, images(8)), pack_])
+def test_a_compiled_model_is_no_model_to_change(verb):
+    model = quantize_(make("alexnet_like"))
+    with pytest.raises(ValueError, match=r"the model is compiled: give what was compiled \(model._orig_mod\)"):
+        verb(torch.compile(model, backend="eager"))
+    assert not any(isinstance(m, (PackedConv2d, Quantized)) for m in model.modules())
+
+
+def test_what_was_made_in_inference_mode_can_be_trained():
+    model, batch = make("alexnet_like"), images(8)
+    with torch.inference_mode():
+        calibrate_(quantize_(prune_(model, l1, 0.5)), batch)
+    model.train()(batch).sum().backward()
+    steps = [m.step for m in model.modules() if isinstance(m, StaticQuantizer)]
+    assert steps and all(step.grad is not None and step.grad != 0 for step in steps)
+    layer_by_layer = make("resnet_like")
+    with torch.inference_mode():
+        pack_(quantize_(layer_by_layer))
+    layer_by_layer(batch.requires_grad_())
+
+
+def test_pytorchs_default_type_makes_no_other_network():
+    model, before = calibrate_(quantize_(make("alexnet_like")), images(8)), torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert isinstance(pack_(model), PackedNetwork)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_what_is_not_ready_to_be_packed_says_so():
+    model = quantize_(make("alexnet_like"))
+    layers(model)[1].quantized_part = 0.5
+    with pytest.raises(ValueError, match=r"is quantized in part \(0.5\): set its quantized_part to 1 first"):
+        pack_(model)
+    with pytest.raises(ValueError, match="1 has no values, it is on the device meta"):
+        pack_(quantize_(make("alexnet_like")).to("meta"))
+    with pytest.raises(ValueError, match="the model is a layer itself"):
+        pack_(layers(model)[0])

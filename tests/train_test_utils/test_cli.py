@@ -111,6 +111,8 @@ def test_errors_in_a_sentence():
     assert sentence(ValueError("a fraction, not 3")) == "a fraction, not 3"
     assert sentence(OSError(28, "No space left on device", "runs/x")) == "runs/x: No space left on device"
     assert sentence(OSError(28, "No space left on device")) == "No space left on device"
+    on_a_cpu = RuntimeError("[enforce fail at a.cpp:127] . DefaultCPUAllocator: can't allocate memory: 9 bytes\nframe")
+    assert sentence(on_a_cpu) == "can't allocate memory: 9 bytes"
     assert sentence(FileNotFoundError("x is not there: make it")) == "x is not there: make it"
 
 

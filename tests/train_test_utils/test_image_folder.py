@@ -66,6 +66,17 @@ def test_a_training_folder_alone_is_not_taken_for_a_class(tmp_path):
         load_dataset(str(tmp_path))
 
 
+def test_splits_of_other_names_are_not_taken_for_classes(tmp_path):
+    for split in ("first", "second"):
+        for name in ("a", "b"):
+            write_images(tmp_path / "odd" / split / name, 5, 0)
+    with pytest.raises(ValueError, match="first and second in .*odd have the same folders: call them train and test"):
+        load_dataset(str(tmp_path / "odd"))
+    for split, name in (("first", "training_set"), ("second", "test_set")):
+        (tmp_path / "odd" / split).rename(tmp_path / "odd" / name)
+    assert load_dataset(str(tmp_path / "odd")).class_names == ("a", "b")
+
+
 def test_a_class_without_an_image(tmp_path):
     for which in ("train", "test"):
         write_images(tmp_path / which / "a", 2, 0)

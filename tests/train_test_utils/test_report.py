@@ -175,6 +175,14 @@ def test_latencies_are_drawn_beside_the_float_models(figures, tmp_path):
     assert [text.get_text() for text in axes.texts] == ["2.00 ms   2.50×"]
 
 
+def test_a_speed_of_several_seeds_is_the_tables(figures, tmp_path):
+    times = [{"float_latency_ms_p50_batch1": 10.0, "latency_ms_p50_batch1": own} for own in (1.0, 10.0)]
+    lines = lines_of([rows()[1] | {"seed": seed} | time for seed, time in enumerate(times)])
+    draw_latency(lines, tmp_path)
+    assert [text.get_text() for text in figures["latency"].axes[0].texts] == ["5.50 ms   5.50×"]
+    assert "5.50×" in format_table([row for line in lines for row in line.rows])
+
+
 @pytest.mark.parametrize("pruned, caption", [(23, "2 threads."), (24, "24 pruned rows are left out.")])
 def test_the_latency_picture_says_how_many_rows_it_leaves_out(pruned, caption, figures, tmp_path):
     one = rows()[0]
@@ -230,6 +238,12 @@ def test_pruned_rows_of_two_budgets_are_two_curves(tmp_path, monkeypatch):
     monkeypatch.setattr(Axes, "errorbar", lambda axes, xs, ys, *_, **__: curves.append((axes.get_title("left"), xs)))
     draw_pruning(lines_of([*rows(budget=0.02), *rows(budget=1.0)]), tmp_path)
     assert [xs for _, xs in curves] == [(0, 30, 90)] * 4
+
+
+def test_names_that_are_no_text(tmp_path):
+    strange = [row | {"dataset": "b\udce4r", "command": "python3 x.py --out b\udce4r"} for row in rows()]
+    report, *pictures = write_report(strange, tmp_path)
+    assert "b?r" in report.read_text() and pictures
 
 
 def test_names_with_a_dollar_are_no_formula(tmp_path):

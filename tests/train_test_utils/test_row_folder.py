@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from train_test_utils.row_folder import claim, locked
+from train_test_utils.row_folder import claim, locked, owner_of
 
 
 def test_results_that_are_moved_aside_take_the_place_of_none(tmp_path, capsys):
@@ -15,6 +15,13 @@ def test_results_that_are_moved_aside_take_the_place_of_none(tmp_path, capsys):
     assert f"row had results of another configuration: they are in {aside.name} now" in capsys.readouterr().err
     assert (aside / "config_hash").read_text() == "a\n" and (tmp_path / "row.a" / "older").exists()
     assert (tmp_path / "row" / "config_hash").read_text() == "b\n"
+
+
+def test_a_mark_that_was_cut_off_is_written_again(tmp_path):
+    claim(tmp_path / "row", "a")
+    (tmp_path / "row" / "config_hash").write_text("")
+    claim(tmp_path / "row", "a")
+    assert owner_of(tmp_path / "row") == "a"
 
 
 def test_several_may_read_what_none_may_write_meanwhile(tmp_path):

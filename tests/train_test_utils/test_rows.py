@@ -170,6 +170,8 @@ def test_the_table_of_rows():
     assert lines[0] == "alexnet: 5 rows" and len(lines) == 8
     assert "qat_all_l1_50" in lines[-2] and "3 epochs" in lines[-2] and "50% of single weights" in lines[-2]
     assert lines[-1] == "12 epochs in all, for a data set and a seed"
+    tenth = format_rows("alexnet", ROWS, 0.1).splitlines()[-1]
+    assert tenth == "1.2 epochs in all of budget 0.1, for a data set and a seed"
 
 
 def test_the_table_of_rows_tells_recipes_apart():
@@ -228,9 +230,26 @@ def test_a_row_that_starts_from_none_before_it(rows):
         choose(rows, None)
 
 
-def test_functions_without_a_name_cannot_describe_a_row():
-    with pytest.raises(ValueError, match="has no name to tell it by"):
-        describe(Row("a", None, [lambda model, images, seed: model], None))
+@pytest.mark.parametrize(
+    ("rows", "sentence"),
+    [([Row("a", None, [], RECIPE), Row("a", None, [], RECIPE)], "two rows are called a: give each"),
+     ([Row("a", None, [QAT], RECIPE)], "a has transformations and starts from no row: name the float row")],
+)  # fmt: skip
+def test_rows_that_make_no_table(rows, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        choose(rows, None)
+
+
+def test_functions_without_a_name_of_their_own_cannot_describe_a_row():
+    def made(threshold):
+        def score(weight):
+            return weight > threshold
+
+        return score
+
+    for score in (lambda weight: weight, made(0.5)):
+        with pytest.raises(ValueError, match="has no name of its own to tell it by"):
+            describe(Row("a", "float", [Prune(score, 0.5)], None))
 
 
 def test_texts_say_which_layers_and_exactly_how_much():

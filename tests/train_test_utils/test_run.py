@@ -66,7 +66,7 @@ def test_a_fresh_model_depends_on_the_seed_alone(tmp_path):
 def test_a_row_whose_weights_are_gone_is_not_finished(tmp_path):
     row = run(tmp_path)
     line = {"test_accuracy_pct": 90.0}
-    logbook = SimpleNamespace(done=lambda config_hash: line)
+    logbook = SimpleNamespace(done=lambda config_hash: line, recall=lambda line: None)
     assert row.finished_in(logbook) is None
     for name in ("checkpoint.safetensors", "last.pt"):
         (row.folder / name).touch()
@@ -97,7 +97,7 @@ def test_a_row_that_another_process_finishes_meanwhile_is_not_done_again(tmp_pat
         return model
 
     monkeypatch.setattr(row, "transformed", slowly)
-    assert row.execute(SimpleNamespace(done=lines.get))["test_accuracy_pct"] == 90
+    assert row.execute(SimpleNamespace(done=lines.get, recall=lambda line: None))["test_accuracy_pct"] == 90
 
 
 def test_the_state_of_a_training_is_kept_until_its_row_is_written(tmp_path, monkeypatch):

@@ -38,7 +38,17 @@ def test_seeds_of_a_recipe_that_was_edited_since_are_left_out():
     (line,) = lines_of(rows)
     assert line.seeds == (0, 2) and line.mean("test_accuracy_pct") == 75
     (line,) = lines_of([*rows, rows[0]])  # and back
-    assert line.seeds == (0,)
+    assert line.seeds == (0, 1) and line.mean("test_accuracy_pct") == 55
+
+
+@pytest.mark.parametrize(
+    ("pruned", "pruning"),
+    [("60% of filters of all layers by mine", ("x", "mine", 60.0)), ("", None),
+     ("30% of filters of all layers by l2_filters; 60% of single weights of all layers by l1", None)],
+)  # fmt: skip
+def test_a_line_that_was_pruned_twice_has_no_place_on_a_curve(pruned, pruning):
+    (line,) = lines_of([row("x", pruned=pruned)])
+    assert line.pruning == pruning and line.is_pruned == bool(pruned)
 
 
 def test_texts_are_those_of_the_last_row_and_a_budget_that_is_not_there_is_the_whole():
