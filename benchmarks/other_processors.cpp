@@ -43,6 +43,14 @@ Node node(Op op, int input, int n, int c, int kernel, int stride, int out_max, i
   return s;
 }
 
+void run(const Kernels& isa, const char* algorithm, std::vector<Node> nodes, int batch, int height, int width, int threads) {
+  Network network(isa, algorithm, 3);
+  for (Node& n : nodes) network.add(std::move(n));
+  std::vector<float> out(batch * 10);
+  network.run(filled<float>(batch * 3 * height * width, [] { return uniform() + 0.5f; }).data(), batch, height, width, threads, out.data());
+  print("network", out);
+}
+
 void networks(const Kernels& isa) {
   for (int top : {1, 127})
     for (int out_max : {63, 255})
@@ -55,12 +63,16 @@ void networks(const Kernels& isa) {
                 node(Op::kConv, 1, 37, 37, 3, 1, out_max, top), node(Op::kConv, 2, 45, 37, 3, 2, out_max, top),
                 node(Op::kMaxPool, 3, 0, 0, 2, 2, 0, top),      node(Op::kLinear, 4, 10, 45 * 3 * 4, 1, 1, 0, top)};
             nodes[2].residual = 0, nodes[2].residual_gain = 0.37f;
-            Network network(isa, algorithm, 3);
-            for (Node& n : nodes) network.add(std::move(n));
-            std::vector<float> out(batch * 10);
-            network.run(filled<float>(batch * 3 * 13 * 17, [] { return uniform() + 0.5f; }).data(), batch, 13, 17, threads, out.data());
-            print("network", out);
+            run(isa, algorithm, nodes, batch, 13, 17, threads);
           }
+  for (int threads : {1, 2}) {  // stages of one, three and more images at a time
+    state = 8;
+    std::vector<Node> nodes = {node(Op::kConv, -1, 16, 3, 3, 1, 63, 1),  node(Op::kConv, 0, 96, 16, 3, 2, 63, 1),
+                               node(Op::kConv, 1, 96, 96, 3, 2, 63, 1),  node(Op::kConv, 2, 96, 96, 3, 1, 63, 1),
+                               node(Op::kConv, 3, 320, 96, 3, 2, 63, 1), node(Op::kLinear, 4, 10, 320 * 2 * 2, 1, 1, 0, 1)};
+    nodes[3].residual = 2, nodes[3].residual_gain = 0.5f;
+    run(isa, "auto", nodes, 33, 16, 16, threads);
+  }
 }
 
 std::shared_ptr<Linear> linear(const Kernels& isa, int n, int k, int top) {

@@ -54,8 +54,8 @@ class ImageDataset:
     def to(self, device: torch.device | str) -> ImageDataset:
         return replace(self, train=self.train.to(device), test=self.test.to(device))
 
-    def held_out(self, fraction: float, seed: int = 0) -> ImageDataset:
-        """The training split alone, cut in two: a random `fraction` takes the place of the test split.
+    def held_out(self, fraction: float) -> ImageDataset:
+        """The training split alone, cut in two: a random `fraction`, always the same, is in the test split's place.
 
         For every choice (a learning rate, a method), so that the test split is left for measuring.
 
@@ -67,9 +67,7 @@ class ImageDataset:
             raise ValueError(
                 f"a held-out fraction of {fraction:g} leaves no images to train or to measure with: choose 0.1, say"
             )
-        order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(seed)).to(
-            self.train.labels.device
-        )
+        order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(0)).to(self.train.labels.device)
         return replace(
             self,
             name=f"{self.name}-heldout{fraction:g}",
