@@ -114,6 +114,8 @@ void encoders(const Kernels& isa) {
 
 }  // namespace
 
-int main() {
-  networks(*portable_kernels()), layers(*portable_kernels()), encoders(*portable_kernels());
+// Any argument: on every instruction set that this processor has.
+int main(int argc, char**) {
+  for (const Kernels* isa : {portable_kernels(), avx2_kernels(), avx512vnni_kernels(), amx_kernels()})
+    if (isa && (argc > 1 || isa == portable_kernels())) networks(*isa), layers(*isa), encoders(*isa);
 }

@@ -14,8 +14,8 @@ import torch
 from pruning_utils import l1, l1_global, l2_filters, prune_, random
 from quantization_utils import calibrate_, load_model, pack_, quantize_, save_model
 from quantization_utils.post_training import ternarize_
+from quantization_utils.post_training.reconstruction import Reconstruction
 from quantization_utils.quantizers import TERNARY, absmean_fitted, as_is, int8_absmax
-from quantization_utils.reconstruction import Reconstruction
 from tests.networks import KINDS, images, make
 from tests.pretend_gpu import AVAILABLE, NAME
 from train_test_utils import experiment, run

@@ -13,9 +13,9 @@ from models.select import Selection
 from quantization_utils import absmean_fitted, calibrate_, quantize_
 from quantization_utils.bit_layers import BitConv2d, BitLinear, fixed_weights
 from quantization_utils.post_training import DEFAULT, Settings, ternarize_
+from quantization_utils.post_training.reconstruction import DEFAULT as DEFAULT_RECONSTRUCTION
+from quantization_utils.post_training.reconstruction import Reconstruction
 from quantization_utils.quantizers import Quantizer, as_is
-from quantization_utils.reconstruction import DEFAULT as DEFAULT_RECONSTRUCTION
-from quantization_utils.reconstruction import Reconstruction
 
 from .rows import CALIBRATION_IMAGES, Ternary, selected
 

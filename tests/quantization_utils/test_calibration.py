@@ -9,7 +9,7 @@ from torch import nn
 from models.normalize import Normalize
 from quantization_utils import calibrate_, pack_, quantize_
 from quantization_utils.bit_layers import Quantized, StaticQuantizer
-from quantization_utils.layer_inputs import execution_order
+from quantization_utils.post_training.layer_inputs import execution_order
 from quantization_utils.transform import _best_step
 from tests.networks import CHAINS, KINDS, images, layers, logits_of, make
 

@@ -14,7 +14,7 @@ from pruning_utils import l1, l2_filters, random, zero_fraction
 from quantization_utils import absmean, int8_absmax, mse_optimal, quantize_
 from quantization_utils.bit_layers import BitLinear, Quantized
 from quantization_utils.post_training import Settings
-from quantization_utils.reconstruction import Reconstruction
+from quantization_utils.post_training.reconstruction import Reconstruction
 from tests.networks import images, make
 from train_test_utils.recipe import Recipe, adamw, sgd
 from train_test_utils.rows import (

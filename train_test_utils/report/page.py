@@ -6,8 +6,8 @@ import base64
 from collections.abc import Sequence
 from html import escape
 
+from ..table import Line, circumstances, columns_of, commands_of, float_line, is_reduced, megabytes, significant
 from .plots import FAMILIES, OTHER, Picture, family
-from .table import Line, circumstances, columns_of, commands_of, float_line, is_reduced, megabytes, significant
 
 STYLE = """
 :root { color-scheme: light; --ink: #1d1d1f; --soft: #6b6b70; --rule: #e4e4e8; --tint: #f6f6f8; }

@@ -5,8 +5,8 @@ import os
 
 import pytest
 
-from train_test_utils.readme_tables import markdown, with_tables
-from train_test_utils.report import main
+from train_test_utils.report.__main__ import main
+from train_test_utils.report.readme_tables import markdown, with_tables
 
 EXPERIMENTS = [
     {"model": "vit", "dataset": "cifar10", "row": name, "seed": 0, "budget": 0.02, "test_accuracy_pct": accuracy,

@@ -22,8 +22,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from .logbook import read_rows
-from .table import (
+from ..logbook import read_rows
+from ..table import (
     COLUMNS,
     HELD_OUT,
     NOTHING,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from quantization_utils.layer_inputs import (
+from quantization_utils.post_training.layer_inputs import (
     ResidualSum,
     Stream,
     blocks,
@@ -16,7 +16,7 @@ from quantization_utils.layer_inputs import (
     residual_sums,
     sums_last,
 )
-from quantization_utils.moments import MomentSum
+from quantization_utils.post_training.moments import MomentSum
 from tests import networks
 
 
@@ -99,8 +99,8 @@ def test_moments_against_those_of_the_outputs_themselves(layer: nn.Module, shape
 
 
 def test_positions_are_thinned_out_and_stay_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("quantization_utils.moments.MAX_COLUMNS", 60)
-    monkeypatch.setattr("quantization_utils.moments.LEAST_OF_AN_IMAGE", 1)
+    monkeypatch.setattr("quantization_utils.post_training.moments.MAX_COLUMNS", 60)
+    monkeypatch.setattr("quantization_utils.post_training.moments.LEAST_OF_AN_IMAGE", 1)
     layer, inputs = nn.Conv2d(2, 3, 1, bias=False), torch.randn(10, 2, 8, 8)
     total = MomentSum(layer, images=10)
     total.add(inputs, F.conv2d(inputs, layer.weight.detach()))

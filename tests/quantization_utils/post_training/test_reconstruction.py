@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quantization_utils.layer_inputs import Stream
+from quantization_utils.post_training.layer_inputs import Stream
+from quantization_utils.post_training.reconstruction import LatentCodes, Reconstruction, reconstruct_block
+from quantization_utils.post_training.second_order import ternarize
 from quantization_utils.quantizers import dequantize, mse_optimal
-from quantization_utils.reconstruction import LatentCodes, Reconstruction, reconstruct_block
-from quantization_utils.second_order import ternarize
 from tests import networks
 
 

@@ -25,13 +25,13 @@ from torch.nn.utils import parametrize
 from models.select import Selection, select_layers
 from models.state import evaluating
 
-from .bit_layers import BitConv2d, BitLinear
+from ..bit_layers import BitConv2d, BitLinear
+from ..quantizers import as_is, dequantize, mse_optimal
+from ..transform import calibrate_, check_replaceable, quantize_
 from .layer_inputs import ResidualSum, Stream, execution_order, replayable_blocks, residual_sums, sums_last
 from .moments import Moments, MomentSum
-from .quantizers import as_is, dequantize, mse_optimal
 from .reconstruction import Reconstruction, reconstruct_block
 from .second_order import matching_weight, ternarize
-from .transform import calibrate_, check_replaceable, quantize_
 
 MIN_IMAGES = 16
 SMALL_SLOPE = 1e-3  # of a batch norm: its channel can't make up for anything

@@ -7,9 +7,18 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from train_test_utils.plots import _size_axis, draw_all, draw_curves, draw_latency, draw_pruning, draw_size, spread
-from train_test_utils.report import format_table, main, print_table, write_report
-from train_test_utils.report_page import headline_line, page
+from train_test_utils.report import format_table, plots, print_table, write_report
+from train_test_utils.report.__main__ import main
+from train_test_utils.report.page import headline_line, page
+from train_test_utils.report.plots import (
+    _size_axis,
+    draw_all,
+    draw_curves,
+    draw_latency,
+    draw_pruning,
+    draw_size,
+    spread,
+)
 from train_test_utils.row_folder import claim
 from train_test_utils.table import lines_of
 
@@ -90,7 +99,7 @@ def test_almost_nothing_is_enough(tmp_path, few):
 
 def test_curves_are_those_of_the_first_seed(tmp_path, monkeypatch):
     taken = []
-    monkeypatch.setattr("train_test_utils.plots.draw_all", lambda lines, curves, folder: taken.extend(curves) or [])
+    monkeypatch.setattr(plots, "draw_all", lambda lines, curves, folder: taken.extend(curves) or [])
     (tmp_path / "qat_all-seed3").mkdir()
     (tmp_path / "qat_all-seed3" / "curves.jsonl").write_text('{"epoch": 1, "train_loss": 1.0}\n')
     write_report([{"row": "qat_all", "seed": seed} for seed in (3, 4)], tmp_path)
@@ -104,7 +113,7 @@ def test_each_budget_has_its_own_curve(tmp_path, figures, monkeypatch):
         folder = tmp_path / "float-seed0"
         claim(folder, row["config_hash"])
         (folder / "curves.jsonl").write_text(json.dumps({"epoch": 1, "train_loss": row["budget"]}) + "\n")
-    monkeypatch.setattr("train_test_utils.report_page.page", lambda lines, pictures: "")
+    monkeypatch.setattr("train_test_utils.report.page.page", lambda lines, pictures: "")
     write_report(both, tmp_path)
     (axes,) = figures["training_curves"].axes
     assert points(axes) == [((1,), (0.02,)), ((1,), (1.0,))]

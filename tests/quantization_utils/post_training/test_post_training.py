@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from pruning_utils import l1, prune_
 from quantization_utils import load_model, mse_optimal, pack_, quantize_, save_model
 from quantization_utils.bit_layers import BitConv2d, BitLinear
-from quantization_utils.layer_inputs import residual_sums
-from quantization_utils.moments import Moments, MomentSum
 from quantization_utils.post_training import Settings, _slope, correct_batch_norm_, ternarize_
-from quantization_utils.reconstruction import Reconstruction
+from quantization_utils.post_training.layer_inputs import residual_sums
+from quantization_utils.post_training.moments import Moments, MomentSum
+from quantization_utils.post_training.reconstruction import Reconstruction
 from tests import networks
 from train_test_utils.dataset import ImageDataset, Split
 from train_test_utils.rows import Row
@@ -47,7 +47,7 @@ def read_by_relus(model: nn.Module, images: Tensor) -> list[Tensor]:
 
 @pytest.fixture
 def every_position(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("quantization_utils.moments.MAX_COLUMNS", 1_000_000)
+    monkeypatch.setattr("quantization_utils.post_training.moments.MAX_COLUMNS", 1_000_000)
 
 
 @pytest.mark.parametrize("act_bits", [None, 8])

@@ -1,27 +1,18 @@
-"""Tables for the terminal, the report of a run, and the README's tables.
-
-    python3 -m train_test_utils.report runs/resnet_18-cifar10              # write its report.html and pictures again
-    python3 -m train_test_utils.report --readme README.md results          # put the tables of results/ into the README
-    python3 -m train_test_utils.report --readme README.md --check results  # exit 1 if they are not up to date
-"""
+"""Tables for the terminal, and the report of a run: one page and its pictures. `__main__.py` is the command line."""
 
 from __future__ import annotations
 
-import argparse
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from quantization_utils.file_format import replacing
 
-from .cli import sentence
-from .logbook import read_curves, read_rows
-from .output import prepare_output, say
-from .readme_tables import with_tables
-from .row_folder import place_of
-from .table import Line, circumstances, columns_of, is_reduced, lines_of
+from ..logbook import read_curves
+from ..output import say
+from ..row_folder import place_of
+from ..table import Line, circumstances, columns_of, is_reduced, lines_of
 
 
 def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -54,8 +45,8 @@ def write_report(rows: Sequence[Mapping[str, Any]], out_dir: str | Path) -> list
 
     Training curves, of a line's first seed, are read from the row's `curves.jsonl` where that exists.
     """
+    from .page import page
     from .plots import draw_all  # imported here: matplotlib takes a second, and the tables do not need it
-    from .report_page import page
 
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -83,42 +74,3 @@ def _wrapped(notes: Sequence[str], width: int) -> list[str]:
         else:
             texts[-1] = joined
     return texts
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; 0, 1 (`--check`: out of date) or 2 (a mistake)."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="folder of a table (with rows.jsonl), or with --readme of results")
-    parser.add_argument("--readme", type=Path, help="put tables between the markers of this Markdown file")
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if the file is out of date")
-    given = parser.parse_args(arguments)
-    prepare_output()
-    if given.check and given.readme is None:
-        parser.error("--check is for the tables of a Markdown file: name it with --readme")
-    try:
-        if given.readme is None:
-            rows = read_rows(given.folder / "rows.jsonl")
-            if not rows:
-                raise FileNotFoundError(f"{given.folder / 'rows.jsonl'} has no rows: name the folder of a table")
-            report, *_ = write_report(rows, given.folder)
-            print_table(rows)
-            say(f"report: {report}")
-            return 0
-        before = given.readme.read_text(encoding="utf-8")
-        after = with_tables(before, given.folder)
-        if after != before and not given.check:
-            with replacing(given.readme) as file:
-                file.write(after.encode())
-    except (ValueError, OSError) as error:
-        print(f"report: {sentence(error)}", file=sys.stderr)
-        return 2
-    if given.check and after != before:
-        print(f"{given.readme}: tables are out of date: python3 -m train_test_utils.report --readme {given.readme} "
-              f"{given.folder}",
-              file=sys.stderr)  # fmt: skip
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

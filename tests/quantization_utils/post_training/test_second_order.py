@@ -4,9 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantization_utils import second_order
-from quantization_utils.quantizers import mse_optimal
-from quantization_utils.second_order import (
+from quantization_utils.post_training import second_order
+from quantization_utils.post_training.second_order import (
     cholesky,
     damped,
     descend,
@@ -16,6 +15,7 @@ from quantization_utils.second_order import (
     output_error,
     ternarize,
 )
+from quantization_utils.quantizers import mse_optimal
 
 
 def problem(channels: int, weights: int, columns: int = 200) -> tuple[Tensor, Tensor]:
@@ -57,7 +57,7 @@ def test_blocks_of_columns_change_nothing(weights: int, monkeypatch: pytest.Monk
     factor_KK = cholesky(moment_KK, 0.0)
     codes_NK = feed_back(weight_NK, factor_KK, scale_N, kept_NK)
     better_NK = descend(codes_NK, weight_NK, moment_KK, scale_N, kept_NK)
-    monkeypatch.setattr("quantization_utils.second_order.BLOCK", 1_000)
+    monkeypatch.setattr("quantization_utils.post_training.second_order.BLOCK", 1_000)
     assert torch.equal(feed_back(weight_NK, factor_KK, scale_N, kept_NK), codes_NK)
     assert torch.equal(descend(codes_NK, weight_NK, moment_KK, scale_N, kept_NK), better_NK)
     assert not codes_NK[~kept_NK].any() and not better_NK[~kept_NK].any()
@@ -112,7 +112,7 @@ def test_channels_are_independent_of_each_other(monkeypatch: pytest.MonkeyPatch)
     weight_NK, x_PK = problem(7, 12)
     kept_NK = torch.ones(7, 12, dtype=torch.bool)
     codes_NK, scale_N = ternarize(weight_NK, moment(x_PK), 0.01, kept_NK)
-    monkeypatch.setattr("quantization_utils.second_order.ROWS", 3)
+    monkeypatch.setattr("quantization_utils.post_training.second_order.ROWS", 3)
     in_parts_NK, scales_N = ternarize(weight_NK, moment(x_PK), 0.01, kept_NK)
     assert torch.equal(in_parts_NK, codes_NK)
     torch.testing.assert_close(scales_N, scale_N)

@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
-from .table import Line, columns_of, float_line, is_reduced, significant
+from ..table import Line, columns_of, float_line, is_reduced, significant
 
 INK, FAINT = "#222222", "#8a8a8a"
 FAMILIES = {"float": (INK, "D"), "ptq": ("#D55E00", "s"), "qat": ("#0072B2", "o")}  # by the beginning of a row's name

@@ -18,7 +18,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from .quantizers import TINY, mse_optimal
+from ..quantizers import TINY, mse_optimal
 
 BLOCK, ROWS = 64, 512  # columns rounded between two matrix products, rows at once: small steps stay in a core's cache
 GPU_ROWS = 2**20  # all: a GPU's time goes by the number of steps
