@@ -7,6 +7,7 @@ flipped, cut off, blocks zeroed, bytes added, tensors swapped, numbers in the he
 them are forged: the header or the data is changed and all hashes are made right again, so that only the checks behind
 the hashes are left. Every damaged file has to raise ModelFileError. A forged one may also load, if it then is a sound
 model: codes in range, finite, positive scales, logits of the right shape; everything else counts as a failure.
+Appends to results/files/fuzz.jsonl.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ A child process saves two versions of a model to one path in turn, without pause
 and the path then has to hold one of the two versions, byte for byte. For the full disk, a file system with too little
 room left (a small tmpfs where one may be mounted, else a limit on the size of files) takes a save on top of a good
 file; that has to raise OSError with the good file as it was and no temporary file left.
+Appends to results/files/kills.jsonl.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What this machine can do at most, measured: int8 multiply-adds a second, and bytes read of a layer in the cache."""
+"""What this machine can do at most, measured: int8 multiply-adds a second, bytes read from the cache. Not a script."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Other engines for the same float model: each builder returns a function that runs one fixed batch.
+"""Not a script; other engines for the same float model. Each builder returns a function that runs one fixed batch.
 
 Integer engines get what their own tools make of the float model: onnxruntime static QDQ (per channel, unsigned
 activations, signed weights), OpenVINO through nncf.quantize with its default preset. They all see the same images for

@@ -106,7 +106,11 @@ def to_nodes(model: nn.Module, image_shape: tuple[int, ...] = IMAGE_SHAPE) -> li
     """
     graph = trace(model)
     if graph is None:
-        raise NotANetwork("not a chain of convolutions, batch norms and ReLUs")
+        has_relus = any(isinstance(module, nn.ReLU) for module in model.modules())
+        raise NotANetwork(f"not a chain of convolutions, batch norms and {'ReLUs' if has_relus else 'nn.ReLU modules'}")
+    for node in graph.nodes:  # first: without a quantizer before it, another layer would take the blame
+        if node.op in ("call_function", "call_method") and node.target not in ADDITIONS:
+            raise NotANetwork(f"{node} is no module, such as nn.Flatten or nn.ReLU, but a function")
     if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
         raise NotANetwork("it has hooks, which may change what its modules put out")
     try:
@@ -154,9 +158,6 @@ class _Builder:
         if fx_node.kwargs or not fx_node.args:
             raise NotANetwork(f"{fx_node.target} is not called with values alone")
         module, source = module_of(self.model, fx_node), fx_node.args[0]
-        for user in fx_node.users:  # a layer before it would have no quantizer, and take the blame
-            if user.op in ("call_function", "call_method") and user.target not in ADDITIONS:
-                raise NotANetwork(f"{user} is no module, such as nn.Flatten or nn.ReLU, but a function")
         if fx_node.target is operator.iadd or getattr(getattr(module, "module", None), "inplace", False):
             self.refuse_if_read_again(source)
         if fx_node.target in ADDITIONS:

@@ -64,10 +64,19 @@ class NetworkExecutor:
         if algorithm not in ALGORITHMS:
             raise ValueError(f"TERNARY_ALGORITHM is {algorithm!r}: choose one of {', '.join(ALGORITHMS)}")
         self.backend = f"cpu-{isa}"
-        self._handle = _create(nodes, isa, algorithm)
+        if not nodes or nodes[0].input != IMAGE or any(node.op != "conv" for node in nodes if node.input == IMAGE):
+            raise ValueError("what reads the image must be a convolution; use backend='reference' for other networks")
+        self._handle = torch.ops.ternary.network_create(isa, algorithm, nodes[0].codes.shape[1])  # type: ignore[union-attr]
+        weakref.finalize(self, torch.ops.ternary.network_free, self._handle).atexit = False
+        for node in nodes:
+            torch.ops.ternary.network_add(
+                self._handle, op=node.op, input=node.input, residual=node.residual, residual_gain=node.residual_gain,
+                relu=node.relu, out_max=node.out_max, kernel=node.kernel, stride=node.stride, padding=node.padding,
+                is_ternary=node.codes is not None and _is_ternary(node.codes), codes=node.codes, gain=node.gain,
+                bias=node.bias, pad_values=node.pad_values,
+            )  # fmt: skip
         self._last_is_flat = nodes[-1].op in ("linear", "avg_pool")
         self._channels = _channels_out(nodes)[-1]
-        weakref.finalize(self, torch.ops.ternary.network_free, self._handle).atexit = False
 
     def __call__(self, images: Tensor) -> Tensor:
         tail = [self._channels] if self._last_is_flat else self._spatial_tail(images)
@@ -219,20 +228,3 @@ def _channels_out(nodes: Sequence[Node]) -> list[int]:
     for node in nodes:
         channels.append(channels[node.input] if node.codes is None else node.codes.shape[0])
     return channels
-
-
-def _create(nodes: Sequence[Node], isa: str, algorithm: str) -> int:
-    """Hand the nodes over; return the number under which C++ keeps them."""
-    if not nodes or any(node.op != "conv" for node in nodes if node.input == IMAGE):
-        raise ValueError("what reads the image must be a convolution; use backend='reference' for other networks")
-    handle = torch.ops.ternary.network_create(
-        isa, algorithm, next(n.codes.shape[1] for n in nodes if n.input == IMAGE and n.codes is not None)
-    )
-    for node in nodes:
-        torch.ops.ternary.network_add(
-            handle, op=node.op, input=node.input, residual=node.residual, residual_gain=node.residual_gain,
-            relu=node.relu, out_max=node.out_max, kernel=node.kernel, stride=node.stride, padding=node.padding,
-            is_ternary=node.codes is not None and _is_ternary(node.codes), codes=node.codes, gain=node.gain,
-            bias=node.bias, pad_values=node.pad_values,
-        )  # fmt: skip
-    return handle

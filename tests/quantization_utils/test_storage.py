@@ -441,3 +441,17 @@ def test_what_was_changed_since_it_was_built_is_not_saved_as_what_was_built(chan
     with pytest.raises(ValueError, match=f"this model cannot be saved: {sentence}"):
         save_model(model, tmp_path / "x")
     assert not (tmp_path / "x").exists()
+
+
+class Pooled(nn.Sequential):
+    def forward(self, images):
+        return self[4](torch.flatten(self[3](self[2](self[1](self[0](images)))), 1))
+
+
+def test_a_function_is_told_and_not_the_layer_before_it(tmp_path):
+    model = Pooled(Normalize(), nn.Conv2d(3, 2, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"\(flatten is no module, such as nn.Flatten"):
+        save_model(pack_(calibrate_(quantize_(model), images())), tmp_path / "x")
+    model = nn.Sequential(Normalize(), nn.Conv2d(3, 2, 3), nn.SiLU(), nn.Flatten(), nn.Linear(1800, 2))
+    with pytest.raises(ValueError, match=r"\(not a chain of convolutions, batch norms and nn.ReLU modules\)"):
+        save_model(pack_(calibrate_(quantize_(model), images())), tmp_path / "x")

@@ -121,8 +121,7 @@ def draw_pruning(lines: Sequence[Line], folder: Path) -> Picture | None:
         _end_labels(axes, [_end(score, members, styles[score][0]) for score, members in by_score.items()])
     return _save(figure, lines, folder / "accuracy_vs_pruned.png", "Accuracy against what is pruned",
                  "Share of the chosen layers' weights, or of their filters where the score's name says so, that is "
-                 "pruned; at 0% the same "
-                 "quantization without pruning.")  # fmt: skip
+                 "pruned; at 0% the same quantization without pruning, whose training may be longer.")  # fmt: skip
 
 
 def draw_latency(lines: Sequence[Line], folder: Path) -> Picture | None:
@@ -187,7 +186,8 @@ def draw_curves(lines: Sequence[Line], curves: Sequence[Curve], folder: Path) ->
             if plain:
                 ends.append((xs[-1], ys[-1], line.label, colour))
         axes.set_xlabel("epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.set_xlim(min(0.5, axes.get_xlim()[0]), max(1.5, axes.get_xlim()[1]))  # around a single epoch, too
         if field == "train_loss":
             axes.set_ylabel("training loss")
         else:
@@ -269,12 +269,21 @@ def _label(axes: Axes, labels: Sequence[tuple[float, float, str, str]]) -> None:
         if not columns or across - columns[-1][-1][0] > 0.06:
             columns.append([])
         columns[-1].append((across, up, (x, y), text, colour))
+    groups: list[tuple[float, list[tuple[Any, ...]]]] = []  # the right end of the texts, and labels where they stand
     for column in columns:
-        column.sort(key=lambda mark: mark[1])
         left = max(mark[0] for mark in column) > 0.72  # there is no room on the right
         across = min(mark[0] for mark in column) - 0.04 if left else max(mark[0] for mark in column) + 0.04
-        for mark, up in zip(column, spread([m[1] for m in column], 0.042, 0.0, 1.0), strict=True):
-            _annotate(axes, mark[3], mark[2], (across, up), "axes fraction", "right" if left else "left", mark[4])
+        width = 0.011 * max(len(mark[3]) for mark in column)
+        begin, end = (across - width, across) if left else (across, across + width)
+        if not groups or groups[-1][0] < begin:  # else texts of both would meet: they are moved apart together
+            groups.append((end, []))
+        placed = [(across, "right" if left else "left", *mark[1:]) for mark in column]
+        groups[-1] = (max(end, groups[-1][0]), groups[-1][1] + placed)
+    for _, group in groups:
+        group.sort(key=lambda label: label[2])
+        heights = spread([label[2] for label in group], 0.042, 0.0, 1.0)
+        for (across, side, _, mark, text, colour), height in zip(group, heights, strict=True):
+            _annotate(axes, text, mark, (across, height), "axes fraction", side, colour)
 
 
 def spread(wanted: Sequence[float], space: float, low: float, high: float) -> list[float]:
@@ -292,7 +301,7 @@ def spread(wanted: Sequence[float], space: float, low: float, high: float) -> li
 
 
 def _annotate(axes: Axes, text: str, mark: Any, place: Any, coordinates: Any, side: str, colour: str) -> None:
-    line = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "alpha": 0.6,
+    line = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "alpha": 0.6, "linestyle": (0, (1, 3)),
             "relpos": (1.0 if side == "right" else 0.0, 0.5),
             "shrinkA": 1, "shrinkB": 4}  # fmt: skip
     axes.annotate(text, mark, place, textcoords=coordinates, ha=side, va="center", fontsize=9, color=colour,

@@ -97,10 +97,13 @@ void network_add(int64_t handle, const std::string& op, int64_t input, std::opti
                  std::optional<int64_t> out_max, at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding, bool is_ternary,
                  const std::optional<at::Tensor>& codes, const std::optional<at::Tensor>& gain, const std::optional<at::Tensor>& bias,
                  const std::optional<at::Tensor>& pad_values) {
+  for (const at::IntArrayRef pair : {kernel, stride, padding})
+    TORCH_CHECK_VALUE(pair.size() == 2 && std::all_of(pair.begin(), pair.end(), [](int64_t v) { return v >= 0 && v <= INT32_MAX; }),
+                      "a kernel, a stride and a padding are two numbers each");
   ternary::Node node{};
   node.op = op_of(op), node.input = (int)input, node.residual_gain = (float)residual_gain, node.relu = relu, node.ternary = is_ternary;
   if (residual) node.residual = (int)*residual;
-  if (out_max) node.out_max = (int)*out_max;
+  if (out_max) node.out_max = (int)std::clamp<int64_t>(*out_max, -1, 256);  // beyond a byte it is refused, however far
   for (int d = 0; d < 2; ++d) node.kernel[d] = kernel[d], node.stride[d] = stride[d], node.padding[d] = padding[d];
   if (codes) {
     TORCH_CHECK_VALUE(codes->dim() >= 2, "codes are (channels, inputs) or (channels, inputs, height, width)");

@@ -12,7 +12,7 @@ constexpr double kLeastSkipped = 0.125;
 
 // Microseconds of each node in a run of the whole network: a node alone would find its weights in the caches, where in the network
 // it does not. A node begins when the first thread enters it and ends when the first one leaves it: a thread that the system had put
-// aside finds all done and passes many at once. Of a stage in parts every thread runs two, where there are as many, and the second
+// aside finds all done and passes many at once. Of a stage in parts every thread runs two, where it has as many, and the second
 // counts: it finds what the first left in the caches, as most do. The buffers hold whatever they hold.
 std::vector<double> time_nodes(const Model& model, Plan& plan, std::vector<Bytes>& scratch) {
   using Clock = std::chrono::steady_clock;

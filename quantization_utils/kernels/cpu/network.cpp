@@ -15,7 +15,8 @@ constexpr size_t kMostNodes = (kMaxPhases - 1) / kMostPhasesANode;  // of one re
 // Kernels read as much as a node's numbers say.
 void check(const Node& s, int i) {
   const bool conv = s.op == Op::kConv, product = conv || s.op == Op::kLinear, slides = conv || s.op == Op::kMaxPool;
-  if (s.input < kImage || s.input >= i || (s.residual && (*s.residual < 0 || *s.residual >= i))) refuse(i, "reads a later node");
+  if (s.input < kImage || s.input >= i) refuse(i, "reads no earlier node");
+  if (s.residual && (*s.residual < 0 || *s.residual >= i)) refuse(i, "adds what is no earlier node");
   for (int d = 0; d < 2; ++d) {
     if (s.kernel[d] < 1 || s.stride[d] < 1 || s.padding[d] < 0) refuse(i, "has no such kernel, stride or padding");
     if (s.op == Op::kMaxPool && 2 * s.padding[d] > s.kernel[d]) refuse(i, "pads more than half of its kernel");
@@ -60,7 +61,7 @@ void copy_planes(const Value& from, float* out) {
       for (int x = 0; x < from.w; ++x)
         for (int c = 0; c < from.c; ++c) {
           const uint8_t* element = from.element(b, from.at(y, x) + c);
-          out[((int64_t)(b * from.c + c) * from.h + y) * from.w + x] = from.is_float ? *(const float*)element : (float)*element;
+          out[(((int64_t)b * from.c + c) * from.h + y) * from.w + x] = from.is_float ? *(const float*)element : (float)*element;
         }
 }
 

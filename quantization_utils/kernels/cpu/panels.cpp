@@ -71,8 +71,8 @@ std::shared_ptr<const Panels> PackedWeights::direct(int node, const Value& in) {
 std::shared_ptr<const SparsePanels> PackedWeights::skipping(int node, const Value& in, double least) {
   const Node& s = model_.nodes[node];
   if (s.op != Op::kLinear || !s.ternary || s.c > most_inputs(Weights::kTwoBit)) return nullptr;
-  const auto [slot, is_new] = sparse_.try_emplace({node, in.h, in.w, in.cs});
-  if (!is_new) return slot->second;
+  const std::vector<int> key = {node, in.h, in.w, in.cs};
+  if (const auto known = sparse_.find(key); known != sparse_.end()) return known->second;
   auto sparse = std::make_shared<SparsePanels>();
   SparsePanels& p = *sparse;
   const int lanes = model_.isa.lanes, vectors = (s.n + lanes - 1) / lanes, plane = in.h * in.w;
@@ -95,7 +95,7 @@ std::shared_ptr<const SparsePanels> PackedWeights::skipping(int node, const Valu
         }
     blocks += inputs[v].size();
   }
-  if (blocks > (1 - least) * vectors * s.c) return nullptr;
+  if (blocks > (1 - least) * vectors * s.c) return sparse_[key] = nullptr;
   for (int v = 0; v < vectors; ++v) {
     const Panels dense = pack_panels(model_.isa, Weights::kTwoBit, std::min(lanes, s.n - v * lanes), 1, (int)inputs[v].size(),
                                      [&](int n, int, int i) { return s.codes[(size_t)(v * lanes + n) * s.c + inputs[v][i]]; });
@@ -103,7 +103,7 @@ std::shared_ptr<const SparsePanels> PackedWeights::skipping(int node, const Valu
     p.bytes.insert(p.bytes.end(), dense.bytes.begin(), dense.bytes.begin() + (int64_t)dense.groups * lanes * 4);
   }
   p.bytes.resize(p.bytes.size() + 64);  // tiles of two vectors read as far beyond one
-  return slot->second = sparse;
+  return sparse_[key] = sparse;  // now that it is whole
 }
 
 }  // namespace ternary

@@ -49,7 +49,7 @@ const uint8_t* padding_of(const Model& model, int value, int channels) {
   bool zeros = false;
   for (const Node& s : model.nodes) {
     if (s.input + 1 != value || s.op != Op::kConv || (s.padding[0] == 0 && s.padding[1] == 0)) continue;
-    if (s.pad_values.empty()) zeros = true;
+    if (std::all_of(s.pad_values.begin(), s.pad_values.end(), [](uint8_t v) { return v == 0; })) zeros = true;  // or none are given
     else if (pad && std::memcmp(pad, s.pad_values.data(), channels) != 0) throw std::invalid_argument("two convolutions pad one value differently");
     else pad = s.pad_values.data();
   }
@@ -63,10 +63,13 @@ void allocate(const Model& model, const std::vector<bool>& wanted, const std::ve
   std::vector<Value>& values = buffers.values;
   std::map<std::vector<int64_t>, std::vector<uint8_t*>> free_buffers;
   std::vector<std::vector<int64_t>> keys(values.size());
+  std::vector<std::vector<int>> last_used(values.size() + 1);  // by node
+  for (int v = 0; v < (int)values.size(); ++v)
+    if (wanted[v] && last_use[v] >= 0) last_used[last_use[v]].push_back(v);
   for (int v = 0; v < (int)values.size(); ++v) {
     // Node v - 1 makes it, beside all that this node or a later one reads.
-    for (int u = 0; u < v; ++u)
-      if (wanted[u] && last_use[u] == v - 2) free_buffers[keys[u]].push_back(values[u].data);
+    if (v >= 2)
+      for (int u : last_used[v - 2]) free_buffers[keys[u]].push_back(values[u].data);
     if (!wanted[v]) continue;
     Value& value = values[v];
     const uint8_t* pad = padding_of(model, v, value.c);
@@ -200,8 +203,7 @@ Plan make_plan(const Model& model, PackedWeights& weights, int batch, int height
   std::vector<bool> wanted(n + 1, false);
   wanted[0] = plan.stages[0].part == 0;
   for (Stage& stage : plan.stages) {
-    for (int v = 0; v <= stage.end; ++v)
-      if (stage.part && last[v] >= stage.first && last[v] < stage.end) last_of_batch[v] = stage.end - 1;
+    if (stage.part) last_of_batch[stage.first] = stage.end - 1;
     for (int v = stage.first + 1; v <= stage.end; ++v) wanted[v] = stage.part == 0 || v == stage.end;
     for (int thread = 0; stage.part && thread < threads; ++thread) {
       std::vector<bool> inner(n + 1, false);

@@ -41,7 +41,7 @@ struct Buffers {
 struct Stage {
   int first, end;
   int part = 0;                // images that a thread takes through them by itself; 0: all threads share each node
-  std::vector<Buffers> parts;  // one a thread: their values for so many images; the first and the last lie in the plan's whole ones
+  std::vector<Buffers> parts;  // one a thread: their values for so many images; what stages hand on lies in the plan's whole ones
 };
 
 struct Plan {

@@ -77,14 +77,14 @@ void run_skipping(const Task& t) {
   const SparsePanels& panels = *t.step.sparse;
   const int lanes = t.isa.lanes, vectors = (int)panels.parts.size(), most = t.isa.max_pixels;
   const int64_t room = (int64_t)t.node.c + 128;
-  const std::vector<int32_t> zeros(kMaxChannels, 0);
+  static constexpr int32_t zeros[kMaxChannels] = {};
   t.worker.member.share(vectors, [&](int64_t vector) {
     const int64_t first = vector * lanes;
     alignas(64) int32_t acc[kMaxPixels * kMaxChannels];
     Tile tile;
     tile.channels = (int)std::min<int64_t>(lanes, t.node.n - first);
     tile.runs = 1, tile.groups = panels.parts[vector].groups, tile.run_stride = 0;
-    tile.weights = panels.bytes.data() + panels.parts[vector].first, tile.init = zeros.data();
+    tile.weights = panels.bytes.data() + panels.parts[vector].first, tile.init = zeros;
     const Epilogue epilogue = t.step.epilogue_from(first, unit_of(Weights::kTwoBit));
     Output to;
     set_residual(to, t.residual);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 from typing import Any
 
@@ -243,11 +244,34 @@ def test_what_makes_no_network_is_refused() -> None:
     shifted = Node("avg_pool", 0, gain=torch.ones(1), bias=torch.ones(1))
     with pytest.raises(ValueError, match="node 1 adds something to a pool"):
         kernels.make_executor([conv(-1, 4, 3), shifted], "cpu")
-    for nodes in ([], [Node("max_pool", -1)], [conv(-1, 4, 3), Node("max_pool", -1)]):
+    for nodes in ([], [Node("max_pool", -1)], [conv(-1, 4, 3), Node("max_pool", -1)], [conv(0, 4, 3)]):
         with pytest.raises(ValueError, match="what reads the image must be a convolution"):
             kernels.make_executor(nodes, "cpu")
     with pytest.raises(ValueError, match="node 0 puts out codes that no byte holds"):
         kernels.make_executor([replace(conv(-1, 4, 3), out_max=0)], "cpu")
+    for wrong in ({"padding": ()}, {"kernel": (3, 3, 7)}, {"stride": (2**32 + 1, 1)}):
+        with pytest.raises(ValueError, match="a kernel, a stride and a padding are two numbers each"):
+            kernels.make_executor([replace(conv(-1, 4, 3), **wrong)], "cpu")
+    with pytest.raises(ValueError, match="node 0 adds what is no earlier node"):
+        kernels.make_executor([replace(conv(-1, 3, 3), residual=-1)], "cpu")
+
+
+def test_a_network_that_is_refused_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, freed = [], []
+    operators = torch.ops.ternary
+    create, free = operators.network_create, operators.network_free
+    monkeypatch.setattr(operators, "network_create", lambda *args: made.append(create(*args)) or made[-1])
+    monkeypatch.setattr(operators, "network_free", lambda handle: freed.append(handle) or free(handle))
+    with pytest.raises(ValueError, match="node 1 has not one gain"):
+        kernels.make_executor([conv(-1, 4, 3), Node("avg_pool", 0, gain=torch.ones(2))], "cpu")
+    gc.collect()
+    assert made and made == freed
+
+
+def test_zeros_around_an_image_are_zeros_however_they_are_given() -> None:
+    nodes = [conv(-1, 4, 3), conv(0, 5, 4), replace(conv(0, 5, 4), pad_values=torch.zeros(4, dtype=torch.uint8)),
+             replace(conv(2, 5, 5), residual=1, residual_gain=0.5)]  # fmt: skip
+    assert_equals_reference(nodes, images_of(3, 8, 8), BACKENDS[0])
 
 
 def test_a_network_takes_its_nodes_before_it_runs() -> None:
@@ -258,7 +282,7 @@ def test_a_network_takes_its_nodes_before_it_runs() -> None:
     }  # fmt: skip
     with pytest.raises(ValueError, match="there is no operation min_pool"):
         torch.ops.ternary.network_add(executor._handle, op="min_pool", input=0, **pool)
-    with pytest.raises(ValueError, match="node 1 reads a later node"):
+    with pytest.raises(ValueError, match="node 1 reads no earlier node"):
         torch.ops.ternary.network_add(executor._handle, op="max_pool", input=1, **pool)
     executor(images)
     with pytest.raises(ValueError, match="a network that has run takes no more nodes"):

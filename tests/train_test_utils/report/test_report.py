@@ -281,3 +281,22 @@ def test_check_is_for_a_markdown_file(tmp_path):
     with pytest.raises(SystemExit) as stop:
         main(["--check", str(tmp_path)])
     assert stop.value.code == 2 and list(tmp_path.iterdir()) == []
+
+
+def test_texts_of_both_sides_do_not_meet(figures, tmp_path):
+    """A mark on the left, with its name on the right, and one on the right, with its name on the left, equally high."""
+    files = {"ptq_all_corrected_8bit_acts": 2_000_000, "qat_" + 40 * "x": 3_000_000}
+    pair = [{"row": name, "test_accuracy_pct": 90.0, "file_bytes": size} for name, size in files.items()]
+    draw_size(lines_of(pair), tmp_path)
+    (axes,) = figures["accuracy_vs_size"].axes
+    axes.figure.draw_without_rendering()
+    one, other = (text.get_window_extent() for text in axes.texts)
+    assert not one.overlaps(other)
+
+
+def test_epochs_are_whole_numbers_also_where_there_is_one(figures, tmp_path):
+    curve = [{"epoch": 1, "train_loss": 1.0, "train_accuracy_pct": 50.0}]
+    draw_curves(lines_of([{"row": "float"}]), [curve], tmp_path)
+    (axes, _) = figures["training_curves"].axes
+    low, high = axes.get_xlim()
+    assert [tick for tick in axes.get_xticks() if low <= tick <= high] == [1.0]
