@@ -1,10 +1,11 @@
 """Latency of packed models beside other engines: one process, the same threads, the same images, engines in turn.
 
     python3 -m venv peers && peers/bin/pip install -r benchmarks/requirements.txt
-    peers/bin/python benchmarks/latency_vs_peers.py [--cases alexnet resnet_18 vit fc] [--batches 1 32] [--rounds 30]
+    peers/bin/python benchmarks/latency_vs_peers.py [--cases alexnet resnet_18 vit fc] [--batches 1 32] [--passes 2]
 
 In every round each engine runs a few times, in a new order; a round's figure is the median of its runs, so slow spells
-of a shared machine meet all engines alike. Ratios are medians of per-round ratios with a bootstrap interval of 95%, and
+of a shared machine meet all engines alike. A slow spell may last for minutes, longer than a table takes: with several
+passes, all tables are measured so many times, one after the other, and a table has the rounds of all passes. Ratios are medians of per-round ratios with a bootstrap interval of 95%, and
 times are medians of all runs, as of a machine in use; the tables of single layers (networks.py, kernels.py) take the
 second smallest of nine runs, near the best that the machine can do.
 "flushed": 64 MiB are written between runs, so weights come from memory. The direct limit counts the multiply-adds that
@@ -26,6 +27,7 @@ import tempfile
 import time
 import traceback
 import warnings
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +235,7 @@ def main() -> None:
     )
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 32])
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--passes", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=60,
                         help=f"a table ends with the round that passes this, but has {LEAST_ROUNDS}")  # fmt: skip
     parser.add_argument("--engines", nargs="+", default=[], help="names of peers; all by default")
@@ -244,7 +247,8 @@ def main() -> None:
     is_aimed_at = limits["isa"] == "avx512vnni"
     name = "latency/peers" if is_aimed_at else f"latency/peers_{limits['isa']}"
     torch.set_grad_enabled(False)
-    for case in args.cases:
+    measured: dict[tuple[str, int, bool], list[dict[str, np.ndarray]]] = {}  # times of each pass
+    for number, case in product(range(1, args.passes + 1), args.cases):
         for batch in args.batches:
             act_bits = 8 if case in ("vit", "fc") else args.act_bits
             engines, missing, (work, model_work) = prepare(case, batch, args.engines, act_bits)
@@ -257,6 +261,12 @@ def main() -> None:
                 # Warm is what lies in the outer cache again after all the others; a large batch has time for it itself.
                 warm_ups, repetitions = (0, 5) if flushed else (10, 10) if batch == 1 else (1, 2)
                 times = measure(engines, args.rounds, warm_ups, repetitions, flushed, args.seconds)
+                of_passes = measured.setdefault((case, batch, flushed), [])
+                of_passes.append(times)
+                if number < args.passes:
+                    continue
+                common = [name for name in times if all(name in others for others in of_passes)]
+                times = {name: np.concatenate([others[name] for others in of_passes]) for name in common}
                 figures = report(case, batch, flushed, times, work / limits["peak_multiply_adds_per_s"] * 1e3)
                 aims = {} if flushed or not is_aimed_at else AIMS.get((case, batch), {})
                 plain = round(figures["of_direct_limit_pct"] * model_work / work, 1)
