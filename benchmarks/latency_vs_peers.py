@@ -5,9 +5,10 @@
 
 In every round each engine runs a few times, in a new order; a round's figure is the median of its runs, so slow spells
 of a shared machine meet all engines alike. A slow spell may last for minutes, longer than a table takes: with several
-passes, all tables are measured so many times, one after the other, and a table has the rounds of all passes. Ratios are medians of per-round ratios with a bootstrap interval of 95%, and
-times are medians of all runs, as of a machine in use; the tables of single layers (networks.py, kernels.py) take the
-second smallest of nine runs, near the best that the machine can do.
+passes, all tables are measured so many times, one after the other, and a table has the rounds of all passes. Ratios are
+medians of per-round ratios with a bootstrap interval of 95%, and times are medians of all runs, as of a machine in use;
+the tables of single layers (networks.py, kernels.py) take the second smallest of nine runs, near the best that the
+machine can do.
 "flushed": 64 MiB are written between runs, so weights come from memory. The direct limit counts the multiply-adds that
 our engine executes, by the plain algorithm and without padding taps, at the measured rate of the processor: all of the
 model's, but of a ViT's last layer the output of attention and the MLP for the class token only ("model_multiply_adds"
