@@ -25,6 +25,7 @@ SCORE_STYLES = {
     "l1_global": ("#009E73", "^"),
 }
 MORE_STYLES = (("#CC79A7", "v"), ("#56B4E9", "P"), ("#D55E00", "X"))  # of scores that have been added
+LABEL_HEIGHT = 0.042  # of a line of text beside a mark, in parts of the axes
 FULL_LATENCY_LINES = 24  # more than these, and pruned rows are left out of the latency picture
 
 Curve = Sequence[Mapping[str, Any]]  # the epochs of a training
@@ -273,15 +274,16 @@ def _label(axes: Axes, labels: Sequence[tuple[float, float, str, str]]) -> None:
     for column in columns:
         left = max(mark[0] for mark in column) > 0.72  # there is no room on the right
         across = min(mark[0] for mark in column) - 0.04 if left else max(mark[0] for mark in column) + 0.04
-        width = 0.011 * max(len(mark[3]) for mark in column)
+        width = 0.009 * max(len(mark[3]) for mark in column)
         begin, end = (across - width, across) if left else (across, across + width)
-        if not groups or groups[-1][0] < begin:  # else texts of both would meet: they are moved apart together
+        fits = bool(groups) and (len(groups[-1][1]) + len(column) - 1) * LABEL_HEIGHT <= 1
+        if not fits or groups[-1][0] < begin:  # else texts of both would meet: they are moved apart together
             groups.append((end, []))
         placed = [(across, "right" if left else "left", *mark[1:]) for mark in column]
         groups[-1] = (max(end, groups[-1][0]), groups[-1][1] + placed)
     for _, group in groups:
         group.sort(key=lambda label: label[2])
-        heights = spread([label[2] for label in group], 0.042, 0.0, 1.0)
+        heights = spread([label[2] for label in group], LABEL_HEIGHT, 0.0, 1.0)
         for (across, side, _, mark, text, colour), height in zip(group, heights, strict=True):
             _annotate(axes, text, mark, (across, height), "axes fraction", side, colour)
 
