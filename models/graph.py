@@ -51,6 +51,17 @@ def module_of(model: nn.Module, node: Any) -> nn.Module | None:
     return None
 
 
+def remove_parametrization(module: nn.Module, name: str) -> None:
+    """Make a parametrized tensor the plain parameter that it is now, in this module alone.
+
+    PyTorch keeps it as a property of a class that copies of the module share: taken from one, it is gone in all.
+    """
+    shared = type(module)
+    members = {key: value for key, value in vars(shared).items() if key not in ("__dict__", "__weakref__")}
+    module.__class__ = type(shared.__name__, shared.__bases__, members)
+    parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+
+
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     """Put `new` in the place of the submodule `name`, carrying over its parametrizations (pruning masks) of weight."""
     old = model.get_submodule(name)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from models.graph import remove_parametrization
 from models.select import Selection, select_layers
 
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of an element
@@ -117,7 +118,7 @@ def strip_masks_(model: nn.Module) -> nn.Module:
         if parametrize.is_parametrized(module):
             for name, parametrizations in list(module.parametrizations.items()):  # type: ignore[union-attr, operator]
                 if all(isinstance(p, Mask) for p in parametrizations):
-                    parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+                    remove_parametrization(module, name)
     return model
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.utils.parametrize import remove_parametrizations, type_before_parametrizations
+from torch.nn.utils.parametrize import type_before_parametrizations
 
-from models.graph import PASSES, module_of, put_module, replace_module, trace
+from models.graph import PASSES, module_of, put_module, remove_parametrization, replace_module, trace
 from models.normalize import Normalize, require_pixels
 from models.select import Selection, refuse_compiled, select_layers
 from models.state import evaluating
@@ -230,7 +230,7 @@ def _pack_layers(model: nn.Module) -> None:
         put_module(model, layer, packed_class.from_bit_layer(layer, act_bits))
     for module in list(model.modules()):
         for tensor in list(getattr(module, "parametrizations", ())):  # masks, of what is left in float
-            remove_parametrizations(module, tensor, leave_parametrized=True)
+            remove_parametrization(module, tensor)
 
 
 def _insert_static_quantizers(model: nn.Module) -> dict[str, Quantized]:

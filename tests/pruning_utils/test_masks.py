@@ -174,3 +174,9 @@ def test_zero_fraction_counts_over_all_chosen_layers():
     assert zero_fraction(model) == 16 / 64 and zero_fraction(model, only="1") == 0
     with pytest.raises(ValueError, match="no linear or convolution layer"):
         zero_fraction(model, only=nn.Conv2d)
+
+
+def test_masks_taken_off_a_copy_stay_on_the_original():
+    model = prune_(small_network(), l1, 0.5)
+    strip_masks_(copy.deepcopy(model))
+    assert model(torch.rand(1, 3, 8, 8)).shape == (1, 4) and mask_of(model[0]) is not None

@@ -366,3 +366,14 @@ def test_what_is_not_ready_to_be_packed_says_so():
         pack_(quantize_(make("alexnet_like")).to("meta"))
     with pytest.raises(ValueError, match="the model is a layer itself"):
         pack_(layers(model)[0])
+
+
+@pytest.mark.parametrize("score", [l1, l2_filters])  # masks of weights, and of batch norms too
+def test_packing_a_copy_leaves_the_original_its_masks(score):
+    model = prune_(make("resnet_like"), score, 0.5, only=nn.Conv2d)
+    quantize_(model, mse_optimal, None, only=nn.Linear)
+    batch = images(4)
+    before = logits_of(model, batch)
+    packed = pack_(copy.deepcopy(model))
+    assert torch.equal(logits_of(model, batch), before) and zero_fraction(model) > 0.4
+    torch.testing.assert_close(logits_of(packed, batch), before)
