@@ -41,11 +41,10 @@ def select_layers(
             w is None or (isinstance(module, w) if isinstance(w, type) else fnmatchcase(name, w)) for w in wanted
         )
 
-    found: list[tuple[str, nn.Module]] = [(name, module) for name, module in layers if chosen(name, module)]
-    for name, module in found:
-        if module.weight.is_meta:  # type: ignore[union-attr]
+    for name, module in layers:
+        if chosen(name, module) and module.weight.is_meta:
             raise ValueError(f"{name} has no values, it is on the device meta: load or initialise the model first")
-    return found
+    return [(name, module) for name, module in layers if chosen(name, module)]
 
 
 def refuse_compiled(model: nn.Module) -> None:

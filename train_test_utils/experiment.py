@@ -83,7 +83,7 @@ def main(
 
 def is_told(error: Exception) -> bool:
     """Whether it is what a user, or a machine that is too small, has to answer for: a sentence says it all."""
-    return not isinstance(error, RuntimeError) or isinstance(error, NonFiniteLoss) or is_out_of_memory(error)
+    return not isinstance(error, RuntimeError) or is_out_of_memory(error)
 
 
 def refuse_mixed_results(model_name: str, datasets: Sequence[ImageDataset], out: Path) -> None:

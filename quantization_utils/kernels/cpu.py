@@ -64,9 +64,10 @@ class NetworkExecutor:
         if algorithm not in ALGORITHMS:
             raise ValueError(f"TERNARY_ALGORITHM is {algorithm!r}: choose one of {', '.join(ALGORITHMS)}")
         self.backend = f"cpu-{isa}"
-        if not nodes or nodes[0].input != IMAGE or any(node.op != "conv" for node in nodes if node.input == IMAGE):
+        first = nodes[0].codes if nodes and nodes[0].input == IMAGE else None
+        if first is None or any(node.op != "conv" for node in nodes if node.input == IMAGE):
             raise ValueError("what reads the image must be a convolution; use backend='reference' for other networks")
-        self._handle = torch.ops.ternary.network_create(isa, algorithm, nodes[0].codes.shape[1])  # type: ignore[union-attr]
+        self._handle = torch.ops.ternary.network_create(isa, algorithm, first.shape[1])
         weakref.finalize(self, torch.ops.ternary.network_free, self._handle).atexit = False
         for node in nodes:
             torch.ops.ternary.network_add(
