@@ -190,6 +190,6 @@ static int gather_plain(const uint64_t* used, int words, const uint8_t* in, uint
 
 static void nothing() {}
 
-static const Kernels table = {ISA_NAME, LANES, VECTORS, PIXELS, {TILES4, TILES5}, WINOGRAD_BYTES, nothing, nothing, multiply, multiply_rows, gather, finish, winograd_input, winograd, image_row,
+static const Kernels table = {ISA_NAME, LANES, VECTORS, PIXELS, {TILES4, TILES5, TILES6}, WINOGRAD_BYTES, nothing, nothing, multiply, multiply_rows, gather, finish, winograd_input, winograd, image_row,
                               quantize_row, max_row, add_row, layer_norm, transpose_keys, attention, peak_multiply_adds,
                               read_memory};

@@ -1,9 +1,9 @@
-// Part of body.h: 3x3 convolutions with fewer multiply-adds, exact in 8-bit integers; kernels.h has the algebra.
+// Part of body.h: 3x3 convolutions with fewer multiply-adds, exact in 8- or 16-bit integers; kernels.h has the algebra.
 
 #define EACH_ROW(...) EACH(i, SIDE, 0, __VA_ARGS__) EACH(i, SIDE, 1, __VA_ARGS__) EACH(i, SIDE, 2, __VA_ARGS__) \
-                      EACH(i, SIDE, 3, __VA_ARGS__) EACH(i, SIDE, 4, __VA_ARGS__)
+                      EACH(i, SIDE, 3, __VA_ARGS__) EACH(i, SIDE, 4, __VA_ARGS__) EACH(i, SIDE, 5, __VA_ARGS__)
 
-// B^T in one dimension: 4 or 5 values to as many.
+// B^T in one dimension: 4, 5 or 6 values to as many.
 template <typename u8>
 static inline void transform_line(const u8 (&d)[4], u8 (&v)[4]) {
   v[0] = d[0] - d[2], v[1] = d[1] + d[2], v[2] = d[2] - d[1], v[3] = d[1] - d[3];
@@ -13,27 +13,36 @@ static inline void transform_line(const u8 (&d)[5], u8 (&v)[5]) {
   v[0] = d[0] - d[2], v[1] = d[2], v[2] = d[2] - d[4], v[3] = d[1], v[4] = d[3];
 }
 
-// V = B^T d B of WIDTH channels, in signed bytes, -128 where the position can exceed them.
-template <int SIDE, int WIDTH>
+template <typename u16>
+static inline void transform_line(const u16 (&d)[6], u16 (&v)[6]) {
+  const u16 even = d[2] * 4 - d[4], odd = d[1] * 4 - d[3], across = d[4] - d[2], twice = (d[3] - d[1]) * 2;
+  v[0] = (d[0] - d[2]) * 4 + across, v[1] = even + odd, v[2] = even - odd;
+  v[3] = across + twice, v[4] = across - twice, v[5] = d[5] - d[3] - twice * 2;
+}
+
+// V = B^T d B of WIDTH channels, in signed numbers, -128 where the position can exceed bytes.
+template <int SIDE, typename Element, int WIDTH>
 static inline void transform_patch(const uint8_t* d, int64_t row, int64_t pixel, uint8_t* v, int64_t v_stride) {
   typedef uint8_t u8 __attribute__((vector_size(WIDTH), aligned(1), may_alias));
-  u8 x[SIDE][SIDE];
-  EACH_ROW(u8 line[SIDE]; for (int j = 0; j < SIDE; ++j) line[j] = *(const u8*)(d + i * row + j * pixel);
+  typedef Element element __attribute__((vector_size(WIDTH * sizeof(Element)), aligned(1), may_alias));
+  element x[SIDE][SIDE];
+  EACH_ROW(element line[SIDE]; for (int j = 0; j < SIDE; ++j) line[j] = __builtin_convertvector(*(const u8*)(d + i * row + j * pixel), element);
            transform_line(line, x[i]);)
   for (int j = 0; j < SIDE; ++j) {
-    u8 column[SIDE], out[SIDE];
+    element column[SIDE], out[SIDE];
     EACH_ROW(column[i] = x[i][j];)
     transform_line(column, out);
-    EACH_ROW(*(u8*)(v + (i * SIDE + j) * v_stride) = winograd_has_offset(SIDE, i, j) ? (u8)(out[i] ^ (uint8_t)128) : out[i];)
+    EACH_ROW(*(element*)(v + (i * SIDE + j) * v_stride) = winograd_has_offset(SIDE, i, j) ? (element)(out[i] ^ (Element)128) : out[i];)
   }
 }
 
-template <int SIDE>
+template <int SIDE, typename Element>
 static void transform_channels(const uint8_t* d, int64_t row, int64_t pixel, int channels, uint8_t* v, int64_t v_stride) {
+  constexpr int kSize = sizeof(Element), kMost = 64 / kSize;
   int c = 0;
-  for (; c + 64 <= channels; c += 64) transform_patch<SIDE, 64>(d + c, row, pixel, v + c, v_stride);
-  for (; c + 16 <= channels; c += 16) transform_patch<SIDE, 16>(d + c, row, pixel, v + c, v_stride);
-  for (; c < channels; c += 4) transform_patch<SIDE, 4>(d + c, row, pixel, v + c, v_stride);  // channels is a multiple of 4
+  for (; c + kMost <= channels; c += kMost) transform_patch<SIDE, Element, kMost>(d + c, row, pixel, v + c * kSize, v_stride);
+  for (; c + 16 <= channels; c += 16) transform_patch<SIDE, Element, 16>(d + c, row, pixel, v + c * kSize, v_stride);
+  for (; c < channels; c += 4) transform_patch<SIDE, Element, 4>(d + c, row, pixel, v + c * kSize, v_stride);  // channels is a multiple of 4
 }
 
 static inline wide load_channels(const uint8_t* from, int n) { return n == LANES * 4 ? *(const wide*)from : load_part<wide>(from, n); }
@@ -73,16 +82,24 @@ static inline void corner_starts(const uint8_t* d, int64_t row, int64_t pixel, i
 }
 
 static void winograd_input(int side, const uint8_t* d, int64_t row, int64_t pixel, int channels, uint8_t* v, int64_t v_stride, int32_t* start) {
-  if (side == 4) transform_channels<4>(d, row, pixel, channels, v, v_stride), corner_starts<4>(d, row, pixel, channels, start);
-  else transform_channels<5>(d, row, pixel, channels, v, v_stride), corner_starts<5>(d, row, pixel, channels, start);
+  if (side == 6) return transform_channels<6, uint16_t>(d, row, pixel, channels, v, v_stride);
+  if (side == 4) transform_channels<4, uint8_t>(d, row, pixel, channels, v, v_stride), corner_starts<4>(d, row, pixel, channels, start);
+  else transform_channels<5, uint8_t>(d, row, pixel, channels, v, v_stride), corner_starts<5>(d, row, pixel, channels, start);
 }
 
-// A^T in one dimension: SIDE values to 2.
-template <int SIDE, typename T>
-static inline void combine(const T* m, int64_t step, T& y0, T& y1) {
-  const T both = m[step];
-  if constexpr (SIDE == 4) y0 = m[0] + both + m[2 * step], y1 = both - m[2 * step] - m[3 * step];
-  else y0 = m[0] + both + m[3 * step], y1 = both - m[2 * step] + m[4 * step];
+// A^T in one dimension: SIDE values, `step` apart, to 2 or 4.
+template <int SIDE>
+static inline void combine(const unsigned_ints* m, int64_t step, unsigned_ints* y) {
+  const unsigned_ints m0 = m[0], m1 = m[step], m2 = m[2 * step], m3 = m[3 * step];
+  if constexpr (SIDE == 4) {
+    y[0] = m0 + m1 + m2, y[1] = m1 - m2 - m3;
+  } else if constexpr (SIDE == 5) {
+    y[0] = m0 + m1 + m3, y[1] = m1 - m2 + m[4 * step];
+  } else {
+    const unsigned_ints m4 = m[4 * step], sum = (m1 + m2) * 4, wide_sum = m3 + m4, difference = (m1 - m2) * 4, wide_difference = (m3 - m4) * 2;
+    y[0] = m0 * 6 + sum + wide_sum, y[1] = difference + wide_difference;
+    y[2] = sum + wide_sum * 4, y[3] = difference + wide_difference * 4 + m[5 * step] * 24;
+  }
 }
 
 // The nine numbers that a kernel's U is made of (kernels.h): column B of the three.
@@ -124,12 +141,10 @@ static inline void column_weights(const uint8_t* w, vec (&u)[SIDE]) {
   else u[1] = (vec)both, u[2] = (vec)v[2], u[3] = u[4] = (vec)v[1];
 }
 
-// The products of P tiles with one vector of channels, a column of positions at a time: its SIDE rows stay in registers and
-// leave them combined to the two rows of A^T M, in half the space. rows[column][tile][2]
+// The products of P tiles with one vector of channels in one column of positions.
 template <int SIDE, int P, int COLUMN>
-static inline void winograd_column(const WinogradTile& t, ints* rows) {
+static inline void column_products(const WinogradTile& t, vec (&acc)[SIDE][P]) {
   const uint8_t* w = t.weights;
-  vec acc[SIDE][P];
   constexpr int kLast = SIDE - 1;
   EACH_ROW(if constexpr (i % kLast == 0 && COLUMN % kLast == 0) {  // a corner: of one output only, which it can set right
              EACH_PIXEL(acc[i][p] = (vec)(ints{} + t.start[p * 4 + i / kLast * 2 + COLUMN / kLast]);)
@@ -162,37 +177,65 @@ static inline void winograd_column(const WinogradTile& t, ints* rows) {
 #else
   for (int g = 0; g < t.groups; ++g) add_products(acc);
 #endif
-  EACH_PIXEL(alignas(64) ints m[SIDE]; EACH_ROW(m[i] = (ints)acc[i][p];)
-             combine<SIDE>(m, 1, rows[(COLUMN * P + p) * 2], rows[(COLUMN * P + p) * 2 + 1]);)
+}
+
+template <int SIDE, int P, int COLUMN>
+static inline void wide_column_products(const WinogradTile& t, vec (&acc)[SIDE][P]) {
+  constexpr int kRow = LANES * 2;
+  EACH_ROW(EACH_PIXEL(acc[i][p] = vec{};))
+  const int64_t row = SIDE * t.position_stride, first = (int64_t)COLUMN * t.groups * SIDE * kRow;
+  const uint8_t* w = t.weights + first;
+  const uint8_t* a[P];
+  EACH_PIXEL(a[p] = t.input + COLUMN * t.position_stride + p * t.tile_stride;)
+  for (int g = 0; g < t.groups; ++g, w += SIDE * kRow) {
+    EACH_ROW(const vec u = widen(w + i * kRow); EACH_PIXEL(acc[i][p] = dot_two(acc[i][p], u, a[p] + i * row);))
+    for (int i = 0; i < SIDE * kRow; i += 64) __builtin_prefetch(w + kPrefetchBytes + i);
+    EACH_PIXEL(a[p] += 4;)
+  }
+}
+
+// A column of positions at a time: its SIDE rows stay in registers and leave them combined to the rows of A^T M, in less space.
+// rows[column][tile][2 or 4]
+template <int SIDE, int P, int COLUMN>
+static inline void winograd_column(const WinogradTile& t, unsigned_ints* rows) {
+  vec acc[SIDE][P];
+  if constexpr (SIDE == 6) wide_column_products<SIDE, P, COLUMN>(t, acc);
+  else column_products<SIDE, P, COLUMN>(t, acc);
+  EACH_PIXEL(alignas(64) unsigned_ints m[SIDE]; EACH_ROW(m[i] = (unsigned_ints)acc[i][p];)
+             combine<SIDE>(m, 1, rows + (COLUMN * P + p) * winograd_outputs(SIDE));)
 }
 
 template <Residual R, bool BYTES, int SIDE>
-static inline void winograd_finish(const Epilogue& e, const Output& o, const ints* rows, int tiles, int channels) {
+static inline void winograd_finish(const Epilogue& e, const Output& o, const unsigned_ints* rows, int tiles, int channels) {
+  constexpr int kOutputs = winograd_outputs(SIDE);
   const Finish f(e);
   const floats gain = *(const floats*)e.gain * f.unit, bias = *(const floats*)e.bias;
   const int64_t out = o.first_channel * (BYTES ? 1 : 4), residual = o.first_channel * (R == Residual::kBytes ? 1 : 4);
-  for (int r = 0; r < tiles * 2; ++r) {
-    alignas(64) ints y[2];
-    combine<SIDE>(rows + r, tiles * 2, y[0], y[1]);
-    for (int x = 0; x < 2; ++x) {
-      const int p = r * 2 + x;
+  for (int r = 0; r < tiles * kOutputs; ++r) {
+    alignas(64) unsigned_ints y[kOutputs];
+    combine<SIDE>(rows + r, tiles * kOutputs, y);
+    for (int x = 0; x < kOutputs; ++x) {
+      const int p = r * kOutputs + x;
       if (!o.out[p]) continue;
+      const ints sum = SIDE == 6 ? (ints)(y[x] * kInverseOfNine) >> 6 : (ints)y[x];
       const void* const from = R == Residual::kNone ? nullptr : (const char*)o.residual[p] + residual;
-      finish_vector<R, BYTES>(f, (char*)o.out[p] + out, from, channels, y[x], gain, bias);
+      finish_vector<R, BYTES>(f, (char*)o.out[p] + out, from, channels, sum, gain, bias);
     }
   }
 }
 
 template <int SIDE, int P>
 static void winograd_tiles(const WinogradTile& t, const Epilogue& e, const Output& o, int channels) {
-  alignas(64) ints rows[SIDE * P * 2];  // deduced types lose the attribute that allows less
+  alignas(64) unsigned_ints rows[SIDE * P * winograd_outputs(SIDE)];  // deduced types lose the attribute that allows less
   winograd_column<SIDE, P, 0>(t, rows), winograd_column<SIDE, P, 1>(t, rows);
   winograd_column<SIDE, P, 2>(t, rows), winograd_column<SIDE, P, 3>(t, rows);
-  if constexpr (SIDE == 5) winograd_column<SIDE, P, 4>(t, rows);
+  if constexpr (SIDE > 4) winograd_column<SIDE, P, 4>(t, rows);
+  if constexpr (SIDE > 5) winograd_column<SIDE, P, 5>(t, rows);
   by_kind(e, o, [&](auto residual, auto to_bytes) { winograd_finish<residual.value, to_bytes.value, SIDE>(e, o, rows, P, channels); });
 }
 
 static void winograd(int side, const WinogradTile& t, const Epilogue& e, const Output& o, int channels) {
   if (side == 4) with_count<TILES4>(t.tiles, [&]<int P>(Constant<P>) { winograd_tiles<4, P>(t, e, o, channels); });
-  else with_count<TILES5>(t.tiles, [&]<int P>(Constant<P>) { winograd_tiles<5, P>(t, e, o, channels); });
+  else if (side == 5) with_count<TILES5>(t.tiles, [&]<int P>(Constant<P>) { winograd_tiles<5, P>(t, e, o, channels); });
+  else with_count<TILES6>(t.tiles, [&]<int P>(Constant<P>) { winograd_tiles<6, P>(t, e, o, channels); });
 }

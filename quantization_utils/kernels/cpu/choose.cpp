@@ -69,10 +69,15 @@ void measure(const Model& model, const std::vector<Algorithm> (&algorithms)[2], 
     }
 }
 
+int64_t tiles_of(int side, int images, const Value& out) {
+  const int outputs = winograd_outputs(side);
+  return (int64_t)images * (round_up(out.h, outputs) / outputs) * (round_up(out.w, outputs) / outputs);
+}
+
 // Bytes of the transformed input of all tiles, in groups of one size, the last of which may not be full.
 size_t transformed_bytes(const Kernels& isa, int side, const Value& in, const Value& out) {
-  const int64_t tiles = (int64_t)in.n * ((out.h + 1) / 2) * ((out.w + 1) / 2) + isa.tiles[side - 4] - 1;
-  return tiles * (side * side * in.cs + 4 * sizeof(int32_t));
+  const int64_t tiles = tiles_of(side, in.n, out) + isa.tiles[side - 4] - 1;
+  return tiles * (side * side * in.cs * winograd_element_bytes(side) + 4 * sizeof(int32_t));
 }
 
 }  // namespace
@@ -88,9 +93,12 @@ void choose_algorithms(const Model& model, PackedWeights& weights, const std::st
       algorithms[0].push_back(step.algorithm), algorithms[1].push_back(step.algorithm);
       if (algorithm != "winograd") step.sparse = weights.skipping(i, in, algorithm == "skipping" ? 0.0 : kLeastSkipped);
       if (step.sparse) algorithms[1][i] = Algorithm::kSkipping;
-      if (!step.winograd_side || algorithm == "skipping") continue;
-      if (!stage.part) shared = std::max(shared, transformed_bytes(model.isa, step.winograd_side, in, out));
-      step.winograd = weights.winograd(i, in, step.winograd_side);
+      const int side = step.winograd_side;
+      if (!side || algorithm == "skipping") continue;
+      // Its weights are sixteen times the plain algorithm's: for so few tiles they would only drive others from the caches.
+      if (side == 6 && algorithm == "auto" && tiles_of(side, stage.part ? stage.part : plan.batch, out) < model.isa.tiles[side - 4]) continue;
+      if (!stage.part) shared = std::max(shared, transformed_bytes(model.isa, side, in, out));
+      step.winograd = weights.winograd(i, in, side);
       algorithms[1][i] = Algorithm::kWinograd;
     }
   plan.shared = Bytes(shared);
@@ -102,6 +110,7 @@ void choose_algorithms(const Model& model, PackedWeights& weights, const std::st
     if (step.algorithm == plain) step.winograd.reset(), step.sparse.reset();
   }
   if (std::none_of(plan.steps.begin(), plan.steps.end(), [](const Step& s) { return s.algorithm == Algorithm::kWinograd; })) plan.shared = Bytes();
+  weights.forget_unused();
 }
 
 }  // namespace ternary

@@ -20,6 +20,7 @@ namespace avx2 {
 #define PIXELS 4
 #define TILES4 3
 #define TILES5 2
+#define TILES6 2
 #define WINOGRAD_BYTES 9
 typedef __m256i vec;
 
@@ -67,6 +68,9 @@ static inline vec dot_four(vec sums, vec a, const uint8_t* four) {
           : "+x"(sums), "=&x"(pairs) : "x"(a), "m"(*(const four_bytes*)four));
   return sums;
 }
+// acc and the products of pairs of 16-bit numbers with two from memory.
+static inline vec dot_two(vec acc, vec a, const uint8_t* two) { return _mm256_add_epi32(acc, _mm256_madd_epi16(a, broadcast(two))); }
+static inline vec widen(const uint8_t* p) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)); }
 // `unit` times 16-bit sums, pairs of them, to 32-bit ones.
 static inline vec add_sums(vec acc, vec sums, int unit) { return _mm256_add_epi32(acc, _mm256_madd_epi16(sums, _mm256_set1_epi16((short)unit))); }
 #define SUMS_IN_PAIRS

@@ -24,6 +24,7 @@ namespace avx512vnni {
 #define PIXELS 6
 #define TILES4 6
 #define TILES5 5
+#define TILES6 4
 #define WINOGRAD_BYTES 5
 typedef __m512i vec;
 
@@ -65,6 +66,12 @@ static inline vec dot_four(vec acc, vec a, const uint8_t* four) {
   __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(a), "m"(*(const int32_t __attribute__((may_alias))*)four));
   return acc;
 }
+// As dot_four, of pairs of 16-bit numbers.
+static inline vec dot_two(vec acc, vec a, const uint8_t* two) {
+  __asm__("vpdpwssd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(a), "m"(*(const int32_t __attribute__((may_alias))*)two));
+  return acc;
+}
+static inline vec widen(const uint8_t* p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p)); }
 // Of eight bytes, those whose bit is set, side by side.
 static inline uint64_t kept_bytes_(uint64_t eight, uint64_t bits) { return _pext_u64(eight, _pdep_u64(bits, 0x0101010101010101) * 255); }
 #define kept_bytes kept_bytes_

@@ -9,6 +9,7 @@ namespace portable {
 #define PIXELS 4
 #define TILES4 2
 #define TILES5 2
+#define TILES6 2
 #define WINOGRAD_BYTES 5
 typedef int32_t vec __attribute__((vector_size(16), aligned(4), may_alias));
 
@@ -47,6 +48,19 @@ static inline vec dot(vec acc, vec a, vec w) {
 }
 // As dot, of unsigned bytes with four signed ones from memory.
 static inline vec dot_four(vec acc, vec a, const uint8_t* four) { return dot<Weights::kSmall>(acc, a, broadcast(four)); }
+// As dot_four, of pairs of 16-bit numbers; the sums may wrap around.
+static inline vec dot_two(vec acc, vec a, const uint8_t* two) {
+  typedef uint32_t uvec __attribute__((vector_size(16)));
+  int16_t w[2];
+  __builtin_memcpy(w, two, 4);
+  return (vec)((uvec)acc + (uvec)((vec)((uvec)a << 16) >> 16) * (uint32_t)w[0] + (uvec)(a >> 16) * (uint32_t)w[1]);
+}
+// LANES * 2 signed bytes as 16-bit numbers, the first of a pair in the lower half.
+static inline vec widen(const uint8_t* p) {
+  vec v;
+  for (int i = 0; i < LANES; ++i) v[i] = (int32_t)((uint32_t)(uint16_t)(int8_t)p[2 * i] | (uint32_t)(int8_t)p[2 * i + 1] << 16);
+  return v;
+}
 typedef float four_floats __attribute__((vector_size(16), aligned(4), may_alias));
 // a * b + c, rounded once.
 static inline four_floats multiply_add(four_floats a, four_floats b, four_floats c) {

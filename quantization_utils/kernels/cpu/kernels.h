@@ -11,7 +11,7 @@ namespace ternary {
 
 constexpr int kMaxPixels = 32;    // upper limits of any instruction set's pixels per tile,
 constexpr int kMaxChannels = 64;  // channels per tile,
-constexpr int kMaxOutputs = 32;   // and pixels that a tile, or the tiles of a Winograd product, write
+constexpr int kMaxOutputs = 64;   // and pixels that a tile, or the tiles of a Winograd product, write
 
 // How weights are stored. The product's accumulators, and why they cannot overflow:
 //   kTwoBit: four input groups share a byte, two bits each: the last (bits 6-7) in two's complement, the others as w + 2, which
@@ -48,8 +48,10 @@ struct Tile {
   const int32_t* init;                // start of the accumulators, one per channel, padded to whole vectors
 };
 
-// Winograd's convolution for 3x3 kernels, as a scheme of `side` x `side` products for each tile of 2x2 outputs:
+// Winograd's convolution for 3x3 kernels, as a scheme of `side` x `side` products for each tile of 2x2 or 4x4 outputs:
 //   Y = A^T [ (G g G^T) * (B^T d B) ] A.
+// Sides 4 and 5 are exact in 8 bits with activations of at most 63, side 6 is in 16 bits with any, at half as many products an
+// instruction.
 // Stride 1, side 4, is F(2x2,3x3) with 2G, so that U is an integer, |u| <= 9, and Y is 4 times the result:
 //   B^T = [1 0 -1 0; 0 1 1 0; 0 -1 1 0; 0 1 0 -1]   2G = [2 0 0; 1 1 1; 1 -1 1; 0 0 2]   A^T = [1 1 1 0; 0 1 -1 -1]
 // Stride 2, side 5, is F(2,2) over the odd inputs with the outer taps, and the even inputs times the middle tap; |u| <= 4:
@@ -70,6 +72,16 @@ struct Tile {
 // Pair sums of AVX2's vpmaddubsw: 2 * 48 * 128 <= 32,767. |M| <= 48 * 128 * C, and Y is a sum of at most nine and of a start,
 // at most 10 * 9 * 63 * C: below 2^31 for C < 35,000.
 constexpr int kWinogradOffset = 10;
+// Side 6, stride 1, is F(4x4,3x3), through 0, 1, -1, 2, -2 and infinity, its fractions taken out of G (each row of U is an integer):
+//   B^T = [4 0 -5 0 1 0; 0 4 4 -1 -1 0; 0 -4 4 1 -1 0; 0 -2 -1 2 1 0; 0 2 -1 -2 1 0; 0 4 0 -5 0 1]
+//   G = [1 0 0; 1 1 1; 1 -1 1; 1 2 4; 1 -2 4; 0 0 1]   A^T = [6 4 4 1 1 0; 0 4 -4 2 -2 0; 0 4 4 4 4 0; 0 4 -4 8 -8 24]
+// so Y is 24 x 24 times the result y. V is within +-68 * 255 = 17,340: of the second row, for one, 8 * 8 + 2 * 2 activations are
+// added. |u| <= 7 * 7 is a signed byte. Y does not always fit in 32 bits, but sums that wrap around are right modulo 2^32, where 9 has
+// an inverse: Y / 9 is 64 y, and y the upper 26 bits, as |y| <= 9 * 255 * C < 2^25 for C < 14,000.
+constexpr uint32_t kInverseOfNine = 954437177;
+static_assert(kInverseOfNine * 9 == 1);
+static constexpr int winograd_outputs(int side) { return side == 6 ? 4 : 2; }        // of a tile, in a dimension
+static constexpr int winograd_element_bytes(int side) { return side == 6 ? 2 : 1; }  // of V
 // How many groups of four channels fit in 16-bit sums of pairs, by the largest |U V| of a column of positions, its offset included.
 // Stride 1: U goes up to 10 + 6 where |V| <= 126, in the two columns in the middle up to 10 + 9 where |V| <= 128. Stride 2, whose
 // offsets are added as the numbers are: where U goes up to 20 + 4, in the second column to 40 + 8, V is a difference of two
@@ -82,11 +94,11 @@ static constexpr bool winograd_has_offset(int side, int i, int j) { return side 
 
 struct WinogradTile {
   const uint8_t* input;          // transformed: [position][tile][channel]
-  const int32_t* start;          // [tile][2][2]: where the accumulators of the four corner positions start
-  int64_t position_stride, tile_stride;
-  int tiles, groups;             // tiles: 1 ... tiles[] of the instruction set; groups of 4 input channels
+  const int32_t* start;          // [tile][2][2]: where the accumulators of the four corner positions start; not of side 6
+  int64_t position_stride, tile_stride;  // bytes
+  int tiles, groups;             // tiles: 1 ... tiles[] of the instruction set; groups of 4 input channels, of side 6 of 2
   const uint8_t* weights;        // [group][5][lanes * 4 bytes]: v00 | v20 << 4, v02 | v22 << 4, v10 | v12 << 4, v01 | v21 << 4, v11;
-                                 // or [group][9][lanes * 4 bytes]: v00, v10, v20, v01 ... v22
+                                 // or [group][9][lanes * 4 bytes]: v00, v10, v20, v01 ... v22; side 6: U, [column][group][row][lanes * 2 bytes]
   const uint8_t* next_weights;   // those of the following call, to be fetched meanwhile
   const int32_t* init;           // [lanes]: start of the accumulators where there is an offset
 };
@@ -108,7 +120,7 @@ struct Output {
   void* out[kMaxOutputs];
   const void* residual[kMaxOutputs];  // uint8, or float32 if residual_is_float; ignored unless has_residual
   bool has_residual, residual_is_float;
-  int first_channel;                     // Winograd: added to the pointers; a null pointer is a pixel beyond an odd edge
+  int first_channel;                     // Winograd: added to the pointers; a null pointer is a pixel beyond an edge
 };
 
 // Where the pixels of a tile go that are rows of a linear layer with a scale each: float32.
@@ -138,8 +150,8 @@ struct Kernels {
   int lanes;         // int32 lanes of a vector; a block has up to max_vectors of them
   int max_vectors;   // vectors of channels per tile
   int max_pixels;    // pixels per tile
-  int tiles[2];      // Winograd tiles at a time, of side 4 and 5
-  int winograd_bytes;  // of weights for one 3x3 kernel: 5 or 9
+  int tiles[3];      // Winograd tiles at a time, of side 4, 5 and 6
+  int winograd_bytes;  // of weights for one 3x3 kernel: 5 or 9; of side 6 they are 36
   void (*begin)();   // each thread calls these before and after all others
   void (*end)();
   // acc[count][vectors * lanes], vectors = ceil(channels / lanes); has room for max_pixels
@@ -151,9 +163,9 @@ struct Kernels {
   int (*gather)(const uint64_t* used, int words, const uint8_t* in, uint8_t* out);
   // `pixels` rows of acc (vectors * lanes apart) to output.
   void (*finish)(const Epilogue&, const Output&, const int32_t* acc, int pixels, int channels);
-  // V[position][channel] of one patch of side x side pixels, positions `v_stride` bytes apart, and its start[2][2].
+  // V[position][channel] of one patch of side x side pixels, positions `v_stride` bytes apart, and its start[2][2], which side 6 has not.
   void (*winograd_input)(int side, const uint8_t* patch, int64_t row_stride, int64_t pixel_stride, int channels, uint8_t* v, int64_t v_stride, int32_t* start);
-  // Products, output transform and epilogue for one vector of channels, of which `channels` are real; outputs [tile][2][2].
+  // Products, output transform and epilogue for one vector of channels, of which `channels` are real; outputs [tile][row][column].
   void (*winograd)(int side, const WinogradTile&, const Epilogue&, const Output&, int channels);
   // float32 image planes -> uint8 NHWC row of `width` pixels, `stride` bytes each, round(x * 255) clamped to 0 … 255
   void (*image_row)(const float* const* planes, int channels, int width, uint8_t* out, int stride);

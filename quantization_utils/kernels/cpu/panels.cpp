@@ -24,11 +24,36 @@ void transform_kernel(int side, const int8_t* g, int (&v)[3][3], int (&u)[5][5])
 }  // namespace
 
 std::shared_ptr<const Panels> PackedWeights::winograd(int node, const Value& in, int side) {
-  const Node& s = model_.nodes[node];
   auto& slot = panels_[{node, side, in.cs}];
-  if (slot) return slot;
-  auto panels = std::make_shared<Panels>();
-  Panels& p = *panels;
+  if (!slot) slot = std::make_shared<Panels>(side == 6 ? wide(model_.nodes[node], in) : narrow(model_.nodes[node], in, side));
+  return slot;
+}
+
+// Of side 6: U, [vector][column][pair of channels][row][lane][channel].
+Panels PackedWeights::wide(const Node& s, const Value& in) const {
+  static const int g[6][3] = {{1, 0, 0}, {1, 1, 1}, {1, -1, 1}, {1, 2, 4}, {1, -2, 4}, {0, 0, 1}};
+  const int lanes = model_.isa.lanes, vectors = (s.n + lanes - 1) / lanes;
+  Panels p;
+  p.kind = Weights::kSmall, p.groups = in.cs / 2, p.block = lanes;
+  p.block_bytes = (int64_t)36 * in.cs * lanes;
+  p.bytes.assign(vectors * p.block_bytes, 0);
+  p.init.resize((size_t)vectors * lanes);
+  for (int n = 0; n < s.n; ++n)
+    for (int c = 0; c < s.c; ++c) {
+      const int8_t* const kernel = s.codes.data() + ((size_t)n * s.c + c) * 9;
+      uint8_t* const to = p.bytes.data() + n / lanes * p.block_bytes + (int64_t)c / 2 * 6 * lanes * 2 + n % lanes * 2 + c % 2;
+      for (int i = 0; i < 6; ++i) {
+        int row[3];
+        for (int x = 0; x < 3; ++x) row[x] = g[i][0] * kernel[x] + g[i][1] * kernel[3 + x] + g[i][2] * kernel[6 + x];
+        for (int j = 0; j < 6; ++j) to[((int64_t)j * p.groups * 6 + i) * lanes * 2] = (uint8_t)(row[0] * g[j][0] + row[1] * g[j][1] + row[2] * g[j][2]);
+      }
+    }
+  return p;
+}
+
+// Of sides 4 and 5: kernels.h has the order of the bytes.
+Panels PackedWeights::narrow(const Node& s, const Value& in, int side) const {
+  Panels p;
   const int lanes = model_.isa.lanes, vectors = (s.n + lanes - 1) / lanes, bytes = model_.isa.winograd_bytes;
   p.kind = Weights::kSmall, p.groups = in.cs / 4, p.block = lanes;
   p.block_bytes = (int64_t)bytes * in.cs * lanes;
@@ -47,7 +72,12 @@ std::shared_ptr<const Panels> PackedWeights::winograd(int node, const Value& in,
       p.init[n] += 128 * (kWinogradOffset + u[1][1]);  // used where there is an offset
     }
   }
-  return slot = panels;  // now that it is whole
+  return p;
+}
+
+void PackedWeights::forget_unused() {
+  std::erase_if(panels_, [](const auto& entry) { return entry.second.use_count() == 1; });
+  std::erase_if(sparse_, [](const auto& entry) { return entry.second.use_count() == 1; });
 }
 
 std::shared_ptr<const Panels> PackedWeights::direct(int node, const Value& in) {

@@ -67,10 +67,13 @@ class PackedWeights {
   explicit PackedWeights(const Model& model) : model_(model) {}
   std::shared_ptr<const Panels> direct(int node, const Value& in);
   std::shared_ptr<const Panels> winograd(int node, const Value& in, int side);
+  void forget_unused();  // what no plan holds
   // null: of the blocks of one input and a vector of channels, fewer than `least` (a fraction) are zero.
   std::shared_ptr<const SparsePanels> skipping(int node, const Value& in, double least);
 
  private:
+  Panels narrow(const Node& s, const Value& in, int side) const;
+  Panels wide(const Node& s, const Value& in) const;
   const Model& model_;
   std::map<std::vector<int>, std::shared_ptr<const Panels>> panels_;        // by node, algorithm and input layout
   std::map<std::vector<int>, std::shared_ptr<const SparsePanels>> sparse_;  // by node and input layout; null: not worth it

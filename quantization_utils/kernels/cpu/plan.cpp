@@ -6,20 +6,24 @@
 namespace ternary {
 namespace {
 
-// 4 or 5 (kernels.h), or 0: not for this node.
-int winograd_side(const Node& s, const Value& in) {
-  // Fewer than 16 channels are not worth a transform; more than 35,000 could overflow.
+// 4, 5 or 6 (kernels.h), or 0: not for this node. Where sides 4 and 6 are possible, 4 has always been faster.
+int winograd_side(const Node& s, const Value& in, const Value& out) {
+  // Fewer than 16 channels are not worth a transform; more could overflow.
   const bool possible = s.op == Op::kConv && s.ternary && s.kernel[0] == 3 && s.kernel[1] == 3 && s.stride[0] == s.stride[1] &&
-                        s.stride[0] <= 2 && s.c >= 16 && s.c < 35000 && s.pad_values.empty() && in.code_max <= 63 && !in.is_float;
-  return !possible ? 0 : s.stride[0] == 1 ? 4 : 5;
+                        s.stride[0] <= 2 && s.c >= 16 && s.c < 14000 && s.pad_values.empty() && !in.is_float;
+  if (!possible) return 0;
+  if (in.code_max <= 63) return s.stride[0] == 1 ? 4 : 5;
+  // Half of the plain algorithm's work: not where half of it would be for outputs beyond the edges.
+  return s.stride[0] == 1 && (int64_t)round_up(out.h, 4) * round_up(out.w, 4) < 2 * (int64_t)out.h * out.w ? 6 : 0;
 }
 
-// Of what a convolution reads: a border for its padding, and what Winograd's whole tiles read beyond it where the output is odd.
+// Of what a convolution reads: a border for its padding, and what Winograd's whole tiles read beyond it where they end beyond the output.
 void surround(Value& in, const Node& s, const Value& out) {
   in.border = std::max({in.border, s.padding[0], s.padding[1]});
-  if (!winograd_side(s, in)) return;
-  const int last_row = s.stride[0] * (round_up(out.h, 2) - 1) + 2 - s.padding[0] - (in.h - 1);
-  const int last_column = s.stride[0] * (round_up(out.w, 2) - 1) + 2 - s.padding[1] - (in.w - 1);
+  const int side = winograd_side(s, in, out), outputs = winograd_outputs(side);
+  if (!side) return;
+  const int last_row = s.stride[0] * (round_up(out.h, outputs) - 1) + 2 - s.padding[0] - (in.h - 1);
+  const int last_column = s.stride[0] * (round_up(out.w, outputs) - 1) + 2 - s.padding[1] - (in.w - 1);
   in.extra = std::max({in.extra, last_row - in.border, last_column - in.border});
 }
 
@@ -111,7 +115,7 @@ Step make_step(const Model& model, PackedWeights& weights, const std::vector<Val
   if (s.op == Op::kMaxPool || s.op == Op::kAvgPool) return step;
   step.algorithm = Algorithm::kDirect;
   step.direct = weights.direct(node, in);
-  step.winograd_side = winograd_side(s, in);
+  step.winograd_side = winograd_side(s, in, out);
   for (int y = 0; y < out.h; ++y)
     for (int x = 0; x < out.w; ++x) {
       step.in_offset.push_back(in.at(y * s.stride[0] - s.padding[0], x * s.stride[1] - s.padding[1]));

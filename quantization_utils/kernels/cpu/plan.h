@@ -15,7 +15,7 @@ constexpr int kAlgorithms = 4;
 // How one node is computed.
 struct Step {
   Algorithm algorithm = Algorithm::kPool;
-  int winograd_side = 0;                     // 4 or 5 (kernels.h); 0: not possible
+  int winograd_side = 0;                     // 4, 5 or 6 (kernels.h); 0: not possible
   std::shared_ptr<const Panels> direct, winograd;
   std::shared_ptr<const SparsePanels> sparse;
   Epilogue epilogue{};

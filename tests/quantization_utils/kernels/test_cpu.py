@@ -83,11 +83,14 @@ def test_products_are_rounded_with_their_sums(backend: str, terms: tuple[float, 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("size", [2, 3, 4, 5, 8, 17, 32])
 @pytest.mark.parametrize("channels", [16, 64, 100, 130])
-def test_winograd_equals_direct(backend: str, size: int, channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Extreme activations and weights: all 63 or all 0, filters of equal signs.
+@pytest.mark.parametrize("top", [63, 255])  # tiles of 2x2 outputs in 8 bits, and of 4x4 in 16
+def test_winograd_equals_direct(
+    backend: str, size: int, channels: int, top: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Extreme activations and weights: the largest and 0, filters of equal signs.
     nodes = [
-        conv(-1, channels, 3),
-        conv(0, channels, channels),
+        conv(-1, channels, 3, out_max=top),
+        conv(0, channels, channels, out_max=top),
         conv(1, channels, channels, out_max=None, residual=0, residual_gain=1.5),
     ]
     nodes[1].codes[0], nodes[1].codes[1], nodes[0].gain[:5] = 1, -1, 100.0
@@ -99,7 +102,17 @@ def test_winograd_equals_direct(backend: str, size: int, channels: int, monkeypa
     monkeypatch.setenv("TERNARY_ALGORITHM", "winograd")
     executor = kernels.make_executor(nodes, backend)
     executor(images_of(1, size, size))
-    assert [step["algorithm"] for step in executor.plan(1, size, size)] == ["direct", "winograd", "winograd"]
+    whole_tiles = (size + 3) // 4 * 4
+    algorithm = "winograd" if top == 63 or whole_tiles**2 < 2 * size**2 else "direct"
+    assert [step["algorithm"] for step in executor.plan(1, size, size)] == ["direct", algorithm, algorithm]
+
+
+def test_large_winograd_tiles_are_left_out_where_they_are_few() -> None:
+    """One of 4x4 outputs is not worth its weights' memory, and is not even measured; four are."""
+    executor = kernels.make_executor([conv(-1, 16, 3, out_max=255), conv(0, 16, 16)], "cpu")
+    for size in (4, 8):
+        executor(images_of(1, size, size))
+        assert (executor.plan(1, size, size)[1]["winograd_us"] is None) == (size == 4)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

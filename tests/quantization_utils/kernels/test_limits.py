@@ -58,22 +58,37 @@ def test_largest_accumulators_do_not_overflow(backend: str, bits: int | str, pix
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(("top", "stride"), [(63, 1), (63, 2), (255, 1)])
 def test_largest_products_of_winograd_do_not_overflow(
-    backend: str, stride: int, monkeypatch: pytest.MonkeyPatch
+    backend: str, top: int, stride: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every kernel of +-1 on 6-bit activations of 0 and 63, all 64 channels alike: 16-bit sums of pairs too."""
+    """Every kernel of +-1 on activations of 0 and the largest, all 64 channels alike: 16-bit sums of pairs too."""
     monkeypatch.setenv("TERNARY_ALGORITHM", "winograd")
     signs = 1 - 2 * (torch.arange(512)[:, None] >> torch.arange(9) & 1).to(torch.int8)
-    stem = Node("conv", -1, codes=torch.ones(64, 1, 1, 1, dtype=torch.int8), gain=torch.full((64,), 63 / 255),
-                bias=torch.zeros(64), out_max=63)  # fmt: skip
+    stem = Node("conv", -1, codes=torch.ones(64, 1, 1, 1, dtype=torch.int8), gain=torch.full((64,), top / 255),
+                bias=torch.zeros(64), out_max=top)  # fmt: skip
     codes = signs.view(512, 1, 3, 3).expand(512, 64, 3, 3).contiguous()
     every = Node("conv", 0, codes=codes, gain=torch.ones(512), bias=torch.zeros(512), kernel=(3, 3),
                  stride=(stride, stride), padding=(1, 1))  # fmt: skip
     images = torch.randint(0, 2, (4, 1, 12, 12)).float()
     images[0] = 0
+    blocks = torch.arange(12) // 2 % 2
+    images[1, 0] = (blocks[:, None] == blocks).float()  # the largest values of 4x4 outputs' transform
     outputs = assert_equals_reference([stem, every], images, backend)
-    assert outputs[:, 0].max() == 63 * 64 * 9
+    assert outputs[:, 0].max() == top * 64 * 9
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sums_of_winograd_may_wrap_around(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the most channels that it takes, a tile of 4x4 outputs adds up to 576 times its result, beyond 32 bits."""
+    monkeypatch.setenv("TERNARY_ALGORITHM", "winograd")
+    stem = Node("conv", -1, codes=torch.ones(13999, 1, 1, 1, dtype=torch.int8), gain=torch.ones(13999),
+                bias=torch.zeros(13999), out_max=255)  # fmt: skip
+    codes = torch.tensor([1, -1], dtype=torch.int8)[:, None, None, None].expand(2, 13999, 3, 3).contiguous()
+    sums = Node("conv", 0, codes=codes, gain=torch.ones(2), bias=torch.zeros(2), kernel=(3, 3), padding=(1, 1))
+    outputs = assert_equals_reference([stem, sums], torch.ones(1, 1, 4, 4), backend)
+    largest = float(torch.tensor(255 * 9 * 13999, dtype=torch.float32))
+    assert outputs[0, :, 1, 1].tolist() == [largest, -largest]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
