@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from itertools import product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -38,8 +39,8 @@ def ternary(*shape: int) -> torch.Tensor:
     return torch.randint(-1, 2, shape, dtype=torch.int8)
 
 
-def stem(channels: int) -> Node:
-    """Makes 6-bit activations of the wanted number of channels from an image."""
+def stem(channels: int, top: int = 63) -> Node:
+    """Makes activations of 0 to `top`, of the wanted number of channels, from an image."""
     return Node(
         "conv",
         -1,
@@ -47,7 +48,7 @@ def stem(channels: int) -> Node:
         gain=torch.rand(channels),
         bias=torch.zeros(channels),
         relu=True,
-        out_max=63,
+        out_max=top,
     )
 
 
@@ -77,18 +78,20 @@ def main() -> None:
     limits = machine_limits()
     peak, reading = limits["peak_multiply_adds_per_s"], limits["read_13MiB_bytes_per_s"]
     rows = []
+    cases = [*product(CONVOLUTIONS, (6, 8)), *product(LINEAR, (8,))]
     for batch in args.batches:
-        for shape in CONVOLUTIONS + LINEAR:
+        for shape, act_bits in cases:
             node, size = layer(shape)
-            executor = cpu.NetworkExecutor([stem(shape[0]), node])
+            executor = cpu.NetworkExecutor([stem(shape[0], 2**act_bits - 1), node])
             executor(torch.rand(batch, 1, size, size))
             row = executor.plan(batch, size, size)[1]
             micros = row[f"{row['algorithm']}_us"]
             limit = 1e6 * max(row["multiply_adds"] / peak, node.codes.numel() / 4 / reading)
-            row |= {"shape": shape, "batch": batch, "of_limit_pct": round(100 * limit / micros, 1)}
+            row |= {"shape": shape, "act_bits": act_bits, "batch": batch,
+                    "of_limit_pct": round(100 * limit / micros, 1)}  # fmt: skip
             rows.append(row)
-            print(f"batch {batch:3} {node.op:6} {shape!s:24} {row['algorithm']:8} {micros:9.1f} µs (direct "
-                  f"{row['direct_us']:9.1f})"
+            print(f"batch {batch:3} {node.op:6} {shape!s:24} {act_bits} bits {row['algorithm']:8} {micros:9.1f} µs"
+                  f" (direct {row['direct_us']:9.1f})"
                   f" {row['multiply_adds'] / micros / 1e3:7.1f} G/s {row['of_limit_pct']:6.1f}% of the "
                   "limit", flush=True)  # fmt: skip
     append_record("latency/kernels", {**limits, "shapes": rows})

@@ -12,9 +12,10 @@ machine can do.
 "flushed": 64 MiB are written between runs, so weights come from memory. The direct limit counts the multiply-adds that
 our engine executes, by the plain algorithm and without padding taps, at the measured rate of the processor: all of the
 model's, but of a ViT's last layer the output of attention and the MLP for the class token only ("model_multiply_adds"
-counts them for all tokens, as other engines may). Appends to results/latency/peers.jsonl, on a processor with AMX or
-without AVX-512 VNNI, whose int8 engines are others, to peers_amx.jsonl or peers_avx2.jsonl, unless engines are left out
-or their packages are missing; of lines with the same case, batch and "flushed" the READMEs' tables show the last.
+counts them for all tokens, as other engines may). "ours" of convolution networks has 6-bit activations, "ours_8bit"
+as many bits as int8 engines have. Appends to results/latency/peers.jsonl, on a processor with AMX or without AVX-512
+VNNI, whose int8 engines are others, to peers_amx.jsonl or peers_avx2.jsonl, unless engines are left out or their
+packages are missing; of lines with the same case, batch and "flushed" the READMEs' tables show the last.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import tempfile
 import time
 import traceback
 import warnings
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -130,8 +132,10 @@ def prepare(
     """Engines that run here, why the others do not, `multiply_adds`."""
     model = float_model(case)
     x = torch.rand(batch, 9216) if case == "fc" else torch.rand(batch, 3, 32, 32)
-    packed = packed_model(model, case, act_bits)
-    engines: dict[str, peers.Run] = {"ours": lambda: packed(x)}
+    ours = {"ours": packed_model(model, case, act_bits)}
+    if act_bits < 8:
+        ours["ours_8bit"] = packed_model(model, case, 8)
+    engines: dict[str, peers.Run] = {name: partial(packed, x) for name, packed in ours.items()}
     missing: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
         for builder in (b for kind in KINDS.values() for b in kind):
@@ -221,6 +225,7 @@ def report(case: str, batch: int, flushed: bool, times: dict[str, np.ndarray], l
         "engines": engines,
         "best": best,
         "vs": {kind: engines[name]["ratio"] for kind, name in best.items()},
+        "int8_vs_ours_8bit": ratio(times[best["int8"]], times.get("ours_8bit", ours)) if "int8" in best else None,
         "limit_ms": limit_ms,
         "of_direct_limit_pct": round(percent, 1),
     }

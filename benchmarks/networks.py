@@ -6,10 +6,10 @@
     python3 benchmarks/networks.py overhead   a whole call beside that of its one operator: what Python and PyTorch add
 
 The direct limit of a node is its multiply-adds at the measured rate of the processor, or its 2-bit weights at the
-measured reading rate, whichever is longer; Winograd needs 2.25 (stride 2: 1.44) times fewer multiply-adds and may pass
-it. The time of a node is the second smallest of nine runs of the network, near the best that the machine can do;
-latency_vs_peers.py takes medians. Appends to results/latency/<the table's name>.jsonl; of lines that measure the same
-the tables show the last.
+measured reading rate, whichever is longer; Winograd's algorithm takes the time of 2.25 times fewer (stride 2: 1.44;
+8-bit activations: 2) and may pass it. The time of a node is the second smallest of nine runs of the network, near the
+best that the machine can do; latency_vs_peers.py takes medians. Appends to results/latency/<the table's name>.jsonl;
+of lines that measure the same the tables show the last.
 
 A block is one input of as many output channels as a vector register has lanes: the least that a kernel can skip. Of
 each kind of layer, the one of a network with the most of them is shown. Weights are those of the networks in runs/
@@ -23,6 +23,7 @@ import copy
 import sys
 import time
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -65,12 +66,12 @@ def packed(name: str, removed: float = 0.0, act_bits: int = 6) -> nn.Module:
 
 
 def layers(batch: int, limits: Limits) -> None:
-    for name in ("resnet_18", "alexnet"):
-        model = packed(name)
+    for name, act_bits in product(("resnet_18", "alexnet"), (6, 8)):
+        model = packed(name, act_bits=act_bits)
         images = torch.rand(batch, 3, 32, 32)
         model(images)
         rows = model.executor.plan(batch)
-        print(f"\n{name}, batch {batch}")
+        print(f"\n{name}, {act_bits}-bit activations, batch {batch}")
         for row, node in zip(rows, model.nodes, strict=True):
             micros = row["direct_us" if row["algorithm"] == "pool" else f"{row['algorithm']}_us"]
             weight_bytes = 0 if node.codes is None else node.codes.numel() / 4
@@ -85,7 +86,7 @@ def layers(batch: int, limits: Limits) -> None:
                 f"  {row['node']:2} {row['op']:8} {shape!s:20} /{row['stride']} {row['algorithm']:8} {micros:9.1f} µs"
                 f" (direct {row['direct_us'] or 0:9.1f}) {row['of_direct_limit_pct'] or 0:6.1f}% of the limit"
             )
-        append_record("latency/layers", {"model": name, "batch": batch, "nodes": rows, **limits})
+        append_record("latency/layers", {"model": name, "act_bits": act_bits, "batch": batch, "nodes": rows, **limits})
 
 
 def pruned(batch: int, limits: Limits, rounds: int = 15) -> None:
