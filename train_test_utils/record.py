@@ -24,7 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 def commit() -> str:
     """The commit of this working copy, with "+changes" if tracked files differ from it; empty outside a checkout.
 
-    As it was at the first call: a process goes on with the code that it has loaded, wherever the checkout moves.
+    What was measured, in results/, changes no other figure. As it was at the first call: a process goes on with the
+    code that it has loaded, wherever the checkout moves.
     """
 
     def git(*words: str) -> str:
@@ -34,7 +35,8 @@ def commit() -> str:
     if not (ROOT / ".git").exists():  # what is unpacked inside of another repository is not of its commit
         return ""
     try:
-        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
+        changes = git("status", "--porcelain", "-uno", "--", ".", ":(exclude)results")
+        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changes else "")
     except OSError:  # no git on this machine, or none that can run
         return ""
 

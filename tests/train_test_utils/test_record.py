@@ -32,16 +32,21 @@ def test_a_script_outside_the_checkout_is_given_by_its_name(root, monkeypatch):
     assert json.loads(append_record("kernels", {}).read_text())["command"] == "python3 kernels.py"
 
 
-@pytest.mark.parametrize("status, said", [("", "abc"), (" M README.md", "abc+changes")])
-def test_the_commit_says_whether_files_were_changed(status, said, root, monkeypatch):
-    (root / ".git").touch()  # a worktree's is a file
-
-    def run(words, **options):
-        return subprocess.CompletedProcess(words, 0, f"{status if 'status' in words else 'abc'}\n", "")
-
-    monkeypatch.setattr(subprocess, "run", run)
+@pytest.mark.parametrize(
+    "changed, said", [(None, ""), ("new.py", ""), ("results/rows.jsonl", ""), ("code.py", "+changes")]
+)
+def test_the_commit_says_whether_files_were_changed(changed, said, root):
+    """Those that it has; what was measured is none of the code."""
+    (root / "results").mkdir()
+    for name in ("code.py", "results/rows.jsonl"):
+        (root / name).touch()
+    for words in ("init -q", "add .", "-c user.name=x -c user.email=x commit -q -m x"):
+        subprocess.run(["git", *words.split()], cwd=root, check=True)
+    if changed:
+        (root / changed).write_text("changed")
     record.commit.cache_clear()
-    assert record.commit() == said
+    head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=root, capture_output=True, text=True)
+    assert record.commit() == head.stdout.strip() + said
     record.commit.cache_clear()
 
 
