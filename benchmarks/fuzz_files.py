@@ -12,7 +12,6 @@ Appends to results/files/fuzz.jsonl.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import hashlib
 import json
@@ -34,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import nn
 
+from benchmarks.command_line import count, make_parser
 from models import build
 from models.normalize import Normalize
 from models.resnet_18 import BasicBlock
@@ -264,8 +264,8 @@ def _limited_fuzz(name: str, folder: str, files: int, seed: int, results: Any) -
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--files", type=int, default=10_000, help="mutated files per model family")
+    parser = make_parser(__doc__)
+    parser.add_argument("--files", type=count, default=10_000, help="mutated files per model family")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", help="folder to copy the files that fail to")
     options = parser.parse_args()

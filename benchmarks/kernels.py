@@ -9,7 +9,6 @@ measured reading rate; Winograd may pass it. Appends to results/latency/kernels.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from itertools import product
 from pathlib import Path
@@ -18,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+from benchmarks.command_line import count, make_parser
 from benchmarks.limits import machine_limits
 from quantization_utils.kernels import cpu
 from quantization_utils.nodes import Node
@@ -72,8 +72,8 @@ def layer(shape: tuple[int, ...]) -> tuple[Node, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 32])
+    parser = make_parser(__doc__)
+    parser.add_argument("--batches", nargs="+", type=count, default=[1, 32])
     args = parser.parse_args()
     limits = machine_limits()
     peak, reading = limits["peak_multiply_adds_per_s"], limits["read_13MiB_bytes_per_s"]

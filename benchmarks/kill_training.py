@@ -9,7 +9,6 @@ results/files/kill_training.jsonl.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -24,6 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.command_line import count, make_parser
 from train_test_utils.record import append_record
 
 ROWS = ("float", "ptq_all", "qat_all")
@@ -59,8 +59,8 @@ def outcome(out: Path) -> dict[str, object]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=20)
+    parser = make_parser(__doc__)
+    parser.add_argument("--kills", type=count, default=20)
     parser.add_argument("--script", default="resnet_18_experiments.py")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -68,7 +68,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         whole, broken = Path(folder) / "whole", Path(folder) / "broken"
         began = time.monotonic()
-        subprocess.run(command(args.script, whole), check=True, capture_output=True)
+        first = subprocess.run(command(args.script, whole), check=False, capture_output=True, text=True)
+        if first.returncode:
+            parser.error(f"{args.script} failed: {first.stderr.strip().splitlines()[-1]}")
         seconds = time.monotonic() - began
         kills = starts = 0
         while True:

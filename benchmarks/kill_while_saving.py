@@ -11,7 +11,6 @@ Appends to results/files/kills.jsonl.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import random
@@ -29,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+from benchmarks.command_line import count, make_parser
 from quantization_utils.network import PackedNetwork
 from quantization_utils.nodes import IMAGE, Node
 from quantization_utils.storage import load_model, save_model
@@ -148,10 +148,10 @@ def small_file_system(megabytes: int) -> Iterator[tuple[Path, bool]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=500)
-    parser.add_argument("--full", type=int, default=100, help="saves on a full disk")
-    parser.add_argument("--width", type=int, default=3072, help="of the model: width² weights and more")
+    parser = make_parser(__doc__)
+    parser.add_argument("--kills", type=count, default=500)
+    parser.add_argument("--full", type=count, default=100, help="saves on a full disk")
+    parser.add_argument("--width", type=count, default=3072, help="of the model: width² weights and more")
     options = parser.parse_args()
     torch.set_num_threads(1)  # forked children must not wait for threads that stayed in the parent
     with tempfile.TemporaryDirectory(

@@ -20,7 +20,6 @@ packages are missing; of lines with the same case, batch and "flushed" the READM
 
 from __future__ import annotations
 
-import argparse
 import copy
 import os
 import random
@@ -41,6 +40,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import peers
+from benchmarks.command_line import count, make_parser
 from benchmarks.limits import machine_limits
 from train_test_utils.record import append_record
 
@@ -130,6 +130,7 @@ def prepare(
     case: str, batch: int, wanted: list[str], act_bits: int
 ) -> tuple[dict[str, peers.Run], dict[str, str], tuple[int, int]]:
     """Engines that run here, why the others do not, `multiply_adds`."""
+    torch._dynamo.reset()  # else, after the eighth shape and type, PyTorch would run a model as it is and only warn
     model = float_model(case)
     x = torch.rand(batch, 9216) if case == "fc" else torch.rand(batch, 3, 32, 32)
     ours = {"ours": packed_model(model, case, act_bits)}
@@ -171,12 +172,13 @@ def measure(
         random.Random(round_index).shuffle(order)
         for name in order:
             run, times = engines[name], []
-            time.sleep(0.03)  # the threads of the engine before this one stop spinning, and leave it the cores
+            time.sleep(0.03)  # threads of what ran before stop spinning, and leave this engine the cores
             for _ in range(warm_ups):
                 run()
             for _ in range(repetitions):
                 if flushed:
                     waste += 1  # on all threads: each core's own cache is swept, too
+                    time.sleep(0.03)
                 start = time.perf_counter()
                 run()
                 times.append((time.perf_counter() - start) * 1e3)
@@ -231,56 +233,57 @@ def report(case: str, batch: int, flushed: bool, times: dict[str, np.ndarray], l
     }
 
 
+def pooled(passes: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The rounds of all passes, of the engines that were in each."""
+    common = [name for name in passes[0] if all(name in times for times in passes)]
+    return {name: np.concatenate([times[name] for times in passes]) for name in common}
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--cases",
-        nargs="+",
-        default=["fc", "alexnet", "resnet_18", "vit"],
-        choices=["fc", "alexnet", "resnet_18", "vit"],
-    )
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 32])
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--passes", type=int, default=1)
+    parser = make_parser(__doc__)
+    names = [builder.__name__ for kind in KINDS.values() for builder in kind]
+    cases = ["fc", "alexnet", "resnet_18", "vit"]
+    parser.add_argument("--cases", nargs="+", default=cases, choices=cases)
+    parser.add_argument("--batches", nargs="+", type=count, default=[1, 32])
+    parser.add_argument("--rounds", type=count, default=30)
+    parser.add_argument("--passes", type=count, default=1)
     parser.add_argument("--seconds", type=float, default=60,
                         help=f"a table ends with the round that passes this, but has {LEAST_ROUNDS}")  # fmt: skip
-    parser.add_argument("--engines", nargs="+", default=[], help="names of peers; all by default")
-    parser.add_argument("--act-bits", type=int, default=6, help="activations of AlexNet and ResNet-18")
+    parser.add_argument("--engines", nargs="+", default=[], choices=names, metavar="NAME",
+                        help=f"peers: {', '.join(names)}; all by default")  # fmt: skip
+    parser.add_argument("--act-bits", type=int, default=6, choices=range(2, 9), metavar="BITS",
+                        help="activations of AlexNet and ResNet-18, 2 to 8")  # fmt: skip
     parser.add_argument("--no-flushed", action="store_true")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     limits = machine_limits()
     is_aimed_at = limits["isa"] == "avx512vnni"
-    name = "latency/peers" if is_aimed_at else f"latency/peers_{limits['isa']}"
+    record_name = "latency/peers" if is_aimed_at else f"latency/peers_{limits['isa']}"
     torch.set_grad_enabled(False)
     measured: dict[tuple[str, int, bool], list[dict[str, np.ndarray]]] = {}  # times of each pass
-    for number, case in product(range(1, args.passes + 1), args.cases):
-        for batch in args.batches:
-            act_bits = 8 if case in ("vit", "fc") else args.act_bits
-            engines, missing, (work, model_work) = prepare(case, batch, args.engines, act_bits)
-            for engine, why in missing.items():
-                print(f"NOT MEASURED in {case}, batch {batch}: {engine} ({why})", flush=True)
-            complete = not any(why.startswith(("not asked for", "ModuleNotFoundError")) for why in missing.values())
+    for number, case, batch in product(range(1, args.passes + 1), args.cases, args.batches):
+        act_bits = 8 if case in ("vit", "fc") else args.act_bits
+        engines, missing, (work, model_work) = prepare(case, batch, args.engines, act_bits)
+        for engine, why in missing.items():
+            print(f"NOT MEASURED in {case}, batch {batch}: {engine} ({why})", flush=True)
+        complete = not any(why.startswith(("not asked for", "ModuleNotFoundError")) for why in missing.values())
+        if not complete:
+            print("NOT RECORDED: that needs every engine of benchmarks/requirements.txt", flush=True)
+        for flushed in [False] if args.no_flushed or batch > 1 else [False, True]:
+            # Warm is what lies in the outer cache again after all the others; a large batch has time for it itself.
+            warm_ups, repetitions = (0, 5) if flushed else (10, 10) if batch == 1 else (1, 2)
+            passes = measured.setdefault((case, batch, flushed), [])
+            passes.append(measure(engines, args.rounds, warm_ups, repetitions, flushed, args.seconds))
+            if number < args.passes:
+                continue
+            figures = report(case, batch, flushed, pooled(passes), work / limits["peak_multiply_adds_per_s"] * 1e3)
             if not complete:
-                print("NOT RECORDED: that needs every engine of benchmarks/requirements.txt", flush=True)
-            for flushed in [False] if args.no_flushed or batch > 1 else [False, True]:
-                # Warm is what lies in the outer cache again after all the others; a large batch has time for it itself.
-                warm_ups, repetitions = (0, 5) if flushed else (10, 10) if batch == 1 else (1, 2)
-                times = measure(engines, args.rounds, warm_ups, repetitions, flushed, args.seconds)
-                of_passes = measured.setdefault((case, batch, flushed), [])
-                of_passes.append(times)
-                if number < args.passes:
-                    continue
-                common = [name for name in times if all(name in others for others in of_passes)]
-                times = {name: np.concatenate([others[name] for others in of_passes]) for name in common}
-                figures = report(case, batch, flushed, times, work / limits["peak_multiply_adds_per_s"] * 1e3)
-                aims = {} if flushed or not is_aimed_at else AIMS.get((case, batch), {})
-                plain = round(figures["of_direct_limit_pct"] * model_work / work, 1)
-                if not complete:
-                    continue
-                append_record(name, {**figures, "aims": aims, **limits, "missing": missing, "multiply_adds": work,
-                                     "model_multiply_adds": model_work, "of_plain_limit_pct": plain,
-                                     "act_bits": act_bits}, peers.PACKAGES)  # fmt: skip
+                continue
+            append_record(record_name, {
+                **figures, "aims": AIMS.get((case, batch), {}) if is_aimed_at and not flushed else {}, **limits,
+                "missing": missing, "act_bits": act_bits, "multiply_adds": work, "model_multiply_adds": model_work,
+                "of_plain_limit_pct": round(figures["of_direct_limit_pct"] * model_work / work, 1),
+            }, peers.PACKAGES)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ where there are any, else untrained, and at the end zero blocks of 16 inputs mad
 
 from __future__ import annotations
 
-import argparse
 import copy
 import sys
 import time
@@ -35,6 +34,7 @@ import torch
 from torch import Tensor, nn
 
 import models
+from benchmarks.command_line import count, make_parser
 from benchmarks.kernels import stem
 from benchmarks.limits import Limits, machine_limits
 from models.select import select_layers
@@ -219,9 +219,9 @@ def zero_blocks(batches: list[int]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("what", choices=["layers", "pruned", "zero_blocks", "overhead"])
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 32])
+    parser.add_argument("--batches", nargs="+", type=count, default=[1, 32])
     args = parser.parse_args()
     if args.what == "zero_blocks":
         zero_blocks(args.batches)

@@ -9,7 +9,6 @@ at random or in whole filters.
 
 from __future__ import annotations
 
-import argparse
 import resource
 import statistics
 import sys
@@ -26,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+from benchmarks.command_line import count, make_parser
 from determine_space_saved import VIT_B_16
 from models import build
 from quantization_utils import pack_, quantize_
@@ -128,8 +128,8 @@ def sizes(folder: str) -> list[dict[str, Any]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser = make_parser(__doc__)
+    parser.add_argument("--repeats", type=count, default=3)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         vit, rows = vit_b_16(options.repeats, folder), sizes(folder)

@@ -2,16 +2,16 @@
 
     python3 benchmarks/training_speed.py resnet_18 --only float qat_all --dataset cifar10 [--steps 100]
 
-After the model's name come the options of its script. Each row is trained for three rounds of `--steps` steps, as its
-script trains it, but from weights drawn anew. The first round warms up and compiles, the second is timed, and of the
-third PyTorch's profiler tells when the GPU computes: busy is that time over the second round's, which no profiler slows
-down. Appends a line for each row to results/training/speed.jsonl, with the minutes that its full recipe takes at this
-rate and those that the whole table would take, were all its rows as slow: training alone, for one data set and seed.
+After the model's name come the options of its script that say what is trained on which data and device. Each row that
+`--only` names is trained for three rounds of `--steps` steps, as its script trains it, but from weights drawn anew. The
+first round warms up and compiles, the second is timed, and of the third PyTorch's profiler tells when the GPU computes:
+busy is that time over the second round's, which no profiler slows down. Appends a line for each row to
+results/training/speed.jsonl, with the minutes that its full recipe takes at this rate and those that the whole table
+would take, were all its rows as fast: training alone, for one data set and seed.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import importlib
 import sys
@@ -28,12 +28,13 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.command_line import count, make_parser
 from models import build
-from train_test_utils.cli import Arguments, parse_arguments
+from train_test_utils.cli import Arguments, parse_arguments, sentence
 from train_test_utils.data import load_dataset
 from train_test_utils.dataset import ImageDataset
 from train_test_utils.record import append_record, device_name
-from train_test_utils.rows import Row, choose, transformed
+from train_test_utils.rows import Row, choose, is_named, transformed
 from train_test_utils.train import Setup, train
 
 
@@ -101,27 +102,37 @@ def with_options_of(script: ModuleType, arguments: Arguments) -> Arguments:
     return replace(arguments, options=getattr(script, "OPTIONS", {}) | quick | arguments.options)
 
 
+def check(words: list[str]) -> None:
+    """Raises ValueError for an option of the scripts that changes nothing here."""
+    idle = ("--list", "--seeds", "--budget", "--holdout", "--measure-again", "--checkpoint-seconds", "--out", "--wandb")
+    if given := [word for word in words if word.partition("=")[0] in idle]:
+        raise ValueError(f"{given[0]} is of no use here: nothing is trained to its end")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("model", choices=["alexnet", "resnet_18", "vit"])
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=count, default=100)
     given, words = parser.parse_known_args()
     script = importlib.import_module(f"{given.model}_experiments")
-    arguments = with_options_of(script, parse_arguments(given.model, words))
-    table = script.rows(arguments.options) if hasattr(script, "rows") else script.ROWS
-    epochs = sum(row.recipe.epochs for row in table if row.recipe)
-    for name in arguments.dataset:
-        data = load_dataset(name, arguments.data_dir).to(arguments.device)
-        rows = [row for row in choose(table, arguments.only) if row.recipe]
-        lines = [measure(given.model, row, data, arguments, given.steps) for row in rows]
-        slowest = min(line["images_per_s"] for line in lines)
-        for line in lines:
-            line["table_minutes"] = round(epochs * len(data.train) / slowest / 60, 1)
-            append_record("training/speed", line)
-            busy = "" if line["busy_pct"] is None else f", device busy {line['busy_pct']:.1f}% of the time"
-            print(f"{line['row']:<34}{line['images_per_s']:>10,.0f} images/s, full recipe "
-                  f"{line['full_recipe_minutes']:,.1f} minutes{busy}")  # fmt: skip
-        print(f"the whole table of {name}: {lines[0]['table_minutes']:,.0f} minutes at most")
+    try:
+        check(words)
+        arguments = with_options_of(script, parse_arguments(given.model, words))
+        table = script.rows(arguments.options) if hasattr(script, "rows") else script.ROWS
+        rows = [row for row in choose(table, arguments.only) if row.recipe and is_named(row, arguments.only)]
+        epochs = sum(row.recipe.epochs for row in table if row.recipe)
+        for name in arguments.dataset:
+            data = load_dataset(name, arguments.data_dir).to(arguments.device)
+            for row in rows:
+                line = measure(given.model, row, data, arguments, given.steps)
+                line["table_minutes"] = round(epochs * len(data.train) / line["images_per_s"] / 60, 1)
+                append_record("training/speed", line)
+                busy = "" if line["busy_pct"] is None else f", device busy {line['busy_pct']:.1f}% of the time"
+                print(f"{line['row']:<34}{line['images_per_s']:>10,.0f} images/s, full recipe "
+                      f"{line['full_recipe_minutes']:,.1f} minutes, the whole table of {name} "
+                      f"{line['table_minutes']:,.0f}{busy}")  # fmt: skip
+    except (ValueError, OSError) as error:
+        parser.error(sentence(error))
 
 
 if __name__ == "__main__":

@@ -45,8 +45,8 @@ def test_the_commit_says_whether_files_were_changed(changed, said, root):
     if changed:
         (root / changed).write_text("changed")
     record.commit.cache_clear()
-    head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
-    assert record.commit() == head.stdout.strip() + said
+    head = subprocess.check_output(["git", "rev-parse", "--short=12", "HEAD"], cwd=root, text=True)
+    assert record.commit() == head.strip() + said
     record.commit.cache_clear()
 
 
