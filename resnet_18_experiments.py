@@ -80,8 +80,8 @@ ROWS = [
       for score in (random, l1, l2_filters, l1_global) for p in (30, 50, 70, 90)],
 ]  # fmt: skip
 
-QUICK_OPTIONS = {"stem": "maxpool"}
+quick_options = {"stem": "maxpool"}
 QUICK = ("float", "ptq_all", "qat_all", "qat_all_l1_50", "qat_all_l2_filters_50")
 
 if __name__ == "__main__":
-    main("resnet_18", ROWS, QUICK, QUICK_OPTIONS)
+    main("resnet_18", ROWS, QUICK, quick_options)

@@ -162,7 +162,7 @@ def measure(
     engines: dict[str, peers.Run], rounds: int, warm_ups: int, repetitions: int, flushed: bool, seconds: float
 ) -> dict[str, np.ndarray]:
     """Milliseconds of each engine: (rounds, repetitions)."""
-    waste = torch.zeros(64 << 20, dtype=torch.uint8)
+    waste = np.zeros(64 << 20, np.uint8)
     runs = {name: [] for name in engines}
     order = list(engines)
     begin = time.perf_counter()
@@ -177,8 +177,7 @@ def measure(
                 run()
             for _ in range(repetitions):
                 if flushed:
-                    waste += 1  # on all threads: each core's own cache is swept, too
-                    time.sleep(0.03)
+                    waste += 1  # by NumPy, on one thread: those of PyTorch would spin beside engines with other ones
                 start = time.perf_counter()
                 run()
                 times.append((time.perf_counter() - start) * 1e3)

@@ -19,7 +19,6 @@ import time
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -33,6 +32,7 @@ from models import build
 from train_test_utils.cli import Arguments, parse_arguments, sentence
 from train_test_utils.data import load_dataset
 from train_test_utils.dataset import ImageDataset
+from train_test_utils.experiment import options_of
 from train_test_utils.record import append_record, device_name
 from train_test_utils.rows import Row, choose, is_named, transformed
 from train_test_utils.train import Setup, train
@@ -96,12 +96,6 @@ def measure(model_name: str, row: Row, data: ImageDataset, arguments: Arguments,
     }  # fmt: skip
 
 
-def with_options_of(script: ModuleType, arguments: Arguments) -> Arguments:
-    """The arguments with the model's options that the script has by default."""
-    quick = getattr(script, "QUICK_OPTIONS", {}) if arguments.quick else {}
-    return replace(arguments, options=getattr(script, "OPTIONS", {}) | quick | arguments.options)
-
-
 def check(words: list[str]) -> None:
     """Raises ValueError for an option of the scripts that changes nothing here."""
     idle = ("--list", "--seeds", "--budget", "--holdout", "--measure-again", "--checkpoint-seconds", "--out", "--wandb")
@@ -117,7 +111,9 @@ def main() -> None:
     script = importlib.import_module(f"{given.model}_experiments")
     try:
         check(words)
-        arguments = with_options_of(script, parse_arguments(given.model, words))
+        arguments = parse_arguments(given.model, words)
+        options = options_of(arguments, getattr(script, "OPTIONS", {}), getattr(script, "quick_options", None))
+        arguments = replace(arguments, options=options)
         table = script.rows(arguments.options) if hasattr(script, "rows") else script.ROWS
         rows = [row for row in choose(table, arguments.only) if row.recipe and is_named(row, arguments.only)]
         epochs = sum(row.recipe.epochs for row in table if row.recipe)

@@ -5,6 +5,7 @@ Reference: A. Dosovitskiy et al., "An Image is Worth 16x16 Words", arXiv 2010.11
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ from torch.nn import functional as F
 
 from .normalize import Normalize, require_pixels
 
+Three = list[float]  # numbers, one a colour
+
 
 class ViT(nn.Module):
     """Normalisation, resizing on the device, and a `transformers` ViT with a linear head on the class token."""
 
-    def __init__(self, network: nn.Module, mean: list[float], std: list[float]) -> None:
+    def __init__(self, network: nn.Module, mean: Three, std: Three) -> None:
         super().__init__()
         self.normalize = Normalize([255 * m for m in mean], [255 * s for s in std])
         self.network = network
@@ -26,9 +29,12 @@ class ViT(nn.Module):
 
     def forward(self, images_NCHW: Tensor) -> Tensor:
         require_pixels(images_NCHW)
+        if images_NCHW.dim() != 4:
+            raise ValueError(f"images are a batch (B, 3, H, W), and these are {tuple(images_NCHW.shape)}")
         side: Any = self.network.config.image_size  # type: ignore[union-attr]
         if images_NCHW.shape[-2:] != (side, side):
-            images_NCHW = F.interpolate(images_NCHW, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
+            # In float32, as the model: not every type can be resized everywhere.
+            images_NCHW = F.interpolate(images_NCHW.float(), (side, side), mode="bicubic", antialias=True).clamp(0, 1)
         if self.encoder is not None:
             return self.encoder.classify(images_NCHW)
         return self.network(self.normalize(images_NCHW)).logits
@@ -39,7 +45,7 @@ class ViT(nn.Module):
         return super()._apply(*args, **kwargs)
 
 
-
+# What of a ViTConfig decides structure and meaning; nothing about where it came from, or about what else to return.
 ESSENTIAL = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
     "hidden_dropout_prob", "attention_probs_dropout_prob", "layer_norm_eps", "image_size", "patch_size", "num_channels",
@@ -54,31 +60,27 @@ def vit(
     depth: int | None = None,
     patch_size: int | None = None,
     config: dict[str, Any] | None = None,
-    mean: list[float] | None = None,
-    std: list[float] | None = None,
+    mean: Three | None = None,
+    std: Three | None = None,
 ) -> nn.Module:
     """A Vision Transformer.
 
-    `checkpoint`: name on the Hub or local folder, loaded with its weights and a new head of `num_classes`; images are
-    resized to its size. Otherwise a compact ViT of `width` (384; 64 a head), `depth` (12) layers, for 32×32 images in
-    patches of `patch_size` (4), from scratch. `config`, `mean`, `std`: a complete `ViTConfig` as a dictionary and the
-    normalisation (by default the checkpoint's), as a saved file records them; they rebuild the structure of any of the
-    two without weights.
+    `checkpoint`: name on the Hub or local folder, loaded with its weights; its head is a new one unless it has
+    `num_classes` outputs. Images are resized to its size. Otherwise a compact ViT of `width` (384; 64 a head), `depth`
+    (12) layers, for 32×32 images in patches of `patch_size` (4), from scratch. `config`, `mean`, `std`: a complete
+    `ViTConfig` as a dictionary and the normalisation (by default the checkpoint's), as a saved file records them; they
+    rebuild the structure of any of the two without weights.
 
     Raises:
         FileNotFoundError: the checkpoint is neither a folder nor to be had from the Hub.
-        ValueError: a checkpoint of another kind of model or with files missing or damaged, an unknown key of `config`,
-            sizes that make no compact ViT, or sizes for a ViT that has its own.
+        ValueError: a checkpoint of another kind of model or with files missing or damaged, or a normalisation that is
+            not mean and deviation; an unknown key of `config`, sizes that make no compact ViT, or sizes for a ViT that
+            has its own.
     """
     if checkpoint is not None and config is not None:
         raise ValueError("a ViT is of a checkpoint or of a config: give one of the two")
     if checkpoint is not None and not isinstance(checkpoint, str):
         raise ValueError(f"checkpoint is a name on the Hub, a local folder or none, not {checkpoint!r}")
-    for name, given in (("mean", mean), ("std", std)):
-        if given is not None and not (
-            isinstance(given, (list, tuple)) and len(given) == 3 and all(isinstance(v, (int, float)) for v in given)
-        ):
-            raise ValueError(f"{name} is three numbers, one a colour, as in {name}=[0.5,0.5,0.5], not {given!r}")
     if config is not None and not isinstance(config, dict):
         raise ValueError(f"config is a dictionary, not {config!r}")
     for name, size in (("width", width), ("depth", depth), ("patch_size", patch_size)):
@@ -87,36 +89,21 @@ def vit(
         if size is not None and (checkpoint is not None or config is not None):
             owner = f"the checkpoint {checkpoint!r}" if checkpoint is not None else "a config"
             raise ValueError(f"{owner} has a {name} of its own: for the compact ViT add checkpoint=none")
-    # Imported here: it takes seconds, and the other models do not need it.
-    from transformers import ViTConfig, ViTForImageClassification
-
+    sizes = [default if size is None else size for size, default in ((width, 384), (depth, 12), (patch_size, 4))]
+    own_mean = own_std = [0.5] * 3
     if checkpoint is not None:
         network, own_mean, own_std = _from_checkpoint(checkpoint, num_classes)
-        mean, std = mean or own_mean, std or own_std
     elif config is not None:
-        unknown = sorted(set(config) - set(ESSENTIAL))
-        if unknown:
-            raise ValueError(f"a ViT's config has no {unknown[0]!r} here: give {', '.join(ESSENTIAL)}")
-        network = ViTForImageClassification(ViTConfig(**(config | {"num_labels": num_classes})))  # type: ignore[arg-type]
+        network = _of_config(config | {"num_labels": num_classes})
     else:
-        width = 384 if width is None else width
-        depth = 12 if depth is None else depth
-        patch_size = 4 if patch_size is None else patch_size
-        if width < 1 or width % 64:
-            raise ValueError(f"the width of the compact ViT is a multiple of 64 (one attention head), not {width}")
-        if depth < 1:
-            raise ValueError(f"the compact ViT has a depth of one layer or more, not {depth}")
-        if patch_size < 1 or 32 % patch_size:
-            raise ValueError(f"the patches of the compact ViT tile 32×32 pixels: choose 4 or 8, not {patch_size}")
-        network = ViTForImageClassification(
-            ViTConfig(  # type: ignore[call-arg]
-                hidden_size=width, num_hidden_layers=depth, num_attention_heads=width // 64,
-                intermediate_size=4 * width,
-                image_size=32, patch_size=patch_size, num_labels=num_classes,
-                hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-            )
-        )  # fmt: skip
-    mean, std = mean or [0.5] * 3, std or [0.5] * 3
+        network = _compact(num_classes, *sizes)
+    mean, std = own_mean if mean is None else mean, own_std if std is None else std
+    for name, three in (("mean", mean), ("std", std)):
+        if not (
+            isinstance(three, (list, tuple)) and len(three) == 3
+            and all(isinstance(v, (int, float)) and math.isfinite(v) for v in three)
+        ):  # fmt: skip
+            raise ValueError(f"{name} is three numbers, one a colour, as in {name}=[0.5,0.5,0.5], not {three!r}")
     model = ViT(network, mean, std)
     model.constructor = {  # type: ignore[assignment]
         "name": "vit",
@@ -126,22 +113,45 @@ def vit(
     return model
 
 
+def _compact(num_classes: int, width: int, depth: int, patch_size: int) -> Any:
+    if width < 1 or width % 64:
+        raise ValueError(f"the width of the compact ViT is a multiple of 64 (one attention head), not {width}")
+    if depth < 1:
+        raise ValueError(f"the compact ViT has a depth of one layer or more, not {depth}")
+    if patch_size < 1 or 32 % patch_size:
+        raise ValueError(f"the patches of the compact ViT tile 32×32 pixels: choose 4 or 8, not {patch_size}")
+    return _of_config({
+        "hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": width // 64,
+        "intermediate_size": 4 * width, "image_size": 32, "patch_size": patch_size, "num_labels": num_classes,
+        "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+    })  # fmt: skip
+
+
+def _of_config(config: dict[str, Any]) -> Any:
+    """With weights drawn anew."""
+    # Imported where it is needed: it takes seconds, and the other models do not need it.
+    from transformers import ViTConfig, ViTForImageClassification
+
+    if unknown := sorted(set(config) - set(ESSENTIAL)):
+        raise ValueError(f"a ViT's config has no {unknown[0]!r} here: give {', '.join(ESSENTIAL)}")
+    return ViTForImageClassification(ViTConfig(**config))
+
+
 def _essential(config: Any) -> dict[str, Any]:
-    """What of a ViTConfig decides structure and meaning; nothing about where it came from."""
     return {key: getattr(config, key) for key in ESSENTIAL}
 
 
 def _said(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _no_vit(checkpoint: str, error: Exception) -> str:
     return f"{checkpoint!r} cannot be loaded as a ViT ({_said(error)}): name a folder that save_pretrained wrote"
 
 
-def _from_checkpoint(checkpoint: str, num_classes: int) -> tuple[nn.Module, list[float], list[float]]:
+def _from_checkpoint(checkpoint: str, num_classes: int) -> tuple[Any, Three, Three]:
     from huggingface_hub.utils import logging as hub_logging
-    from transformers import AutoConfig, AutoImageProcessor, ViTForImageClassification
+    from transformers import AutoConfig, ViTForImageClassification
 
     verbosity = hub_logging.get_verbosity()
     try:
@@ -159,6 +169,7 @@ def _from_checkpoint(checkpoint: str, num_classes: int) -> tuple[nn.Module, list
         hub_logging.set_verbosity(verbosity)
     if config.model_type != "vit":
         raise ValueError(f"{checkpoint!r} is a {config.model_type} checkpoint: name one of a ViT")
+    side = _side(checkpoint, config)
     try:
         loaded: Any = ViTForImageClassification.from_pretrained(
             checkpoint, num_labels=num_classes, ignore_mismatched_sizes=True, dtype=torch.float32,
@@ -166,16 +177,50 @@ def _from_checkpoint(checkpoint: str, num_classes: int) -> tuple[nn.Module, list
         )  # fmt: skip
     except Exception as error:  # no weights, damaged ones, a connection that broke
         raise ValueError(_no_vit(checkpoint, error)) from error
-    network, loading = loaded
+    given, loading = loaded
     # A new head is what `num_classes` asks for; any other tensor that is not there would silently be random.
     absent = [*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])]
     if lost := sorted(name for name in absent if not name.startswith("classifier.")):
         raise ValueError(f"{checkpoint!r} has no weights for {lost[0]} and {len(lost) - 1} more: name a whole ViT")
+    if damaged := [name for name, tensor in given.state_dict().items() if not tensor.isfinite().all()]:
+        raise ValueError(f"{checkpoint!r} has weights that are no finite numbers in {damaged[0]}: name a whole ViT")
+    # What is trained is what a saved file rebuilds, whatever else the checkpoint's configuration says.
+    network = _of_config(_essential(given.config) | {"image_size": side})
+    try:
+        network.load_state_dict(given.state_dict())
+    except RuntimeError as error:  # heads of a size of their own
+        raise ValueError(_no_vit(checkpoint, error)) from error
+    return network, *_normalisation(checkpoint)
+
+
+def _side(checkpoint: str, config: Any) -> int:
+    """Of the square colour images that a checkpoint takes, in patches that are no larger."""
+    height, width = _pair(config.image_size)
+    if config.num_channels != 3 or height != width or max(_pair(config.patch_size)) > height:
+        raise ValueError(
+            f"{checkpoint!r} takes images of {height}×{width} pixels and {config.num_channels} channels in patches of "
+            f"{config.patch_size}: name a ViT for square colour images"
+        )
+    return height
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def _normalisation(checkpoint: str) -> tuple[Three, Three]:
+    """Mean and deviation of pixels in [0, 1] that the image processor of a checkpoint names."""
+    from transformers import AutoImageProcessor
+
     try:
         processor = AutoImageProcessor.from_pretrained(checkpoint)
-        mean, std = list(processor.image_mean), list(processor.image_std)
     except (OSError, ValueError) as error:  # a folder that a model's `save_pretrained` wrote has no image processor
         if any(Path(checkpoint).glob("*processor_config.json")):
             raise ValueError(f"the image processor of {checkpoint!r} is damaged ({_said(error)})") from error
-        mean, std = [0.5] * 3, [0.5] * 3
-    return network, mean, std
+        return [0.5] * 3, [0.5] * 3
+    factor = getattr(processor, "rescale_factor", None) or 1 / 255
+    if not getattr(processor, "do_rescale", True) or abs(255 * factor - 1) > 1e-6:
+        raise ValueError(f"the image processor of {checkpoint!r} leaves pixels beyond [0, 1]: name another ViT")
+    if not getattr(processor, "do_normalize", True):
+        return [0.0] * 3, [1.0] * 3
+    return processor.image_mean, processor.image_std

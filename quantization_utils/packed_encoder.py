@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models.normalize import Normalize
 from models.vit import ViT
 
 from . import kernels
@@ -19,12 +20,12 @@ version_of = operator.attrgetter("_version")  # which every change of a tensor i
 
 
 class _Watch:
-    """Knows whether a network has the modules and tensors that it had, as they were, and hooks: microseconds a look."""
+    """Knows whether a model has the modules and tensors that it had, as they were, and hooks: microseconds a look."""
 
-    def __init__(self, network: nn.Module) -> None:
-        modules = list(network.modules())
+    def __init__(self, children: dict[str, Any]) -> None:
+        modules = [module for child in children.values() for module in child.modules()]
         self.hooks: list[Mapping[int, Any]] = [h for m in modules for h in (m._forward_hooks, m._forward_pre_hooks)]
-        groups = (group for m in modules for group in (m._modules, m._parameters, m._buffers))
+        groups = [children, *(group for m in modules for group in (m._modules, m._parameters, m._buffers))]
         entries = [(group, name, value) for group in groups for name, value in group.items()]
         self.groups, self.names, self.values = zip(*entries, strict=True)
         self.tensors = [v for v in self.values if isinstance(v, Tensor) and not v.is_inference()]
@@ -45,8 +46,7 @@ class PackedEncoder:
     """
 
     def __init__(self, model: ViT) -> None:
-        self.network: Any = model.network
-        self.normalize = model.normalize
+        self._children: dict[str, Any] = model._modules  # not the model, which has this encoder
         self.reset()
 
     def __call__(self, hidden_BTD: Tensor, kept: int) -> Tensor:
@@ -66,6 +66,14 @@ class PackedEncoder:
         x = images_NCHW if runner.embeds else vit.embeddings(self.normalize(images_NCHW))
         return runner.classify(x) if runner.classes else self.network.classifier(vit.layernorm(runner(x, 1)[:, 0]))
 
+    @property
+    def network(self) -> Any:
+        return self._children["network"]
+
+    @property
+    def normalize(self) -> Any:
+        return self._children["normalize"]
+
     def reset(self) -> None:
         self._watch: _Watch | None = None
         self._runner: Any = None  # without one, module by module
@@ -73,13 +81,13 @@ class PackedEncoder:
     @property
     def backend(self) -> str | None:
         """The kernels of the fused operator; None where modules run one by one."""
-        return self._runner.backend if self._runner else None
+        return self._runner.backend if self._runner and self._watch and not any(self._watch.hooks) else None
 
     def _ready(self) -> Any:
         if torch.compiler.is_compiling():  # which would guard every module
             return self._runner if self._watch else self._fused()
         if self._watch is None or not self._watch.unchanged():
-            self._watch, self._runner = _Watch(self.network), self._fused()
+            self._watch, self._runner = _Watch(self._children), self._fused()
         return None if any(self._watch.hooks) else self._runner
 
     def _fused(self) -> Any:
@@ -105,7 +113,7 @@ class PackedEncoder:
     def _embedding(self, act_bits: int) -> dict[str, Any] | None:
         embeddings, size = self.network.vit.embeddings, self.network.config.image_size
         patches = embeddings.patch_embeddings.projection
-        if not _runs_as(patches, act_bits) or not patches.has_kernel:
+        if type(self.normalize) is not Normalize or not _runs_as(patches, act_bits) or not patches.has_kernel:
             return None
         positions_TD = embeddings.position_embeddings[0].clone()
         positions_TD[0] += embeddings.cls_token[0, 0]

@@ -245,6 +245,22 @@ def test_a_packed_file_that_is_damaged_is_made_from_its_checkpoint(how, finished
     assert path.stat().st_size == len(before) and lines_of(out)[-1]["row"] == "float"
 
 
+def test_classes_that_were_renamed_are_renamed_in_the_files(monkeypatch, capsys, tmp_path):
+    pets = tmp_path / "pets"
+    for name, brightness in (("cat", 50), ("dog", 200)):
+        (pets / name).mkdir(parents=True)
+        for i in range(20):
+            Image.new("RGB", (32, 32), (brightness + i,) * 3).save(pets / name / f"{i}.png")
+    words = ("vit", *TINY, "--only", "float", "--dataset", str(pets), "--out", str(tmp_path / "runs"))
+    assert start(monkeypatch, *words) == 0
+    (pets / "dog").rename(pets / "horse")
+    assert start(monkeypatch, *words) == 0
+    assert "has other names of classes" in capsys.readouterr().err
+    (path,) = (tmp_path / "runs" / "vit-pets").rglob("model.safetensors")
+    assert load_model(path)[1]["classes"] == ["cat", "horse"]
+    assert start(monkeypatch, *words) == 0 and "names of classes" not in capsys.readouterr().err
+
+
 def test_other_images_of_the_same_name(finished, monkeypatch, capsys, tmp_path):
     out, _ = finished
     for name in ("a", "b"):

@@ -54,12 +54,21 @@ def barrier() -> None:
 
 @contextmanager
 def first_alone() -> Iterator[None]:
-    """The first process goes through the block alone, then the others: what it downloads, they find."""
-    if rank() > 0:
-        barrier()
-    yield
-    if rank() == 0:
-        barrier()
+    """The first process goes through the block alone, then the others: what it downloads, they find.
+
+    If it fails, which it tells, the others end with code 2.
+    """
+    failed = False
+    if rank() > 0 and first_decides(lambda: failed):
+        raise SystemExit(2)
+    try:
+        yield
+    except BaseException:
+        failed = True
+        raise
+    finally:
+        if rank() == 0:
+            first_decides(lambda: failed)
 
 
 def summed(figures: Tensor) -> Tensor:

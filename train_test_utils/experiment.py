@@ -24,20 +24,22 @@ from .rows import Row, choose, format_rows, in_small_batches
 from .run import Run
 from .train import NonFiniteLoss
 
+Options = dict[str, Any]  # of a model's constructor
+
 
 def main(
     model_name: str,
-    rows: Sequence[Row] | Callable[[dict[str, Any]], Sequence[Row]],
+    rows: Sequence[Row] | Callable[[Options], Sequence[Row]],
     quick: Sequence[str],
-    quick_options: dict[str, Any] | None = None,
+    quick_options: Options | Callable[[Options], Options] | None = None,
     quick_budget: float = QUICK_BUDGET,
     **default_options: Any,
 ) -> None:
     """Run the table of a script from the command line.
 
     `rows`: the table, or a function that makes it from the model's options. `quick`, `quick_options`, `quick_budget`:
-    the rows, model options and budget of `--quick`. `default_options`: the model's options unless `--options` says
-    otherwise.
+    the rows, model options (also as a function of those that the user gives) and budget of `--quick`.
+    `default_options`: the model's options unless `--options` says otherwise.
     Exits with code 2 and one sentence on a user's mistake, with 1 if a training diverged or found no memory, with 130
     on Ctrl-C. A row that can't be done is named, and the others are done.
     """
@@ -49,7 +51,7 @@ def main(
     prepare_output()
     arguments = parse_arguments(model_name, sys.argv[1:], quick_budget)
     commit()  # of the code that is about to run
-    options = default_options | ((quick_options or {}) if arguments.quick else {}) | arguments.options
+    options = options_of(arguments, default_options, quick_options)
     try:
         table = rows(options) if callable(rows) else rows
         chosen = choose(table, arguments.only or (quick if arguments.quick else None))
@@ -68,6 +70,7 @@ def main(
         for dataset in datasets:
             code = max(code, run_table(model_name, options, chosen, dataset, replace(arguments, device=device)))
         if code:
+            distributed.barrier()  # the first that ends with an error has torchrun end the others
             raise SystemExit(code)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         if os.environ.get("TERNARY_TRACEBACK") or not is_told(error):
@@ -79,6 +82,12 @@ def main(
         raise SystemExit(130) from None
     finally:
         distributed.stop()
+
+
+def options_of(arguments: Arguments, default: Options, quick: Options | Callable[[Options], Options] | None) -> Options:
+    """The model's: those that the user gives go before those of `--quick`, and these before the script's."""
+    of_quick = quick(arguments.options) if callable(quick) else quick or {}
+    return default | (of_quick if arguments.quick else {}) | arguments.options
 
 
 def is_told(error: Exception) -> bool:
@@ -141,7 +150,9 @@ def run_table(
                     print(f"{script}: {row.name}, seed {seed}: {sentence(error)}", file=sys.stderr)
                     continue
                 if line is None:
-                    print(f"{row.name}, seed {seed}: not done with these options, so not measured", file=sys.stderr)
+                    if distributed.rank() == 0:
+                        said = f"{row.name}, seed {seed}: not done with these options, so not measured"
+                        print(said, file=sys.stderr)
                     continue
                 table.append(line)
                 runs[row.name] = run

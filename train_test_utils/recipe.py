@@ -17,7 +17,11 @@ ParameterGroups = list[dict[str, Any]]
 
 def sgd(groups: ParameterGroups, lr: float) -> torch.optim.Optimizer:
     """SGD with Nesterov momentum 0.9."""
-    return torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True, fused=True)
+    optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True, fused=True)
+    for parameter in (p for group in groups for p in group["params"]):
+        # Zeros change nothing, but that a first step which loss scaling skips would leave them as memory was.
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def adamw(groups: ParameterGroups, lr: float) -> torch.optim.Optimizer:

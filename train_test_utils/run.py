@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import shlex
 import sys
@@ -89,11 +90,15 @@ class Run:
         return line
 
     def is_damaged(self, line: dict[str, Any]) -> bool:
-        """Whether the packed file of a finished row is gone or not as it was; its weights can be packed again."""
+        """Whether the packed file of a finished row is gone or not as it would be now: it can be packed again."""
+        why = "is gone or damaged"
         with suppress(OSError, ModelFileError):
-            read_file(self.file)  # and hold it against the hash in it
-            return self.file.stat().st_size != line["file_bytes"]
-        print(f"{self.file} is gone or damaged: the row is packed and measured again", file=sys.stderr)
+            own, _ = read_file(self.file)  # and hold it against the hash in it
+            if self.file.stat().st_size == line["file_bytes"]:
+                if json.loads(own["metadata"]).get("classes") == list(self.data.class_names):
+                    return False
+                why = "has other names of classes"
+        print(f"{self.file} {why}: the row is packed and measured again", file=sys.stderr)
         return True
 
     def execute(self, logbook: Logbook) -> dict[str, Any]:

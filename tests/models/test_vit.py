@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers import BertConfig, ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from models import build
+from quantization_utils import load_model, save_model
 
 TINY = {
     "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64, "image_size": 48,
@@ -150,3 +151,88 @@ def test_a_damaged_image_processor_is_not_replaced_by_a_guess(folder):
 def test_options_of_a_wrong_kind_are_a_sentence_of_our_own(option, wrong):
     with pytest.raises(ValueError, match=f"^{option} is "):
         build("vit", 6, **{option: wrong})
+
+
+def save(folder, network=None, **config):
+    """A checkpoint of that configuration, and of the network's weights, or new ones."""
+    made = ViTConfig(**{**TINY, "num_labels": 6, **config})
+    (network or ViTForImageClassification(made)).save_pretrained(folder)
+    made.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    "foreign", [{"output_hidden_states": True}, {"output_attentions": True}, {"return_dict": False}]
+)
+@torch.no_grad()
+def test_what_a_checkpoint_says_beside_its_structure_changes_nothing(foreign, network, tmp_path):
+    """Once trained it can be saved: transformers hangs hooks on the layers of a network that is to return more."""
+    model = build("vit", 6, checkpoint=save(tmp_path, network, **foreign)).eval()
+    images = torch.rand(2, 3, 48, 48)
+    torch.testing.assert_close(model(images), network((images - 0.5) / 0.5).logits)
+    save_model(model, tmp_path / "model.safetensors")
+    assert torch.equal(load_model(tmp_path / "model.safetensors")[0](images), model(images))
+
+
+@pytest.mark.parametrize(
+    "config, said",
+    [
+        ({"image_size": [32, 48]}, "32×48 pixels and 3 channels"),
+        ({"num_channels": 1}, "48×48 pixels and 1 channels"),
+        ({"patch_size": 64}, "in patches of 64"),
+        ({"head_dim": 32}, "size mismatch"),
+    ],
+)
+def test_checkpoints_of_other_shapes_are_refused_before_they_are_trained(config, said, tmp_path):
+    if "patch_size" in config:  # no network of it can be made
+        ViTConfig(**{**TINY, **config}).save_pretrained(tmp_path)
+    else:
+        save(tmp_path, **config)
+    with pytest.raises(ValueError, match=said):
+        build("vit", 6, checkpoint=str(tmp_path))
+
+
+def test_a_side_may_be_given_twice(tmp_path):
+    model = build("vit", 6, checkpoint=save(tmp_path, image_size=[48, 48]))
+    assert model.network.config.image_size == 48 and model(torch.rand(1, 3, 32, 32)).shape == (1, 6)
+
+
+@pytest.mark.parametrize(
+    "processor, mean, std",
+    [
+        ({"do_normalize": False}, 0.0, 1.0),
+        ({"image_mean": [0.4] * 3, "image_std": [0.2] * 3}, 0.4, 0.2),
+        ({"do_rescale": False}, None, "leaves pixels beyond"),
+        ({"rescale_factor": 1 / 127.5}, None, "leaves pixels beyond"),
+        ({"image_mean": [0.5]}, None, "mean is three numbers"),
+        ({"image_std": 0.5}, None, "std is three numbers"),
+    ],
+)
+def test_an_image_processor_is_done_as_it_says_or_refused(processor, mean, std, folder):
+    ViTImageProcessor(**processor).save_pretrained(folder)
+    if mean is None:
+        with pytest.raises(ValueError, match=std):
+            build("vit", 6, checkpoint=str(folder))
+        return
+    normalize = build("vit", 6, checkpoint=str(folder)).normalize
+    assert normalize.mean_C11.flatten().tolist() == pytest.approx([mean] * 3)
+    assert normalize.std_C11.flatten().tolist() == pytest.approx([std] * 3)
+
+
+def test_weights_that_are_no_numbers_are_refused(network, folder):
+    weights = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    weights["classifier.weight"][0, 0] = float("nan")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="no finite numbers in classifier.weight"):
+        build("vit", 6, checkpoint=str(folder))
+
+
+def test_one_image_is_no_batch():
+    with pytest.raises(ValueError, match=r"images are a batch \(B, 3, H, W\)"):
+        build("vit", 10, width=64, depth=1)(torch.rand(3, 32, 32))
+
+
+def test_half_precision_images_of_another_size():
+    model, images = build("vit", 10, width=64, depth=1).eval(), torch.rand(1, 3, 40, 40)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images.half()), model(images.half().float()))

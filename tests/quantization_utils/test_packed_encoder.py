@@ -80,16 +80,43 @@ def test_what_changes_behind_it_is_read_again(change: Callable[[nn.Module], None
     assert torch.equal(model(images), model(images))
 
 
+def another_mean(model: nn.Module) -> None:
+    model.normalize.mean_C11.mul_(0.5)
+
+
+def another_normalisation(model: nn.Module) -> None:
+    model.normalize = nn.Identity()
+
+
+def another_network(model: nn.Module) -> None:
+    model.network = copy.deepcopy(model.network)
+    model.network.classifier.scale.zero_()
+
+
+@pytest.mark.parametrize("change", [another_mean, another_normalisation, another_network])
+@pytest.mark.parametrize("called_before", [True, False])
 @torch.no_grad()
-def test_hooks_are_called() -> None:
+def test_the_model_itself_may_change(change: Callable[[nn.Module], None], called_before: bool) -> None:
+    model, images = copy.deepcopy(packed_vit()), torch.rand(4, 3, 32, 32)
+    before = packed_vit()(images)
+    if called_before:
+        model(images)
+    change(model)
+    assert_equal_but_for_rounding(model(images), model.network(model.normalize(images)).logits)
+    assert not torch.equal(model(images), before)
+
+
+@pytest.mark.parametrize("where", ["normalize", "network.vit.layers.0"])
+@torch.no_grad()
+def test_hooks_are_called(where: str) -> None:
     model, images = packed_vit(), torch.rand(4, 3, 32, 32)
     before = model(images)
     seen: list[torch.Tensor] = []
-    handle = model.network.vit.layers[0].register_forward_hook(lambda module, args, output: seen.append(output))
+    handle = model.get_submodule(where).register_forward_hook(lambda module, args, output: seen.append(output))
     assert_equal_but_for_rounding(model(images), before)
-    assert len(seen) == 1
+    assert len(seen) == 1 and model.encoder.backend is None
     handle.remove()
-    assert torch.equal(model(images), before) and len(seen) == 1
+    assert torch.equal(model(images), before) and len(seen) == 1 and model.encoder.backend
 
 
 @torch.no_grad()

@@ -103,6 +103,23 @@ def test_both_stop_when_one_diverges_even_at_the_last_step(tmp_path):
     assert one == two and "not finite at step 3" in one["error"]
 
 
+def failing(rank: int, folder: Path) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    try:
+        with distributed.first_alone():
+            raise ValueError("there is no such data set")
+    except (ValueError, SystemExit) as error:
+        (folder / f"{rank}").write_text(repr(error))
+    distributed.stop()
+
+
+def test_if_the_first_fails_alone_the_others_end_in_silence(tmp_path):
+    multiprocessing.spawn(failing, (tmp_path,), nprocs=2)
+    said = [(tmp_path / str(rank)).read_text() for rank in range(2)]
+    assert said == ["ValueError('there is no such data set')", "SystemExit(2)"]
+
+
 def test_alone_everything_does_nothing():
     with distributed.first_alone():
         assert torch.equal(distributed.summed(torch.ones(2)), torch.ones(2))

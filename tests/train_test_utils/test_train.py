@@ -167,10 +167,44 @@ def test_a_cuda_graph_does_what_its_steps_do(monkeypatch, recipe, precision):
 
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
 def test_mixed_precision_trains(precision):
+    """Products in the lower precision, weights in the higher."""
     recipe = Recipe(epochs=1, lr=0.01, batch_size=16, optimizer=sgd)
-    whole = train(model(), dataset(), recipe, Setup(CPU, precision))
+    seen = set()
+    net = model()
+    linear_layer = next(m for m in net.modules() if isinstance(m, nn.Linear))
+    linear_layer.register_forward_hook(lambda module, args, output: seen.add((module.training, output.dtype)))
+    whole = train(net, dataset(), recipe, Setup(CPU, precision))
+    assert (True, precision) in seen and (True, torch.float32) not in seen
     assert all(t.isfinite().all() and t.dtype != precision for t in whole.state_dict().values())
     assert not same(whole, model())
+
+
+
+def test_a_first_step_that_loss_scaling_skips_leaves_no_trace():
+    """Its gradients overflow in half precision: momentum begins at the next one, from zeros."""
+    optimizers = []
+
+    def spied(groups, lr):
+        optimizers.append(sgd(groups, lr))
+        return optimizers[-1]
+
+    class Loud(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3072, 4)
+
+        def forward(self, x):
+            return self.layer(x.flatten(1)) * 3000
+
+    torch.manual_seed(0)
+    net = Loud()
+    before = net.layer.weight.detach().clone()
+    for _ in range(4):  # memory that is given back is used again, with what was in it
+        torch.full((4, 3072), 1e30)
+    recipe = Recipe(epochs=1, lr=0.01, batch_size=16, optimizer=spied)
+    trained = train(net, dataset(), recipe, Setup(CPU, torch.float16), budget=0.2)
+    (momentum,) = (s["momentum_buffer"] for p, s in optimizers[0].state.items() if p is trained.layer.weight)
+    assert torch.equal(trained.layer.weight, before) and not momentum.any()
 
 
 @pytest.mark.parametrize("ema", [None, 0.5])

@@ -1,6 +1,7 @@
 #include "threads.h"
 
 #include <pthread.h>
+#include <sched.h>
 
 #include <algorithm>
 #include <mutex>
@@ -47,13 +48,47 @@ void run_on_new_threads(Team& team, const std::function<void(Member&)>& body) {
   for (std::thread& other : others) other.join();
 }
 
+#if defined(__linux__)
+int processor() { return sched_getcpu(); }
+
+// This thread goes on on another processor, and may come back.
+void leave_processor() {
+  cpu_set_t all, others;
+  if (sched_getaffinity(0, sizeof(all), &all) || CPU_COUNT(&all) < 2) return;
+  others = all;
+  CPU_CLR(processor(), &others);
+  sched_setaffinity(0, sizeof(others), &others);
+  sched_setaffinity(0, sizeof(all), &all);
+}
+#else
+int processor() { return -1; }
+void leave_processor() {}
+#endif
+
+// The kernel of a virtual machine takes a processor that sleeps for one that it may not use, and wakes a thread that was asleep on the
+// one that wakes it. There it would get nowhere for milliseconds, while the other first works and then spins for it in OpenMP. So that
+// one lets it come, once, and it moves to another processor.
+void spread(Team& team, int index) {
+  constexpr int kSpins = 200;  // a thread that is awake comes sooner
+  const auto all_here = [&] { return team.arrived.value.load(std::memory_order_relaxed) >= team.size; };
+  team.arrived.value.fetch_add(1, std::memory_order_relaxed);
+  if (index > 0) {
+    if (processor() == team.first_processor) leave_processor();
+    return;
+  }
+  for (int spins = 0; spins < kSpins && !all_here(); ++spins) relax();
+  if (!all_here()) std::this_thread::yield();
+}
+
 void run(Team& team, const std::function<void(Member&)>& body) {
 #if defined(_OPENMP)
   if (!forked) {
     // Fewer threads than asked for are fine: the items are shared among those that come.
 #pragma omp parallel num_threads(team.size)
     {
-      Member member(team, omp_get_thread_num());
+      const int index = omp_get_thread_num();
+      spread(team, index);
+      Member member(team, index);
       body(member);
     }
     return;
@@ -84,7 +119,7 @@ void parallel(const Kernels& isa, int threads, const std::function<void(Member&)
   }
   std::lock_guard<std::mutex> one_at_a_time(*region);
   if (!team) team = new Team;
-  team->size = std::min(threads, kMaxThreads);
+  team->size = std::min(threads, kMaxThreads), team->arrived.value = 0, team->first_processor = processor();
   for (Team::Phase& phase : team->phases) {
     if (phase.next[0].value.load(std::memory_order_relaxed) == 0) break;  // phases are used in order, all queues of each
     for (Team::Counter& next : phase.next) next.value.store(0, std::memory_order_relaxed);

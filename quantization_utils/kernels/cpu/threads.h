@@ -23,7 +23,8 @@ struct Team {
   struct Phase {
     Counter next[kQueues], done;
   };
-  int size = 1;
+  int size = 1, first_processor = -1;  // the processor: that of thread 0
+  Counter arrived;
   Phase phases[kMaxPhases];
 };
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import os
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -138,6 +140,23 @@ def test_pixels_that_are_no_numbers_make_logits_nan(backend: str, last: str, bat
     assert expected[0].isnan().all() and expected[1:].isfinite().all()
     found = kernels.make_executor(nodes, backend)(images)
     assert torch.equal(found.nan_to_num(7.0), expected.nan_to_num(7.0))
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="Linux only")
+def test_threads_that_were_asleep_may_still_run_everywhere() -> None:
+    """Those that are woken on the processor of another one move away from it, and no more than once."""
+
+    def allowed() -> dict[str, set[int]]:
+        return {thread: os.sched_getaffinity(int(thread)) for thread in os.listdir("/proc/self/task")}
+
+    executor = kernels.make_executor([conv(-1, 64, 3), conv(0, 64, 64)], "cpu")
+    images = images_of(1, 32, 32)
+    expected, before = executor(images), allowed()
+    for _ in range(10):
+        time.sleep(0.03)  # OpenMP's threads have gone to sleep
+        assert torch.equal(executor(images), expected)
+    after = allowed()
+    assert before.keys() <= after.keys() and before == {thread: after[thread] for thread in before}
 
 
 @pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 1, 1), (3, 2, 1), (5, 3, 4), (1, 2, 3)])
