@@ -4,6 +4,7 @@
     python3 benchmarks/networks.py pruned     networks whose filters were pruned and are gone, beside the full one
     python3 benchmarks/networks.py zero_blocks     networks whose single weights were pruned: what skipping saves
     python3 benchmarks/networks.py overhead   a whole call beside that of its one operator: what Python and PyTorch add
+    python3 benchmarks/networks.py pauses     calls after pauses in which threads go to sleep, on all threads and on one
 
 The direct limit of a node is its multiply-adds at the measured rate of the processor, or its 2-bit weights at the
 measured reading rate, whichever is longer; Winograd's algorithm takes the time of 2.25 times fewer (stride 2: 1.44;
@@ -141,6 +142,27 @@ def overhead(batch: int, limits: Limits, rounds: int = 200) -> None:
         append_record("latency/overhead", {**figures, **limits})
 
 
+@torch.no_grad()
+def pauses(batch: int, limits: Limits, calls: int = 100) -> None:
+    all_threads = torch.get_num_threads()
+    for name in ("resnet_18", "alexnet", "vit"):
+        model, images = packed(name), torch.rand(batch, 3, 32, 32)
+        for threads, pause_ms in product((all_threads, 1), (0, 1, 5, 30)):
+            torch.set_num_threads(threads)
+            model(images)
+            times = []
+            for _ in range(calls):
+                time.sleep(pause_ms / 1e3)
+                start = time.perf_counter()
+                model(images)
+                times.append((time.perf_counter() - start) * 1e3)
+            figures = {"model": name, "batch": batch, "threads_of_call": threads, "pause_ms": pause_ms,
+                       "p50_ms": round(median(times), 3), "p90_ms": round(float(np.quantile(times, 0.9)), 3)}  # fmt: skip
+            print(*(f"{key} {value}" for key, value in figures.items()), flush=True)
+            append_record("latency/pauses", {**figures, **limits})
+        torch.set_num_threads(all_threads)
+
+
 def zero_share(codes: Tensor) -> float:
     """The fraction of zero blocks of (N, K) or (N, C, kh, kw)."""
     lanes = LANES[cpu.choose_isa("cpu")]
@@ -220,7 +242,7 @@ def zero_blocks(batches: list[int]) -> None:
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("what", choices=["layers", "pruned", "zero_blocks", "overhead"])
+    parser.add_argument("what", choices=["layers", "pruned", "zero_blocks", "overhead", "pauses"])
     parser.add_argument("--batches", nargs="+", type=count, default=[1, 32])
     args = parser.parse_args()
     if args.what == "zero_blocks":
@@ -228,7 +250,7 @@ def main() -> None:
     else:
         limits = machine_limits()
         for batch in args.batches:
-            {"layers": layers, "pruned": pruned, "overhead": overhead}[args.what](batch, limits)
+            {"layers": layers, "pruned": pruned, "overhead": overhead, "pauses": pauses}[args.what](batch, limits)
 
 
 if __name__ == "__main__":
