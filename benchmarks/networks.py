@@ -156,8 +156,10 @@ def pauses(batch: int, limits: Limits, calls: int = 100) -> None:
                 start = time.perf_counter()
                 model(images)
                 times.append((time.perf_counter() - start) * 1e3)
-            figures = {"model": name, "batch": batch, "threads_of_call": threads, "pause_ms": pause_ms,
-                       "p50_ms": round(median(times), 3), "p90_ms": round(float(np.quantile(times, 0.9)), 3)}  # fmt: skip
+            figures = {
+                "model": name, "batch": batch, "threads_of_call": threads, "pause_ms": pause_ms,
+                "p50_ms": round(median(times), 3), "p90_ms": round(float(np.quantile(times, 0.9)), 3),
+            }  # fmt: skip
             print(*(f"{key} {value}" for key, value in figures.items()), flush=True)
             append_record("latency/pauses", {**figures, **limits})
         torch.set_num_threads(all_threads)
