@@ -116,7 +116,7 @@ def _chosen(backend: str, tensors: Sequence[Tensor | None]) -> str:
 FIRST_CALL = "run the packed model on one image before torch.compile or torch.export: its kernels are made then"
 
 
-@torch.compiler.disable(reason=FIRST_CALL)  # what is raised while tracing is no error, but a place to leave the graph at
+@torch.compiler.disable(reason=FIRST_CALL)  # what is raised in tracing only ends the graph there
 def _refuse_to_be_traced() -> NoReturn:
     raise RuntimeError(FIRST_CALL)
 
