@@ -97,13 +97,12 @@ class PackedEncoder:
         first = network.vit.layers[0].attention.q_proj
         layers = []
         for layer in network.vit.layers:
-            queries, keys, values, *others = linear_layers(layer)
-            three = (queries, keys, values)
-            biases = [torch.zeros_like(layer.scale) if layer.bias is None else layer.bias for layer in three]
-            codes, scales = ([getattr(layer, name) for layer in three] for name in ("codes", "scale"))
-            qkv = tuple(map(torch.cat, (codes, scales, biases)))
+            queries, keys, values, out, fc1, fc2 = linear_layers(layer)
             norms = (layer.layernorm_before, layer.layernorm_after)
-            layers.append((qkv, *map(_dense, others), [t for n in norms for t in (n.weight, n.bias)]))
+            layers.append({
+                "qkv": _beside_each_other((queries, keys, values)), "out": _dense(out),
+                "fc1": _dense(fc1), "fc2": _dense(fc2), "norms": [t for n in norms for t in (n.weight, n.bias)],
+            })  # fmt: skip
         config, act_bits = network.config, first.act_bits
         return kernels.make_encoder(
             layers, config.num_attention_heads, config.layer_norm_eps, act_bits,
@@ -132,6 +131,12 @@ class PackedEncoder:
 
 def _dense(layer: Any) -> tuple[Tensor, Tensor, Tensor | None]:
     return layer.codes, layer.scale, layer.bias
+
+
+def _beside_each_other(layers: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """As one layer that has all of their outputs."""
+    biases = [torch.zeros_like(layer.scale) if layer.bias is None else layer.bias for layer in layers]
+    return torch.cat([la.codes for la in layers]), torch.cat([la.scale for la in layers]), torch.cat(biases)
 
 
 def _runs_as(layer: Any, act_bits: int) -> bool:

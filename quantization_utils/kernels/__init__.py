@@ -86,22 +86,22 @@ def has_kernel(codes: Tensor, geometry: dict[str, Any]) -> bool:
 
 
 def make_encoder(
-    layers: Sequence[Any], heads: int, epsilon: float, act_bits: int, embedding: dict[str, Any] | None = None,
-    head: dict[str, Any] | None = None, backend: str = "auto",
+    layers: Sequence[dict[str, Any]], heads: int, epsilon: float, act_bits: int,
+    embedding: dict[str, Any] | None = None, head: dict[str, Any] | None = None, backend: str = "auto",
 ) -> Any:  # fmt: skip
     """`cpu.Encoder` of a transformer's layers; None where the reference, module by module, is to run.
 
-    `layers`: of each, its linear layers qkv, out, fc1, fc2 as (codes, scale, bias), and the weights and biases of its
-    two LayerNorms. `embedding`, `head`: the fields of `cpu.Embedding` and `cpu.Head`, if these are part of it.
+    `layers`: the fields of `cpu.EncoderLayer`, of each. `embedding`, `head`: those of `cpu.Embedding` and `cpu.Head`,
+    if these are part of it.
 
     Raises:
         ValueError: the backend was asked for by name and cannot run here.
     """
-    chosen = _chosen(backend, [layers[0][0][0]])
+    chosen = _chosen(backend, [layers[0]["qkv"][0]])
     if chosen == "reference":
         return None
     return cpu.Encoder(
-        [cpu.EncoderLayer(*layer) for layer in layers], heads, epsilon, act_bits, chosen,
+        [cpu.EncoderLayer(**layer) for layer in layers], heads, epsilon, act_bits, chosen,
         None if embedding is None else cpu.Embedding(**embedding), None if head is None else cpu.Head(**head),
     )  # fmt: skip
 

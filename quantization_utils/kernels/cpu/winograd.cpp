@@ -97,7 +97,7 @@ class Convolution {
       const int64_t right = v.cs * v.element_bytes(), below = v.row() * v.element_bytes();
       uint8_t* const first = v.element(image, v.at(y, x));
       for (int i = 0; i < outputs_; ++i)
-        for (int j = 0; j < outputs_; ++j, ++to) *to = y + i < out.h && x + j < out.w ? first + i * below + j * right : nullptr;
+        for (int j = 0; j < outputs_; ++j) to[i * outputs_ + j] = first + i * below + j * right;
     };
     const int64_t first = first_of(index);
     int64_t image = first / per_image_;
@@ -105,6 +105,9 @@ class Convolution {
     for (int t = 0; t < group.count; ++t) {
       const int at = t * outputs_ * outputs_;
       square(out, image, y, x, group.to.out + at);
+      if (y + outputs_ > out.h || x + outputs_ > out.w)  // beyond an edge
+        for (int i = 0; i < outputs_ * outputs_; ++i)
+          if (y + i / outputs_ >= out.h || x + i % outputs_ >= out.w) group.to.out[at + i] = nullptr;
       if (t_.residual) square(*t_.residual, image, y, x, group.to.residual + at);
       if ((x += outputs_) >= out.w) x = 0, y += outputs_;
       if (y >= out.h) y = 0, ++image;
