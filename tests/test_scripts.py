@@ -245,6 +245,16 @@ def test_a_packed_file_that_is_damaged_is_made_from_its_checkpoint(how, finished
     assert path.stat().st_size == len(before) and lines_of(out)[-1]["row"] == "float"
 
 
+def test_a_row_whose_folder_cannot_be_made_leaves_the_others(monkeypatch, capsys, finished, tmp_path):
+    out = tmp_path / "runs"
+    (out / "vit-digits").mkdir(parents=True)
+    (out / "vit-digits" / "ptq_all-seed3").touch()
+    assert start(monkeypatch, "vit", *TINY, "--only", "ptq_all", "ptq_all_twn", "--out", str(out)) == 2
+    said = capsys.readouterr()
+    assert "ptq_all, seed 3: " in said.err and "File exists" in said.err
+    assert [line["row"] for line in lines_of(out)] == ["float", "ptq_all_twn"] and "report and pictures" in said.out
+
+
 def test_classes_that_were_renamed_are_renamed_in_the_files(monkeypatch, capsys, tmp_path):
     pets = tmp_path / "pets"
     for name, brightness in (("cat", 50), ("dog", 200)):

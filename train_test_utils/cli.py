@@ -94,6 +94,10 @@ def parse_arguments(model_name: str, words: list[str], quick_budget: float = QUI
         for option, path in (("--out", given.out), ("--data-dir", given.data_dir)):
             if path.exists() and not path.is_dir():
                 raise ValueError(f"{option} is a folder, and {path} is a file")
+        try:
+            str(given.out).encode()
+        except UnicodeEncodeError:
+            raise ValueError("--out is no name in UTF-8, which safetensors needs: give another") from None
         device = pick_device(given.device)
         options = parse_options(given.options or [])
         check_options(model_name, options)

@@ -138,13 +138,13 @@ def run_table(
                 run = Run(model_name, options, row, parent, seed, data, arguments, folder)
                 try:
                     line = run.line(logbook)
-                except (ValueError, MemoryError, RuntimeError) as error:
+                except (ValueError, OSError, MemoryError, RuntimeError) as error:
                     diverged = isinstance(error, NonFiniteLoss)
                     # All processes see that; of anything else, which may have befallen one, the others would not know.
                     others_know = diverged or distributed.world_size() == 1
                     if os.environ.get("TERNARY_TRACEBACK") or not (is_told(error) and others_know):
                         raise
-                    is_mistake = isinstance(error, ValueError) and not diverged
+                    is_mistake = isinstance(error, (ValueError, OSError)) and not diverged
                     code = max(code, 2 if is_mistake else 1)
                     script = Path(sys.argv[0]).name
                     print(f"{script}: {row.name}, seed {seed}: {sentence(error)}", file=sys.stderr)

@@ -127,11 +127,11 @@ class Logbook:
         """The last row with this configuration, or None."""
         return next((row for row in reversed(self.rows()) if row.get("config_hash") == config_hash), None)
 
-    def start_row(self, name: str, config: Mapping[str, Any]) -> None:
+    def start_row(self, name: str, config: Mapping[str, Any], job_type: str = "train") -> None:
         """Begin the row whose files lie in `<folder>/<name>`; `config`: its full configuration."""
         self._row_name, self._curves_continue = name, False
         if self._mirror is not None:
-            self._mirror.start(name, config)
+            self._mirror.start(name, config, job_type)
 
     def epoch(self, record: Mapping[str, Any]) -> None:
         """One point of the row's curves: {"epoch", "train_loss", …}.
@@ -147,6 +147,13 @@ class Logbook:
                 self._mirror.epoch(earlier)
         append_line(path, record)
         self._mirror.epoch(record)
+
+    def resume_at_the_end(self) -> dict[str, Any] | None:
+        """Mirror the curves of a row whose training had ended when it was interrupted; return the last point."""
+        curves = read_curves(self.folder / self._row_name)
+        for record in curves if self._mirror is not None else ():
+            self._mirror.epoch(record)
+        return curves[-1] if curves else None
 
     def row(self, row: Mapping[str, Any]) -> None:
         """Write a finished row, then mirror it."""

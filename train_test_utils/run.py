@@ -139,14 +139,14 @@ class Run:
             raise ValueError(f"{self.folder} was taken by another process with other options: start again")
 
     def _train_and_record(self, logbook: Logbook, model: nn.Module, transform_seconds: float) -> dict[str, Any]:
-        logbook.start_row(f"{self.row.name}-seed{self.seed}", self.config)
+        self._begin(logbook, "train" if self.row.recipe else "post-training")
         seconds: float | None = 0.0
         if self.row.recipe is not None:
             args = self.arguments
             compiled = args.compile and self.row.recipe.steps(len(self.data.train), args.budget) >= WORTH_COMPILING
             setup = Setup(args.device, args.precision, compiled, args.checkpoint_seconds)
             teacher = self.parent.trained() if self.parent and self.row.recipe.distill else None
-            seconds = None  # unknown, if an interrupted run had ended but for its row
+            seconds = None
 
             def on_epoch(record: dict[str, Any]) -> None:
                 nonlocal seconds
@@ -157,6 +157,8 @@ class Run:
                 model, self.data, self.row.recipe, setup, seed=self.seed, budget=args.budget, teacher=teacher,
                 state_path=self.folder / "last.pt", title=f"{self.row.name} seed {self.seed}", on_epoch=on_epoch,
             )  # fmt: skip
+            if seconds is None:  # it had ended before it was interrupted, but for its row
+                seconds = (logbook.resume_at_the_end() or {}).get("train_seconds")
         if distributed.rank() == 0:
             save_weights(model, self.checkpoint, self.hash)
         return self._record(logbook, model, {"train_seconds": seconds, "transform_seconds": transform_seconds})
@@ -167,7 +169,7 @@ class Run:
         Beside the device and the code of the measurement it says those of the training.
         """
         with self._ancestors_kept(), self._alone():
-            logbook.start_row(f"{self.row.name}-seed{self.seed}", self.config)
+            self._begin(logbook, "measure-again")
             kept = {field: line.get(field) for field in ("train_seconds", "transform_seconds")}
             for field in ("device", "commit", "versions"):
                 kept[f"trained_{field}"] = line.get(f"trained_{field}", line.get(field))
@@ -176,12 +178,15 @@ class Run:
     def time_again(self, logbook: Logbook, line: dict[str, Any]) -> dict[str, Any]:
         """As `measure_again`, for latency and throughput alone: seconds a row, on a machine that is quiet now."""
         with self._ancestors_kept(), self._alone():
-            logbook.start_row(f"{self.row.name}-seed{self.seed}", self.config)
+            self._begin(logbook, "measure-again")
             if distributed.rank() == 0:
                 now = {"latency_commit": commit(), "latency_versions": versions(*LIBRARIES)}
                 logbook.row(line | self.timed(load_model(self.file)[0]) | now)
             distributed.barrier()
             return logbook.done(self.hash) or {}
+
+    def _begin(self, logbook: Logbook, job_type: str) -> None:
+        logbook.start_row(self.folder.name, self.config, job_type)
 
     def _record(self, logbook: Logbook, model: nn.Module, more: dict[str, Any]) -> dict[str, Any]:
         """Measure, and append a line with `more` fields."""

@@ -22,7 +22,9 @@ from .output import first_line, say
 
 CONNECT_SECONDS = 15.0
 UPLOAD_SECONDS = 60.0
-NESTED = ("versions", "options", "transforms")  # of a row: they are configuration, not figures
+BYTES_A_SECOND = 250_000  # of packed files: they may take longer
+# Of a row: they are configuration, not figures.
+NESTED = ("versions", "trained_versions", "latency_versions", "options", "transforms")
 
 
 class Mirror:
@@ -50,15 +52,11 @@ class Mirror:
         elif mode == "online" and not has_key(self._wandb):
             self._go_offline("no key (wandb login)")
 
-    def start(self, name: str, config: Mapping[str, Any], job_type: str | None = None) -> None:
+    def start(self, name: str, config: Mapping[str, Any], job_type: str) -> None:
         """Open the run of a row; one that is still open was not finished."""
         self.finish()
-        if self._wandb is None:
-            return
-        row = config.get("row")
-        trained = isinstance(row, Mapping) and row.get("recipe")
-        self._open(name, dict(config), job_type or ("train" if trained else "post-training"))
-        if job_type is None:
+        if self._wandb is not None:
+            self._open(name, dict(config), job_type)
             self._guarded(lambda: self._run.define_metric("*", step_metric="epoch"))
 
     def epoch(self, record: Mapping[str, Any]) -> None:
@@ -78,40 +76,54 @@ class Mirror:
         """The closing run: table, pictures, and one artifact with the report, the rows and the packed models."""
         if self._wandb is None:
             return
-        self.start("table", {"rows": len(table)}, job_type="table")
+        self.finish()
+        held = [file for file in dict.fromkeys([*files, *packed]) if file.exists()]
+        seconds = UPLOAD_SECONDS + sum(file.stat().st_size for file in held) / BYTES_A_SECOND
+        self._open("table", {"rows": len(table)}, "table", seconds)
 
-        def write() -> None:
-            columns = list(dict.fromkeys(k for row in table for k in row if k not in NESTED))
-            self._run.log(
-                {"rows": self._wandb.Table(columns=columns, data=[[r.get(c) for c in columns] for r in table])}
-            )
-            self._run.log({f.stem: self._wandb.Image(str(f)) for f in files if f.suffix == ".png"})
+        def write_files() -> None:
             name = re.sub(r"[^\w.-]", "-", self.group, flags=re.ASCII)  # a data set's folder may have any
             artifact = self._wandb.Artifact(name, type="table")
-            for file in dict.fromkeys([*files, *packed]):
-                if file.exists():
-                    # Not "mutable": that would copy every model into a staging folder first.
-                    artifact.add_file(str(file), name=str(file.relative_to(self.folder)), policy="immutable")
+            for file in held:
+                # "mutable" copies a file: until it is synced, others may have taken its place.
+                policy = "mutable" if self.mode == "offline" else "immutable"
+                artifact.add_file(str(file), name=str(file.relative_to(self.folder)), policy=policy)
             self._run.log_artifact(artifact)
 
-        self._guarded(write)
+        def write_table() -> None:
+            columns = list(dict.fromkeys(k for row in table for k in row if k not in NESTED))
+            data = [[row.get(column) for column in columns] for row in table]
+            self._run.log({"rows": self._wandb.Table(columns=columns, data=data)})
+
+        self._guarded(write_files)
+        self._guarded(write_table)
+        self._guarded(lambda: self._run.log({f.stem: self._wandb.Image(str(f)) for f in files if f.suffix == ".png"}))
         self.finish(exit_code=0)
         self._say_where()
 
     def finish(self, exit_code: int = 1) -> None:
         """End the run that is open, if any: the next row would be written to it."""
-        self._guarded(lambda: self._run.finish(exit_code=exit_code))
+
+        def end() -> None:
+            try:
+                self._run.finish(exit_code=exit_code)
+            except TimeoutError:
+                place = shlex.quote(str(Path(self._run.dir).parent))
+                self._go_offline(f"the upload takes too long (to go on with it: wandb sync {place})")
+
+        self._guarded(end)
         self._run = None
 
-    def _open(self, name: str, config: dict[str, Any], job_type: str) -> None:
+    def _open(self, name: str, config: dict[str, Any], job_type: str, upload_seconds: float = UPLOAD_SECONDS) -> None:
         try:
-            self._run = self._init(name, config, job_type)
+            self._run = self._init(name, config, job_type, upload_seconds)
         except Exception as error:  # wandb raises many kinds, and none is worth a result
             if self.mode == "offline":
                 self._complain(error)
                 return
             self._go_offline(f"no connection: {first_line(error)}")
-            self._guarded(lambda: setattr(self, "_run", self._init(name, config, job_type)), open_run=False)
+            again = self._init
+            self._guarded(lambda: setattr(self, "_run", again(name, config, job_type, upload_seconds)), open_run=False)
         if self._run is None:
             return
         if self.mode == "offline":
@@ -121,11 +133,11 @@ class Mirror:
         else:
             self._guarded(lambda: self._urls.append(str(self._run.url)))
 
-    def _init(self, name: str, config: dict[str, Any], job_type: str) -> Any:
+    def _init(self, name: str, config: dict[str, Any], job_type: str, upload_seconds: float) -> Any:
         wanted = {
-            "silent": True, "console": "off", "init_timeout": CONNECT_SECONDS, "finish_timeout": UPLOAD_SECONDS,
-            "summary_timeout": 10, "x_graphql_timeout_seconds": 10, "x_graphql_retry_max": 2,
-            "x_file_stream_retry_max": 4, "x_file_transfer_retry_max": 2,
+            "silent": True, "console": "off", "init_timeout": CONNECT_SECONDS, "finish_timeout": upload_seconds,
+            "finish_timeout_raises": True, "summary_timeout": 10, "x_graphql_timeout_seconds": 10,
+            "x_graphql_retry_max": 2, "x_file_stream_retry_max": 4, "x_file_transfer_retry_max": 2,
             "x_disable_stats": True,
         }  # fmt: skip
         known = {k: v for k, v in wanted.items() if k in self._wandb.Settings.model_fields}  # they differ by version

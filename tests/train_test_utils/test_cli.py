@@ -131,3 +131,9 @@ def test_auto_is_cuda_where_there_is_one(monkeypatch):
     for there, expected in ((True, "cuda"), (False, "cpu")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
         assert pick_device("auto") == torch.device(expected)
+
+
+def test_a_folder_that_safetensors_could_not_name_is_refused(capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse("--out", "runs/\udcff")  # as Python has a byte that is no UTF-8
+    assert ended.value.code == 2 and "no name in UTF-8" in capsys.readouterr().err

@@ -168,8 +168,8 @@ class Mirror:
     def __init__(self, mode, folder, project, group):
         self.folder, self.told = folder, []
 
-    def start(self, name, config):
-        self.told.append(name)
+    def start(self, name, config, job_type):
+        self.told.append(f"{job_type} {name}")
 
     def epoch(self, record):
         self.told.append(record["epoch"])
@@ -190,7 +190,20 @@ def test_the_mirror_is_told_the_earlier_epochs_that_hold_and_the_rows_that_are_w
             again.epoch({"epoch": epoch})
     again.row({"row": "qat"})
     again.close([{"row": "float", "seed": 0, "weight_bits": 32}, {"row": "qat", "seed": 0, "weight_bits": 1.6}])
-    assert again._mirror.told == ["qat-seed0", 1, 2, 3, 4, ("qat", 1), ["rows.jsonl", "qat-seed0"]]
+    assert again._mirror.told == ["train qat-seed0", 1, 2, 3, 4, ("qat", 1), ["rows.jsonl", "qat-seed0"]]
+
+
+def test_curves_of_a_training_that_had_ended_before_its_row_was_written_are_mirrored(tmp_path, monkeypatch):
+    monkeypatch.setattr(logbook, "Mirror", Mirror)
+    for _ in range(2):
+        again = book(tmp_path)
+        again.start_row("qat-seed0", {})
+        if not (tmp_path / "qat-seed0").exists():
+            assert again.resume_at_the_end() is None
+            again.epoch({"epoch": 1})
+            again.epoch({"epoch": 2, "train_seconds": 7.5})
+    assert again.resume_at_the_end() == {"epoch": 2, "train_seconds": 7.5}
+    assert again._mirror.told == ["train qat-seed0", 1, 2]
 
 
 def test_only_the_first_process_writes(tmp_path, monkeypatch):

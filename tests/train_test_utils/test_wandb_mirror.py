@@ -5,13 +5,18 @@ import os
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
 from train_test_utils import wandb_mirror
 from train_test_utils.logbook import Logbook, read_rows
 
-SCRIPT = """
+PNG = (  # of one pixel
+    "89504e470d0a1a0a0000000d49484452000000010000000108000000003a7e9b55"
+    "0000000a49444154789c636000000002000148afa4710000000049454e44ae426082"
+)
+SCRIPT = f"PNG = {PNG!r}" + """
 import sys
 from pathlib import Path
 from train_test_utils.logbook import Logbook
@@ -21,10 +26,12 @@ for name, recipe in (("float", {"epochs": 2}), ("ptq_all", None)):
     book.start_row(f"{name}-seed0", {"model": "resnet_18", "row": {"recipe": recipe}})
     for epoch in (1, 2) if recipe else ():
         book.epoch({"epoch": epoch, "train_loss": 1 / epoch})
-    book.row({"row": name, "seed": 0, "test_accuracy_pct": 90.5, "config_hash": name, "weight_bits": 1.585})
+    book.row({"row": name, "seed": 0, "test_accuracy_pct": 90.5, "config_hash": name,
+              "weight_bits": 32 if recipe else 1.585, "trained_versions": {"torch" if recipe else "numpy": "2"}})
     (folder / f"{name}-seed0").mkdir(exist_ok=True)
     (folder / f"{name}-seed0" / "model.safetensors").write_bytes(b"model of " + name.encode())
-book.close(book.rows(), [])
+(folder / "pixel.png").write_bytes(bytes.fromhex(PNG))
+book.close(book.rows(), [folder / "pixel.png"])
 book.finish()
 print("wandb imported:", "wandb" in sys.modules)
 """
@@ -48,7 +55,7 @@ def inspect(run_dir, *options):
 
 
 def test_without_a_key_everything_is_kept_offline(tmp_path):
-    pytest.importorskip("wandb", minversion="0.25")
+    pytest.importorskip("wandb")
     out, err = run_script(tmp_path, "online")
     assert err.count("\n") == 1 and "no key" in err
     assert f"wandb leet {tmp_path}/wandb" in out and "wandb sync" in out
@@ -64,8 +71,16 @@ def test_without_a_key_everything_is_kept_offline(tmp_path):
     text = json.dumps(records)
     assert '"resnet_18-digits"' in text and '"train"' in text
     assert sum(record.get("type") == "history" for record in records) == 2
-    table = inspect(runs["table"][1])
-    assert "model.safetensors" in table or "artifact" in table
+    (axis,) = (record["metric"] for record in records if record["type"] == "metric")
+    assert (axis["glob_name"], axis["step_metric"]) == ("*", "epoch")
+    table = [json.loads(line) for line in inspect(runs["table"][1]).splitlines()]
+    artifacts = {r["artifact"]["type"]: r["artifact"]["manifest"]["contents"] for r in table if r["type"] == "artifact"}
+    assert artifacts.keys() == {"table", "run_table"}  # the second is the table that is shown
+    files = {file["path"]: Path(file["local_path"]) for file in artifacts["table"]}
+    assert files.keys() == {"rows.jsonl", "ptq_all-seed0/model.safetensors", "pixel.png"}  # and no float model
+    (tmp_path / "ptq_all-seed0" / "model.safetensors").write_bytes(b"another model")  # before it is synced
+    assert files["ptq_all-seed0/model.safetensors"].read_bytes() == b"model of ptq_all"
+    assert any("pixel" in json.dumps(record) for record in table if record["type"] == "history")
 
 
 def test_a_key_without_a_network_goes_offline(tmp_path):
@@ -204,10 +219,35 @@ def test_an_unknown_mode_is_a_mistake(tmp_path):
         Logbook(tmp_path / "rows.jsonl", wandb_mode="on")
 
 
+def test_an_upload_that_takes_too_long_is_the_last(tmp_path, monkeypatch, capsys):
+    """Rows after it are kept offline: each would wait as long."""
+    modes = []
+
+    class Slow(Broken):
+        def init(self, mode, **settings):
+            def finish(exit_code=0):
+                if mode == "online":
+                    raise TimeoutError("Timed out finishing run.")
+
+            modes.append(mode)
+            return types.SimpleNamespace(finish=finish, define_metric=lambda *args, **kwargs: None, url="my.host",
+                                         dir=tmp_path / "wandb" / "run-1" / "files")  # fmt: skip
+
+    monkeypatch.setitem(sys.modules, "wandb", Slow("wandb"))
+    monkeypatch.setenv("WANDB_API_KEY", "k")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    mirror = wandb_mirror.Mirror("online", tmp_path, "project", "group")
+    for name in ("float-seed0", "ptq_all-seed0", "qat_all-seed0"):
+        mirror.start(name, {}, "train")
+        mirror.finish(0)
+    assert modes == ["online", "offline", "offline"]
+    assert f"wandb sync {tmp_path}/wandb/run-1)" in capsys.readouterr().err
+
+
 def test_the_environment_may_disable_wandb(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
     monkeypatch.setitem(sys.modules, "wandb", Broken("wandb"))  # would complain if it were touched
     mirror = wandb_mirror.Mirror("online", tmp_path, "project", "group")
-    mirror.start("float-seed0", {})
+    mirror.start("float-seed0", {}, "train")
     mirror.end({"row": "float"})
     assert mirror.mode == "disabled" and list(tmp_path.iterdir()) == []
