@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from functools import cache
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -109,16 +109,10 @@ def make_encoder(
 def _chosen(backend: str, tensors: Sequence[Tensor | None]) -> str:
     """The backend that runs for a name, where the first of the tensors lies."""
     if torch.compiler.is_compiling():  # kernels are chosen and filled with values, which a tracer does not see
-        _refuse_to_be_traced()
+        raise RuntimeError(
+            "run the packed model on one image before torch.compile or torch.export: its kernels are made then"
+        )
     return resolve(backend, next((t.device.type for t in tensors if t is not None), "cpu"))
-
-
-FIRST_CALL = "run the packed model on one image before torch.compile or torch.export: its kernels are made then"
-
-
-@torch.compiler.disable(reason=FIRST_CALL)  # what is raised in tracing only ends the graph there
-def _refuse_to_be_traced() -> NoReturn:
-    raise RuntimeError(FIRST_CALL)
 
 
 def resolve(backend: str, device: str) -> str:

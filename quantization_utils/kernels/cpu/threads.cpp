@@ -51,10 +51,10 @@ void run_on_new_threads(Team& team, const std::function<void(Member&)>& body) {
 #if defined(__linux__)
 int processor() { return sched_getcpu(); }
 
-// This thread goes on on another processor, and may come back.
-void leave_processor() {
+// This thread, one of so many, goes on on another processor if there is one for each; it may come back.
+void leave_processor(int threads) {
   cpu_set_t all, others;
-  if (sched_getaffinity(0, sizeof(all), &all) || CPU_COUNT(&all) < 2) return;
+  if (sched_getaffinity(0, sizeof(all), &all) || CPU_COUNT(&all) < threads) return;
   others = all;
   CPU_CLR(processor(), &others);
   sched_setaffinity(0, sizeof(others), &others);
@@ -62,7 +62,7 @@ void leave_processor() {
 }
 #else
 int processor() { return -1; }
-void leave_processor() {}
+void leave_processor(int) {}
 #endif
 
 // The kernel of a virtual machine takes a processor that sleeps for one that it may not use, and wakes a thread that was asleep on the
@@ -73,7 +73,7 @@ void spread(Team& team, int index) {
   const auto all_here = [&] { return team.arrived.value.load(std::memory_order_relaxed) >= team.size; };
   team.arrived.value.fetch_add(1, std::memory_order_relaxed);
   if (index > 0) {
-    if (processor() == team.first_processor) leave_processor();
+    if (processor() == team.first_processor) leave_processor(team.size);
     return;
   }
   for (int spins = 0; spins < kSpins && !all_here(); ++spins) relax();

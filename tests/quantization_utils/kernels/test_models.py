@@ -130,19 +130,6 @@ def test_packed_models_compile_and_export(name: str, options: dict[str, object],
         assert any("ternary" in str(node.target) for node in program.graph.nodes)
 
 
-@pytest.mark.parametrize("fullgraph", [False, True])
-@pytest.mark.parametrize(("name", "options"), [("resnet_18", {"stem": "maxpool"}), ("vit", {"width": 64, "depth": 1})])
-@torch.no_grad()
-def test_compiled_before_their_first_call_they_say_what_to_do(
-    name: str, options: dict[str, object], fullgraph: bool
-) -> None:
-    torch._dynamo.reset()
-    model, images = packed(name, 8, **options), torch.rand(2, 3, 32, 32)
-    with pytest.raises(RuntimeError, match="run the packed model on one image before torch.compile") as told:
-        torch.compile(model, backend="eager", fullgraph=fullgraph)(images)
-    assert fullgraph or "\n" not in str(told.value)  # else Dynamo's own error, with the sentence in it
-
-
 @torch.no_grad()
 def test_what_runs_on_the_reference_compiles_in_one_graph_too() -> None:
     layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=2), nn.Flatten(), nn.Linear(8 * 28 * 28, 5)]
