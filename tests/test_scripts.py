@@ -1,12 +1,11 @@
-"""The three scripts as a user starts them: lists, mistakes, a tiny run from end to end, a kill and a second start."""
+"""The three scripts as a user starts them: mistakes, a tiny run from end to end, a kill and a second start."""
 
 from __future__ import annotations
 
 import errno
 import json
 import os
-import re
-import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,112 +16,20 @@ import pytest
 import torch
 from PIL import Image
 
-from models import build
-from models.select import select_layers
 from quantization_utils import load_model
+from tests.scripts import ROOT, start
 from train_test_utils import experiment, run
 from train_test_utils.cli import sentence
 from train_test_utils.logbook import read_rows
 from train_test_utils.recipe import Recipe
 from train_test_utils.row_folder import locked
-from train_test_utils.rows import Prune, Row
+from train_test_utils.rows import Row
 from train_test_utils.train import NonFiniteLoss
 
-ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ("alexnet", "resnet_18", "vit")
 TINY = (
     "--quick --dataset digits --options checkpoint=none width=64 depth=1 patch_size=16 --budget 0.005 --device cpu "
     "--precision fp32 --wandb disabled --seeds 3"
 ).split()
-
-
-def start(monkeypatch, script: str, *words: str) -> int:
-    """Run a script in this process; its exit code."""
-    monkeypatch.setattr(sys, "argv", [f"{script}_experiments.py", *words])
-    try:
-        runpy.run_path(str(ROOT / f"{script}_experiments.py"), run_name="__main__")
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_list_shows_every_row_and_runs_none(script, monkeypatch, capsys, tmp_path):
-    assert start(monkeypatch, script, "--list", "--out", str(tmp_path / "out")) == 0
-    lines = capsys.readouterr().out.splitlines()
-    names = [line.split()[0] for line in lines[2:-1]]
-    assert lines[0] == f"{script}: {len(names)} rows" and len(set(names)) == len(names)
-    assert {"float", "ptq_linear", "ptq_all", "ptq_all_per_tensor", "qat_linear", "qat_all"} <= set(names)
-    for score in ("random", "l1", "l2_filters", "l1_global"):
-        for percent in (30, 50, 70, 90):
-            assert any(name.endswith(f"_{score}_{percent}") for name in names)
-    assert not (tmp_path / "out").exists()
-
-
-def rows_of(script: str, options: dict) -> dict:
-    table = runpy.run_path(str(ROOT / f"{script}_experiments.py"))
-    return {row.name: row for row in (table["rows"](options) if "rows" in table else table["ROWS"])}
-
-
-@pytest.mark.parametrize(
-    "script, options",
-    [
-        ("alexnet", {}),
-        ("alexnet", {"batch_norm": False}),
-        ("resnet_18", {}),
-        ("vit", {"checkpoint": None, "depth": 1, "width": 64}),
-    ],
-)
-def test_the_first_and_the_last_layer_are_called_so(script, options):
-    rows, model = rows_of(script, options), build(script, 10, **options)
-    layers = [name for name, _ in select_layers(model)]
-    for row, names in (("first", layers[:1]), ("last", layers[-1:]), ("ends", [layers[0], layers[-1]])):
-        eight_bit = rows[f"qat_all_8bit_{row}"].transforms[0]
-        assert [name for name, _ in select_layers(model, eight_bit.only)] == names
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_rows_do_what_their_names_say(script):
-    for name, row in rows_of(script, {}).items():
-        pruned = [(i, t) for i, t in enumerate(row.transforms) if isinstance(t, Prune)]
-        if said := re.fullmatch(r"(\w+?)_(random|l1_global|l1|l2_filters)_(\d+)", name):
-            ((place, prune),) = pruned
-            assert (prune.score.__name__, prune.amount) == (said[2], int(said[3]) / 100), name
-            assert place == (1 if name.startswith("ptq") else 0), name
-        else:
-            assert not pruned, name
-        last = row.transforms[-1] if row.transforms else None
-        if said := re.search(r"_(\d)bit_acts", name):
-            assert last.act_bits == int(said[1]), name
-        for quantizer in ("twn", "per_tensor", "absmean"):
-            if name.endswith(f"_{quantizer}"):
-                assert last.quantizer.__name__ == {"per_tensor": "absmean_per_tensor"}.get(quantizer, quantizer), name
-        if said := re.search(r"_distilled_(\d+)_(\d+)", name):
-            assert (row.recipe.distill, row.recipe.temperature) == (int(said[1]) / 100, int(said[2])), name
-
-
-@pytest.mark.parametrize(
-    "script, options, float_recipe, finetuning",
-    [
-        ("alexnet", {}, (100, 0.05, "sgd", 5e-4), (30, 0.01, "sgd", 1e-4)),
-        ("resnet_18", {}, (200, 0.1, "sgd", 5e-4), (60, 0.05, "sgd", 1e-4)),
-        ("vit", {"checkpoint": None}, (200, 1e-3, "adamw", 0.05), (60, 5e-4, "adamw", 0.05)),
-        ("vit", {"checkpoint": "x"}, (7, 5e-5, "adamw", 0.01), (7, 2.5e-5, "adamw", 0.01)),
-    ],
-)
-def test_recipes_of_the_tables(script, options, float_recipe, finetuning):
-    rows = rows_of(script, options)
-    for name, expected in (("float", float_recipe), ("float_finetuned", finetuning), ("qat_all", finetuning)):
-        recipe = rows[name].recipe
-        assert (recipe.epochs, recipe.lr, recipe.optimizer.__name__, recipe.weight_decay) == expected, name
-    short = next(row.recipe for name, row in rows.items() if name.startswith("qat") and name.endswith("_l1_50"))
-    assert short.epochs == finetuning[0] / 2 and short.lr == finetuning[1]
-
-
-@pytest.mark.parametrize("script, rows", [("alexnet", 6), ("resnet_18", 5), ("vit", 6)])
-def test_list_of_quick(script, rows, monkeypatch, capsys):
-    assert start(monkeypatch, script, "--list", "--quick") == 0
-    assert capsys.readouterr().out.startswith(f"{script}: {rows} rows")
 
 
 @pytest.mark.parametrize(
@@ -204,7 +111,7 @@ def test_a_second_run_computes_nothing_again(finished, monkeypatch, capsys):
 
 def test_a_changed_configuration_is_a_new_row_and_the_old_one_is_kept(finished, monkeypatch, tmp_path):
     words = [w if w != "0.005" else "0.001" for w in TINY]
-    out, _ = finished
+    out = shutil.copytree(finished[0], tmp_path / "out")
     old = lines_of(out)[0]
     before = (out / "vit-digits" / "float-seed3" / "checkpoint.safetensors").read_bytes()
     assert start(monkeypatch, "vit", *words, "--only", "float", "--out", str(out)) == 0
