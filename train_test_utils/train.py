@@ -33,6 +33,35 @@ class NonFiniteLoss(ValueError):
     """Training diverged; the message names the step, and the last good checkpoint stays."""
 
 
+class Totals:
+    """Of the epoch so far, on the device: the sum of its losses, the images and how many were correct.
+
+    And the first step whose loss was not finite, -1 if there is none: looked at seldom, since looking makes a GPU wait.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.tensor = torch.empty(4, device=device)
+        self.clear()
+
+    def clear(self) -> None:
+        self.tensor[:3] = 0
+        self.tensor[3] = -1
+
+    def add(self, loss: Tensor, correct: Tensor, images: int, step: Tensor) -> None:
+        """One batch, of each process: all of them see the same totals, and stop together when one diverges."""
+        figures = torch.stack([loss.detach() / distributed.world_size(), correct, torch.full_like(loss, images)])
+        figures = distributed.summed(figures)
+        self.tensor[:3] += figures
+        self.tensor[3] = torch.where(torch.isfinite(figures[0]) | (self.tensor[3] >= 0), self.tensor[3], step)
+
+    def means(self, batches: int) -> dict[str, float]:
+        """Raises `FloatingPointError`, with the step in it, if a loss was not finite."""
+        loss, correct, images, bad_step = self.tensor.tolist()
+        if bad_step >= 0:
+            raise FloatingPointError(f"the loss was not finite at step {int(bad_step)}")
+        return {"train_loss": loss / batches, "train_accuracy_pct": 100 * correct / images}
+
+
 @dataclass(frozen=True)
 class Setup:
     """Where and how a run computes; nothing here is meant to change its result."""
@@ -82,7 +111,8 @@ def train(
         AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True) if recipe.ema else None
     )
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler} | ({"averaged": averaged} if averaged else {})
-    start, sums, seconds_before = _resume(parts, state_path, device)
+    totals = Totals(device)
+    start, seconds_before = _resume(parts, totals, state_path, device)
     bit_layers = [m for m in model.modules() if isinstance(m, (BitLinear, BitConv2d))]
     runner = distributed.wrapped(model)
     if device.type == "cuda":
@@ -100,7 +130,7 @@ def train(
     number = torch.empty((), device=device)  # of the step
 
     def do_step() -> None:
-        """From `batch`, the numbers of images, to new weights and figures in `sums`; all of it on the device."""
+        """From `batch`, the numbers of images, to new weights and figures in `totals`; all of it on the device."""
         optimizer.zero_grad(set_to_none=True)
         images, labels = _augmented(dataset, batch, recipe, budget), train_split.labels[batch]
         with autocast:
@@ -108,12 +138,7 @@ def train(
             teacher_logits = _soft_targets(teacher, images)
         loss = _loss(logits.float(), labels, teacher_logits, recipe)
         _step(loss, model, optimizer, scaler, recipe)
-        # (loss, correct, images) of this epoch so far and the first step whose loss was not finite.
-        correct = (logits.argmax(1) == labels).sum()
-        # Summed over the processes, so that all of them stop when one diverges.
-        figures = torch.stack([loss.detach() / world, correct, torch.ones_like(loss) * len(labels)])
-        sums[:3] += distributed.summed(figures)
-        sums[3] = torch.where(torch.isfinite(figures[0]) | (sums[3] >= 0), sums[3], number)
+        totals.add(loss, (logits.argmax(1) == labels).sum(), len(labels), number)
 
     # Started from Python as it is: a step in which processes exchange gradients, or on a GPU that wants loss scaling,
     # which is slow enough for Python to keep up.
@@ -155,17 +180,19 @@ def train(
         last_of_epoch = position == steps_per_epoch - 1 or step == steps - 1
         looks = step % LOOK_EVERY == 0 or last_of_epoch
         if looks:  # all processes at the same steps, so that they stop together
-            record = _look(sums, position + 1, epoch + 1, lr, state_path)
+            try:
+                record = {"epoch": epoch + 1, "lr": lr} | totals.means(position + 1)
+            except FloatingPointError as error:
+                raise _diverged(str(error), state_path) from None
             shown = {"loss": f"{record['train_loss']:.3f}", "acc": f"{record['train_accuracy_pct']:.1f}%"}
             progress.set_postfix(shown, refresh=False, lr=f"{lr:.2g}")
         progress.update(batch_of_all)
         if last_of_epoch:
             on_epoch(record | {"step": step + 1, "train_seconds": round(time.monotonic() - began, 3)})
-            sums.fill_(0)
-            sums[3] = -1
+            totals.clear()
         if looks and rank == 0 and state_path and time.monotonic() - saved_at > setup.checkpoint_seconds:
             if _is_finite(model):  # else the next loss will say so, and the last good state stays
-                reached = {"step": step + 1, "sums": sums, "seconds": time.monotonic() - began}
+                reached = {"step": step + 1, "sums": totals.tensor, "seconds": time.monotonic() - began}
                 save_state(reached | {k: v.state_dict() for k, v in parts.items()}, state_path)
             saved_at = time.monotonic()
 
@@ -181,15 +208,18 @@ def train(
     return model.eval()
 
 
-def _resume(parts: dict[str, Any], path: Path | None, device: torch.device) -> tuple[int, Tensor, float]:
-    """Load the state of an interrupted run into `parts`; return the first step to do, the epoch's sums, seconds."""
+def _resume(
+    parts: dict[str, Any], totals: Totals, path: Path | None, device: torch.device
+) -> tuple[int, float]:
+    """Load the state of an interrupted run into `parts` and `totals`; return the first step to do, and seconds."""
     state = load_state(path, device) if path is not None else None
     if state is None:
-        return 0, torch.tensor([0.0, 0.0, 0.0, -1.0], device=device), 0.0
+        return 0, 0.0
     try:
         for name, part in parts.items():
             part.load_state_dict(state[name])
-        return state["step"], state["sums"], state["seconds"]
+        totals.tensor.copy_(state["sums"])
+        return state["step"], state["seconds"]
     except Exception as error:  # each part has its own way of saying that a state is not one of its own
         raise ValueError(
             f"{path} is not the state of this training ({first_line(error)}): delete it to start the row anew"
@@ -261,9 +291,3 @@ def _diverged(what: str, state_path: Path | None) -> NonFiniteLoss:
     kept = f"the last good state is {state_path}" if saved else "nothing was saved yet"
     return NonFiniteLoss(f"{what}; {kept}. Lower the recipe's learning rate.")
 
-
-def _look(sums: Tensor, batches: int, epoch: int, lr: float, state_path: Path | None) -> dict[str, Any]:
-    loss, correct, images, bad_step = sums.tolist()
-    if bad_step >= 0:
-        raise _diverged(f"the loss was not finite at step {int(bad_step)}", state_path)
-    return {"epoch": epoch, "train_loss": loss / batches, "train_accuracy_pct": 100 * correct / images, "lr": lr}

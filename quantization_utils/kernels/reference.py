@@ -37,7 +37,7 @@ def quantize_dynamic(x: Tensor, bits: int, per: str) -> tuple[Tensor, Tensor]:
     code_max = 2 ** (bits - 1) - 1
     dims = (-1,) if per == "token" else (-3, -2, -1)
     absmax = x.abs().amax(dims, keepdim=True).clamp_min(SMALLEST_ABSMAX)
-    inverse = torch.full_like(absmax, code_max) / absmax  # rounded once: PyTorch makes number / tensor of its reciprocal
+    inverse = torch.full_like(absmax, code_max) / absmax  # of a number PyTorch would take the reciprocal first
     return (x * inverse).round().clamp(-code_max - 1, code_max), absmax / code_max
 
 

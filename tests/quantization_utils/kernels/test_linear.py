@@ -89,8 +89,9 @@ def test_dynamic_linear(backend: str, bits: int | str, rows: int, k: int, n: int
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_scales_are_rounded_once(backend: str) -> None:
-    """127 / 4.0919943 times the second activation lies half-way between two codes; of a reciprocal rounded first it does not."""
-    layer, x = (torch.eye(2, dtype=torch.int8), torch.ones(2), None, 8), torch.tensor([[4.091994285583496, -1.047163963317871]])
+    """127 / 4.0919943 times the second activation is half-way between two codes; by way of the reciprocal it is not."""
+    layer = (torch.eye(2, dtype=torch.int8), torch.ones(2), None, 8)
+    x = torch.tensor([[4.091994285583496, -1.047163963317871]])
     expected = torch.tensor([[127, -32]]) * (x[0, 0] / 127)
     assert torch.equal(reference.Linear(*layer)(x), expected)
     assert torch.equal(kernels.make_linear(*layer, backend)(x), expected)
