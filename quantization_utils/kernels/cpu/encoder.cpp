@@ -68,7 +68,7 @@ void Encoder::run(const Call& call, int threads) {
   const bool whole_images = call.images % (few * threads) == 0 || items >= 4 * threads;
   const int64_t image_floats = (int64_t)call.tokens * width_, room = (whole_images ? few * threads : call.images) * image_floats;
   const int64_t in_floats = call.embed ? embedding_->patches.image() : image_floats, out_floats = call.kept * (call.classify ? head_->linear->n() : width_);
-  if (x_.size() < (size_t)room) qkv_.resize(3 * room), attended_.resize(room), x_.resize(room);  // x_ last: it says that all are there
+  if (x_.size() < (size_t)room) qkv_.resize(3 * room), x_.resize(room);  // x_ last: it says that all are there
   if (scratch_tokens_ != call.tokens || (int)scratch_.size() < threads) {
     scratch_.clear();
     for (int t = 0; t < threads; ++t) scratch_.push_back(scratch(call.tokens));
@@ -77,14 +77,14 @@ void Encoder::run(const Call& call, int threads) {
   parallel(isa_, threads, [&](Member& member) {
     Scratch& s = scratch_[member.index()];
     s.image = -1;
-    if (!whole_images) return run_layers(member, {call, x_.data(), qkv_.data(), attended_.data()}, s);
+    if (!whole_images) return run_layers(member, {call, x_.data(), qkv_.data()}, s);
     const int64_t own = member.index() * few * image_floats;
     member.share(items, [&](int64_t item) {
       Member alone(0);
       s.image = -1;
       const int64_t i = item * few;
       const Call some = {call.in + i * in_floats, std::min(few, call.images - i), call.tokens, call.kept, call.embed, call.classify, call.out + i * out_floats};
-      run_layers(alone, {some, x_.data() + own, qkv_.data() + 3 * own, attended_.data() + own}, s);
+      run_layers(alone, {some, x_.data() + own, qkv_.data() + 3 * own}, s);
     });
   });
 }
@@ -104,22 +104,23 @@ void Encoder::run_layers(Member& member, const Images& of, Scratch& s) const {
       float* const x = of.x + first * width_;
       if (l == 0 && of.embed) embed(of.in, first, rows, x, s);
       else if (l == 0) std::copy_n(of.in + first * width_, rows * width_, x);
-      else finish(layers_[l - 1], of.attended + first * width_, x, rows, s);
+      else finish(layers_[l - 1], of.qkv + 3 * first * width_, x, rows, s);
       project(layers_[l], x, rows, of.qkv + 3 * first * width_, s);
     });
     const int queries = l + 1 < layers_.size() ? of.tokens : of.kept;
     member.share(of.images * heads_, [&](int64_t item) {
       const int64_t image = item / heads_;
-      attend((int)(item % heads_), of.qkv + 3 * image * of.tokens * width_, of.tokens, queries, of.attended + image * queries * width_, s);
+      attend((int)(item % heads_), of.qkv + 3 * image * of.tokens * width_, of.tokens, queries, s);
     });
   }
   each_tile(of.images * of.kept, [&](int64_t first, int rows) {
     float* const last = of.classify ? s.last.data() : of.out + first * width_;
     for (int p = 0; p < rows; ++p) {
-      const int64_t image = (first + p) / of.kept, token = (first + p) % of.kept;
-      std::copy_n(of.x + (image * of.tokens + token) * width_, width_, last + p * width_);
+      const int64_t row = (first + p) / of.kept * of.tokens + (first + p) % of.kept;
+      std::copy_n(of.x + row * width_, width_, last + p * width_);
+      std::copy_n(of.qkv + 3 * row * width_, width_, s.wide.data() + 3 * p * width_);
     }
-    finish(layers_.back(), of.attended + first * width_, last, rows, s);
+    finish(layers_.back(), s.wide.data(), last, rows, s);
     if (!of.classify) return;
     normalize(last, rows, head_->norm_weight, head_->norm_bias, *head_->linear, s);
     head_->linear->multiply(s.codes.data(), s.row_scale.data(), rows, Then::kStore, of.out + first * head_->linear->n());
@@ -156,31 +157,31 @@ void Encoder::project(const EncoderLayer& l, const float* x, int rows, float* qk
 }
 
 void Encoder::finish(const EncoderLayer& l, const float* attended, float* x, int rows, Scratch& s) const {
-  quantize(attended, rows, *l.out, s);
+  quantize(attended, 3 * width_, rows, *l.out, s);
   l.out->multiply(s.codes.data(), s.row_scale.data(), rows, Then::kAdd, x);
   normalize(x, rows, l.norm2_weight, l.norm2_bias, *l.fc1, s);
   l.fc1->multiply(s.codes.data(), s.row_scale.data(), rows, Then::kGelu, s.wide.data());
-  quantize(s.wide.data(), rows, *l.fc2, s);
+  quantize(s.wide.data(), l.fc2->k(), rows, *l.fc2, s);
   l.fc2->multiply(s.codes.data(), s.row_scale.data(), rows, Then::kAdd, x);
 }
 
 void Encoder::normalize(const float* x, int rows, const std::vector<float>& weight, const std::vector<float>& bias, const Linear& next, Scratch& s) const {
   for (int p = 0; p < rows; ++p) isa_.layer_norm(x + p * width_, width_, weight.data(), bias.data(), epsilon_, s.rows.data() + p * width_);
-  quantize(s.rows.data(), rows, next, s);
+  quantize(s.rows.data(), width_, rows, next, s);
 }
 
-void Encoder::quantize(const float* x, int rows, const Linear& next, Scratch& s) const {
-  for (int p = 0; p < rows; ++p) s.row_scale[p] = next.quantize(x + (int64_t)p * next.k(), s.codes.data() + p * next.stride());
+void Encoder::quantize(const float* x, int64_t stride, int rows, const Linear& next, Scratch& s) const {
+  for (int p = 0; p < rows; ++p) s.row_scale[p] = next.quantize(x + p * stride, s.codes.data() + p * next.stride());
 }
 
-void Encoder::attend(int head, const float* qkv, int tokens, int queries, float* attended, Scratch& s) const {
+void Encoder::attend(int head, float* qkv, int tokens, int queries, Scratch& s) const {
   const int dim = width_ / heads_;
   const int64_t stride = 3 * width_;
-  const float* q = qkv + head * dim;
+  float* const q = qkv + head * dim;
   isa_.transpose_keys(q + width_, stride, tokens, dim, s.keys.data());
   const Attention one_head = {q, q + width_, q + 2 * width_, s.keys.data(), stride, tokens, dim, 1.0f / std::sqrt((float)dim)};
   for (int first = 0; first < queries; first += kMaxQueries)
-    isa_.attention(one_head, first, std::min(kMaxQueries, queries - first), s.scores.data(), attended + (int64_t)first * width_ + head * dim, width_);
+    isa_.attention(one_head, first, std::min(kMaxQueries, queries - first), s.scores.data(), q + first * stride, stride);
 }
 
 }  // namespace ternary

@@ -56,27 +56,27 @@ class Encoder {
  private:
   struct Scratch;  // of a thread
   struct Images : Call {
-    float *x, *qkv, *attended;
+    float *x, *qkv;
   };
   Scratch scratch(int tokens) const;
   void run_layers(Member& member, const Images& of, Scratch& s) const;
   // Rows first ... first + rows - 1 of all images' tokens.
   void embed(const float* images, int64_t first, int rows, float* x, Scratch& s) const;
-  // `rows` rows of one tile: x (rows x width) to qkv (rows x 3 width), and what attention gave to x.
+  // `rows` rows of one tile: x (rows x width) to qkv (rows x 3 width), and what attention left in the first third of these to x.
   void project(const EncoderLayer& layer, const float* x, int rows, float* qkv, Scratch& s) const;
   void finish(const EncoderLayer& layer, const float* attended, float* x, int rows, Scratch& s) const;
   // The scratch's codes and row_scale for the layer that takes them next, of x and of its LayerNorm.
-  void quantize(const float* x, int rows, const Linear& next, Scratch& s) const;
+  void quantize(const float* x, int64_t stride, int rows, const Linear& next, Scratch& s) const;
   void normalize(const float* x, int rows, const std::vector<float>& weight, const std::vector<float>& bias, const Linear& next, Scratch& s) const;
-  // The first `queries` tokens of one image, to the columns of one head.
-  void attend(int head, const float* qkv, int tokens, int queries, float* attended, Scratch& s) const;
+  // The first `queries` tokens of one image and one head: what they attend to, in the place of the queries.
+  void attend(int head, float* qkv, int tokens, int queries, Scratch& s) const;
   const Kernels& isa_;
   int heads_, width_;
   float epsilon_;
   std::vector<EncoderLayer> layers_;
   std::unique_ptr<Embedding> embedding_;
   std::unique_ptr<Head> head_;
-  Floats x_, qkv_, attended_;     // of all rows, or of an image of each thread
+  Floats x_, qkv_;     // of all rows, or of an image of each thread
   std::vector<Scratch> scratch_;  // one a thread, for scratch_tokens_
   int scratch_tokens_ = 0;
   std::mutex mutex_;
