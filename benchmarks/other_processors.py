@@ -16,6 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.command_line import make_parser
 from quantization_utils.kernels.build import FLAGS, SOURCES
 from train_test_utils.record import ROOT, append_record
 
@@ -32,6 +33,7 @@ def hashes(compiler: str, runner: list[str], folder: Path) -> list[str]:
 
 
 def main() -> None:
+    make_parser(__doc__).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         here, there = (hashes(compiler, runner, Path(folder)) for compiler, runner in TARGETS.values())
     (ROOT / "results" / "files" / "other_processors.jsonl").unlink(missing_ok=True)

@@ -46,7 +46,7 @@ class Normalize(nn.Module):
         require_pixels(images_NCHW)
         if images_NCHW.dim() < 3 or len(self.mean) not in (1, images_NCHW.shape[-3]):
             raise ValueError(f"images have {len(self.mean)} channels, (…, C, H, W), and not {tuple(images_NCHW.shape)}")
-        return (images_NCHW - self.mean_C11) / self.std_C11
+        return (images_NCHW.to(self.mean_C11.dtype) - self.mean_C11) / self.std_C11
 
     def extra_repr(self) -> str:
         return f"mean={self.mean}/255, std={self.std}/255"

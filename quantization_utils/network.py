@@ -178,7 +178,7 @@ class _Builder:
                 raise NotANetwork("a normalisation that does not read the image")
             return replace(value, normalize=module)
         if isinstance(module, (BitConv2d, BitLinear)):
-            return self.layer(module, value)
+            return self.layer(str(fx_node.target), module, value)
         if isinstance(module, BATCH_NORMS):
             return self.batch_norm(module, value)
         if isinstance(module, (nn.Flatten, *PASSES)):
@@ -201,9 +201,11 @@ class _Builder:
             passes_on = isinstance(module_of(self.model, fx_node), (nn.Flatten, *PASSES))
             fx_node = fx_node.args[0] if passes_on else None
 
-    def layer(self, module: BitConv2d | BitLinear, value: _Value) -> _Value:
+    def layer(self, name: str, module: BitConv2d | BitLinear, value: _Value) -> _Value:
         if value.index is None or module.input_quantizer is not None:
-            raise NotANetwork("a layer whose input has no static scale")
+            if value.index == IMAGE and value.normalize is None:
+                raise NotANetwork(f"{name} reads the image without a Normalize before it")
+            raise NotANetwork(f"the input of {name} has no static scale: call calibrate_(model, images)")
         codes, scale_N = module.quantized_weight()
         gain_N = scale_N.double() * value.step
         bias_N = torch.zeros_like(gain_N) if module.bias is None else module.bias.detach().double()

@@ -94,6 +94,8 @@ def _check(name: str, which: str, split: Split, classes: int) -> None:
         raise ValueError(
             f"the {which} images of {name} are {images.dtype} {tuple(images.shape)}, not uint8 (N, 3, H, W)"
         )
+    if labels.dtype != torch.int64:
+        raise ValueError(f"the {which} labels of {name} are {labels.dtype}, not int64")
     if labels.min() < 0 or labels.max() >= classes:
         wrong = int(labels[(labels < 0) | (labels >= classes)][0])
         raise ValueError(f"the {which} split of {name} has the label {wrong}; labels go from 0 to {classes - 1}")

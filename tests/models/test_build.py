@@ -25,6 +25,16 @@ def test_images_in_logits_out(name, classes):
 
 
 @pytest.mark.parametrize("name", MODELS)
+def test_no_images_and_images_of_other_types(name):
+    model = build(name, 3, **SMALL.get(name, {})).eval()
+    with torch.no_grad():
+        assert model(images(0)).shape == (0, 3)
+        for dtype in (torch.float64, torch.bfloat16):
+            batch = images(2).to(dtype)
+            assert torch.equal(model(batch), model(batch.float()))
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_the_constructor_rebuilds_the_model_and_is_json(name):
     model = build(name, 7, **SMALL.get(name, {}))
     told = json.loads(json.dumps(model.constructor))

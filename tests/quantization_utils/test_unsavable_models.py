@@ -28,6 +28,12 @@ def test_a_model_that_no_file_can_rebuild_is_told_why(tmp_path):
     calibrate_(quantize_(model, act_bits=None), torch.rand(2, 3, 16, 16))
     with pytest.raises(ValueError, match="has a float output inside the network"):
         save_model(pack_(model), tmp_path / "x")
+    chain = nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(1800, 2))
+    with pytest.raises(ValueError, match=r"\(0 reads the image without a Normalize before it\)"):
+        save_model(pack_(calibrate_(quantize_(chain), images())), tmp_path / "x")
+    chain = nn.Sequential(Normalize(), nn.Conv2d(3, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(1800, 2))
+    with pytest.raises(ValueError, match=r"\(the input of 1 has no static scale: call calibrate_"):
+        save_model(pack_(quantize_(chain)), tmp_path / "x")
     chain = nn.Sequential(nn.Conv2d(3, 2, 3), nn.GELU(), nn.Flatten(), nn.Linear(1800, 2))
     with pytest.raises(ValueError, match=r"how to rebuild its model: .* \(not a chain of convolutions"):
         save_model(pack_(quantize_(chain)), tmp_path / "x")

@@ -102,6 +102,7 @@ def test_to_float_hits_both_ends():
         (torch.zeros(2, 1, 32, 32, dtype=torch.uint8), [0, 1], "not uint8"),
         (torch.zeros(2, 3, 32, 32, dtype=torch.uint8), [0, -1], "has the label -1"),
         (torch.zeros(2, 3, 32, 32, dtype=torch.uint8), [0], "2 images and 1 labels"),
+        (torch.zeros(2, 3, 32, 32, dtype=torch.uint8), [0.0, 1.0], "labels of it are torch.float32, not int64"),
     ],
 )
 def test_a_data_set_is_checked(images, labels, said):
