@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import math
 import re
-import shlex
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from typing import Any
 
 NOTHING = "–"
@@ -188,51 +186,6 @@ def circumstances(lines: Sequence[Line]) -> dict[str, str]:
         "latency on": [] if set(timed_on) <= set(device) else timed_on,
     }  # fmt: skip
     return {name: ", ".join(values) for name, values in found.items() if values}
-
-
-def commands_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The commands that make these rows: those that were given, joined where they differ in rows, seeds or logging."""
-    chosen: dict[tuple[str, ...], dict[str, dict[str, None]]] = {}  # program and options -> seed -> patterns
-    for row in rows:
-        if not row.get("command"):
-            continue
-        program, *options = _options(row["command"])
-        given = next((shlex.split(o)[1:] for o in options if o.startswith("--only ")), ["*"])
-        name = str(row.get("row"))
-        patterns = [p for p in given if "row" not in row or fnmatchcase(name, p)] or [name]  # a parent is not named
-        kept = sorted(o for o in options if not o.startswith(("--only ", "--seeds ", "--wandb ", "--measure-again")))
-        quick_rows = "--quick" in kept and given == ["*"]  # fewer than --only '*' would name
-        by_seed = chosen.setdefault((str(quick_rows), program, *kept), {})
-        by_seed.setdefault(str(row.get("seed", 0)), {}).update(dict.fromkeys(patterns))
-    commands = []
-    for (_, *words), by_seed in chosen.items():
-        seeds_of: dict[frozenset[str], list[str]] = {}
-        for seed, patterns_of_seed in by_seed.items():
-            seeds_of.setdefault(frozenset(_widest(patterns_of_seed)), []).append(seed)
-        for seeds in seeds_of.values():
-            only = _widest(by_seed[seeds[0]])
-            choice = [] if seeds == ["0"] else ["--seeds", *sorted(seeds, key=int)]
-            choice += [] if only == ["*"] else ["--only", *map(shlex.quote, only)]
-            commands.append(" ".join([*words, *choice]))
-    return commands
-
-
-def _options(command: str) -> list[str]:
-    """The program, then each option with its values: ["python3 x.py", "--seeds 0 1", "--out 'a folder'"]."""
-    words = shlex.split(command)
-    script = next((i for i, word in enumerate(words) if word.endswith(".py")), 0)  # options before it are a launcher's
-    options = [words[: script + 1]]
-    for word in words[script + 1 :]:
-        if word.startswith("--"):
-            options.append(word.split("=", 1))
-        else:
-            options[-1].append(word)
-    return [shlex.join(words) for words in options]
-
-
-def _widest(patterns: Iterable[str]) -> list[str]:
-    """The patterns that no other one covers."""
-    return [p for p in patterns if not any(p != other and fnmatchcase(p, other) for other in patterns)]
 
 
 def is_reduced(line: Line) -> bool:

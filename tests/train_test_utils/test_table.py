@@ -7,7 +7,6 @@ from train_test_utils.table import (
     Line,
     circumstances,
     columns_of,
-    commands_of,
     float_line,
     lines_of,
     megabytes,
@@ -120,41 +119,6 @@ def test_circumstances_name_the_commits_of_both_measurements():
     assert circumstances(lines_of(rows))["commit"] == "one, two, three"
 
 
-def test_commands_that_differ_in_the_rows_they_choose_are_one():
-    commands = [
-        "python3 a.py --wandb disabled --budget 0.04 --only float 'ptq*'",
-        "python3 a.py --budget 0.04 --only float qat_all --wandb offline",
-        "python3 a.py --budget 0.1 --out runs/b --measure-again latency",
-        "python3 b.py",
-    ]
-    assert commands_of([{"command": c} for c in (*commands, commands[0])] + [{}]) == [
-        "python3 a.py --budget 0.04 --only float 'ptq*' qat_all",
-        "python3 a.py --budget 0.1 --out runs/b",
-        "python3 b.py",
-    ]
-
-
-def test_a_command_names_the_rows_that_it_made_and_the_seeds_that_have_them_all():
-    made = [
-        row("float", command="python3 a.py --seeds 0 1 --only 'ptq*' qat_all"),  # a parent, which nobody named
-        row("ptq_all", command="python3 a.py --seeds 0 1 --only 'ptq*' qat_all"),
-        row("ptq_all", command="python3 a.py --only ptq_all --wandb offline"),
-        row("float", seed=1, command="python3 a.py --seeds 1 --only float"),
-        row("ptq_all", seed=1, command="python3 a.py --seeds 0 1 --only 'ptq*' qat_all"),
-        row("qat_all", seed=2, command="python3 a.py --seeds 0 1 2"),
-    ]
-    assert commands_of(made) == ["python3 a.py --seeds 0 1 --only float 'ptq*'", "python3 a.py --seeds 2"]
-
-
-def test_the_rows_of_quick_and_others_in_small_batches_take_two_commands():
-    made = [
-        row("float", command="python3 a.py --quick"),
-        row("ptq_all", command="python3 a.py --quick"),
-        row("ptq_all_twn", command="python3 a.py --quick --only ptq_all_twn"),
-    ]
-    assert commands_of(made) == ["python3 a.py --quick", "python3 a.py --quick --only ptq_all_twn"]
-
-
 def test_a_latency_of_another_device_says_so():
     one, two = row(device="GPU", latency_device="CPU"), row(device="CPU", latency_device="CPU")
     assert circumstances(lines_of([one]))["latency on"] == "CPU"
@@ -178,12 +142,6 @@ def test_the_same_row_under_other_conditions_has_another_label():
     assert [line.label for line in lines] == [
         "qat_all (budget 1)", "qat_all (budget 0.1)", "qat_all (budget 1, stem=maxpool)"
     ]  # fmt: skip
-
-
-def test_commands_keep_quoted_words_launchers_and_the_order_of_seeds():
-    command = "torchrun --nproc_per_node=4 x.py --out 'my --dir' --budget=0.1 --seeds {0} --only=qat_all"
-    joined = commands_of([row(seed=seed, command=command.format(seed)) for seed in (10, 2)])
-    assert joined == ["torchrun --nproc_per_node=4 x.py --budget 0.1 --out 'my --dir' --seeds 2 10 --only qat_all"]
 
 
 def test_a_tenth_of_a_megabyte_and_less():

@@ -6,7 +6,7 @@ import base64
 from collections.abc import Sequence
 from html import escape
 
-from ..table import Line, circumstances, columns_of, commands_of, float_line, is_reduced, megabytes, significant
+from ..table import Line, circumstances, columns_of, float_line, is_reduced, megabytes, significant
 from .plots import FAMILIES, OTHER, Picture, family
 
 STYLE = """

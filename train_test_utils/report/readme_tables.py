@@ -31,11 +31,11 @@ from ..table import (
     Line,
     circumstances,
     columns_of,
-    commands_of,
     is_reduced,
     lines_of,
     significant,
 )
+from .commands import commands_of
 
 MARKED = re.compile(r"(<!-- table:(\S+)([^>]*?) -->\n).*?(<!-- /table -->)", re.DOTALL)
 OPENING = re.compile(r"<!-- table:")
