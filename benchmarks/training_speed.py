@@ -98,7 +98,8 @@ def measure(model_name: str, row: Row, data: ImageDataset, arguments: Arguments,
 
 def check(words: list[str]) -> None:
     """Raises ValueError for an option of the scripts that changes nothing here."""
-    idle = ("--list", "--seeds", "--budget", "--holdout", "--measure-again", "--checkpoint-seconds", "--out", "--wandb")
+    idle = ("--list", "--seeds", "--budget", "--holdout", "--measure-again", "--checkpoint-seconds", "--out", "--wandb",
+            "--quick")  # fmt: skip
     if given := [word for word in words if word.partition("=")[0] in idle]:
         raise ValueError(f"{given[0]} is of no use here: nothing is trained to its end")
 
@@ -112,10 +113,12 @@ def main() -> None:
     try:
         check(words)
         arguments = parse_arguments(given.model, words)
-        options = options_of(arguments, getattr(script, "OPTIONS", {}), getattr(script, "quick_options", None))
+        options = options_of(arguments, getattr(script, "OPTIONS", {}), None)
         arguments = replace(arguments, options=options)
         table = script.rows(arguments.options) if hasattr(script, "rows") else script.ROWS
         rows = [row for row in choose(table, arguments.only) if row.recipe and is_named(row, arguments.only)]
+        if not rows:
+            raise ValueError(f"none of {' '.join(arguments.only)} is trained: choose others with --only")
         epochs = sum(row.recipe.epochs for row in table if row.recipe)
         for name in arguments.dataset:
             data = load_dataset(name, arguments.data_dir).to(arguments.device)

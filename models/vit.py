@@ -136,7 +136,9 @@ def _of_config(config: dict[str, Any]) -> Any:
 
     if unknown := sorted(set(config) - set(ESSENTIAL)):
         raise ValueError(f"a ViT's config has no {unknown[0]!r} here: give {', '.join(ESSENTIAL)}")
-    return ViTForImageClassification(ViTConfig(**config))
+    made = ViTConfig(**config)
+    made.image_size = _side("a ViT of this config", made)
+    return ViTForImageClassification(made)
 
 
 def _essential(config: Any) -> dict[str, Any]:
@@ -171,7 +173,7 @@ def _from_checkpoint(checkpoint: str, num_classes: int) -> tuple[Any, Three, Thr
         hub_logging.set_verbosity(verbosity)
     if config.model_type != "vit":
         raise ValueError(f"{checkpoint!r} is a {config.model_type} checkpoint: name one of a ViT")
-    side = _side(checkpoint, config)
+    _side(repr(checkpoint), config)
     try:
         loaded: Any = ViTForImageClassification.from_pretrained(
             checkpoint, num_labels=num_classes, ignore_mismatched_sizes=True, dtype=torch.float32,
@@ -187,7 +189,7 @@ def _from_checkpoint(checkpoint: str, num_classes: int) -> tuple[Any, Three, Thr
     if damaged := [name for name, tensor in given.state_dict().items() if not tensor.isfinite().all()]:
         raise ValueError(f"{checkpoint!r} has weights that are no finite numbers in {damaged[0]}: name a whole ViT")
     # What is trained is what a saved file rebuilds, whatever else the checkpoint's configuration says.
-    network = _of_config(_essential(given.config) | {"image_size": side})
+    network = _of_config(_essential(given.config))
     try:
         network.load_state_dict(given.state_dict())
     except RuntimeError as error:  # heads of a size of their own
@@ -195,19 +197,16 @@ def _from_checkpoint(checkpoint: str, num_classes: int) -> tuple[Any, Three, Thr
     return network, *_normalisation(checkpoint)
 
 
-def _side(checkpoint: str, config: Any) -> int:
-    """Of the square colour images that a checkpoint takes, in patches that are no larger."""
-    height, width = _pair(config.image_size)
-    if config.num_channels != 3 or height != width or max(_pair(config.patch_size)) > height:
+def _side(which: str, config: Any) -> int:
+    """Of the square colour images that a ViT takes, in patches that are no larger."""
+    sizes = (config.image_size, config.patch_size)
+    sides, patch = ([size] * 2 if isinstance(size, int) else list(size) for size in sizes)
+    if config.num_channels != 3 or sides != sides[:1] * 2 or max(patch) > sides[0]:
         raise ValueError(
-            f"{checkpoint!r} takes images of {height}×{width} pixels and {config.num_channels} channels in patches of "
-            f"{config.patch_size}: name a ViT for square colour images"
+            f"{which} takes images of {'×'.join(map(str, sides))} pixels and {config.num_channels} channels in patches "
+            f"of {config.patch_size}: name a ViT for square colour images"
         )
-    return height
-
-
-def _pair(size: Any) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else tuple(size)
+    return sides[0]
 
 
 def _normalisation(checkpoint: str) -> tuple[Three, Three]:

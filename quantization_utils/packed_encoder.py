@@ -16,6 +16,7 @@ from . import kernels
 from .bit_layers import PackedConv2d, PackedLinear
 
 HEAD_MULTIPLE = 16  # the kernels take heads of whole vectors
+backend_of = operator.attrgetter("backend")
 version_of = operator.attrgetter("_version")  # which every change of a tensor in place raises
 
 
@@ -30,10 +31,14 @@ class _Watch:
         self.groups, self.names, self.values = zip(*entries, strict=True)
         self.tensors = [v for v in self.values if isinstance(v, Tensor) and not v.is_inference()]
         self.versions = list(map(version_of, self.tensors))
+        self.packed = [m for m in modules if hasattr(m, "backend")]
+        self.backends = list(map(backend_of, self.packed))
 
     def unchanged(self) -> bool:
         found = map(dict.get, self.groups, self.names)
-        return all(map(operator.is_, found, self.values)) and list(map(version_of, self.tensors)) == self.versions
+        if not all(map(operator.is_, found, self.values)) or list(map(version_of, self.tensors)) != self.versions:
+            return False
+        return list(map(backend_of, self.packed)) == self.backends
 
 
 class PackedEncoder:
@@ -113,6 +118,8 @@ class PackedEncoder:
         embeddings, size = self.network.vit.embeddings, self.network.config.image_size
         patches = embeddings.patch_embeddings.projection
         if type(self.normalize) is not Normalize or not _runs_as(patches, act_bits) or not patches.has_kernel:
+            return None
+        if len(self.normalize.mean) != patches.codes.shape[1]:  # one for all channels, say
             return None
         positions_TD = embeddings.position_embeddings[0].clone()
         positions_TD[0] += embeddings.cls_token[0, 0]

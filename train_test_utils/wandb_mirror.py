@@ -14,6 +14,7 @@ import secrets
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -77,8 +78,11 @@ class Mirror:
         if self._wandb is None:
             return
         self.finish()
-        held = [file for file in dict.fromkeys([*files, *packed]) if file.exists()]
-        seconds = UPLOAD_SECONDS + sum(file.stat().st_size for file in held) / BYTES_A_SECOND
+        held: dict[Path, int] = {}  # and their bytes
+        for file in dict.fromkeys([*files, *packed]):
+            with suppress(OSError):  # it is not there, or cannot be read
+                held[file] = file.stat().st_size
+        seconds = UPLOAD_SECONDS + sum(held.values()) / BYTES_A_SECOND
         self._open("table", {"rows": len(table)}, "table", seconds)
 
         def write_files() -> None:

@@ -178,22 +178,28 @@ def test_what_a_checkpoint_says_beside_its_structure_changes_nothing(foreign, ne
     "config, said",
     [
         ({"image_size": [32, 48]}, "32×48 pixels and 3 channels"),
+        ({"image_size": [48, 48, 48]}, "48×48×48 pixels and 3 channels"),
         ({"num_channels": 1}, "48×48 pixels and 1 channels"),
         ({"patch_size": 64}, "in patches of 64"),
         ({"head_dim": 32}, "size mismatch"),
     ],
 )
 def test_checkpoints_of_other_shapes_are_refused_before_they_are_trained(config, said, tmp_path):
-    if "patch_size" in config:  # no network of it can be made
+    if {"patch_size", "image_size"} & config.keys():  # no network of some of them can be made
         ViTConfig(**{**TINY, **config}).save_pretrained(tmp_path)
     else:
         save(tmp_path, **config)
     with pytest.raises(ValueError, match=said):
         build("vit", 6, checkpoint=str(tmp_path))
+    if "head_dim" not in config:
+        with pytest.raises(ValueError, match=f"a ViT of this config .*{said}"):
+            build("vit", 6, config={**TINY, **config})
 
 
 def test_a_side_may_be_given_twice(tmp_path):
     model = build("vit", 6, checkpoint=save(tmp_path, image_size=[48, 48]))
+    assert model.network.config.image_size == 48 and model(torch.rand(1, 3, 32, 32)).shape == (1, 6)
+    model = build("vit", 6, config={**TINY, "image_size": [48, 48]})
     assert model.network.config.image_size == 48 and model(torch.rand(1, 3, 32, 32)).shape == (1, 6)
 
 

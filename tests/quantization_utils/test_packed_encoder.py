@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import models
+from models.normalize import Normalize
 from quantization_utils import absmean, load_model, pack_, quantize_, save_model
 from tests.networks import assert_equal_but_for_rounding, packed_vit
 
@@ -93,7 +94,11 @@ def another_network(model: nn.Module) -> None:
     model.network.classifier.scale.zero_()
 
 
-@pytest.mark.parametrize("change", [another_mean, another_normalisation, another_network])
+def one_mean_for_all_colours(model: nn.Module) -> None:
+    model.normalize = Normalize((125,), (63,))
+
+
+@pytest.mark.parametrize("change", [another_mean, another_normalisation, one_mean_for_all_colours, another_network])
 @pytest.mark.parametrize("called_before", [True, False])
 @torch.no_grad()
 def test_the_model_itself_may_change(change: Callable[[nn.Module], None], called_before: bool) -> None:
@@ -104,6 +109,21 @@ def test_the_model_itself_may_change(change: Callable[[nn.Module], None], called
     change(model)
     assert_equal_but_for_rounding(model(images), model.network(model.normalize(images)).logits)
     assert not torch.equal(model(images), before)
+
+
+@torch.no_grad()
+def test_another_backend_may_be_asked_for() -> None:
+    model, images = packed_vit(), torch.rand(4, 3, 32, 32)
+    before = model(images)
+    layers = [module for module in model.modules() if hasattr(module, "backend")]
+    for layer in layers:
+        layer.backend = "reference"
+    assert_equal_but_for_rounding(model(images), before)
+    assert model.encoder.backend is None
+    for layer in layers:
+        layer.backend = "nonsense"
+    with pytest.raises(ValueError, match="unknown backend 'nonsense'"):
+        model(images)
 
 
 @pytest.mark.parametrize("where", ["normalize", "network.vit.layers.0"])

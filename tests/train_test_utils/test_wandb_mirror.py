@@ -161,7 +161,8 @@ def test_a_table_that_cannot_be_logged_leaves_no_run_open(tmp_path, monkeypatch)
 
     monkeypatch.setitem(sys.modules, "wandb", Working("wandb"))
     mirror = wandb_mirror.Mirror("offline", tmp_path, "project", "resnet_18-my größte images")
-    mirror.close([], [], [])
+    unreadable = tmp_path / ("x" * 300)  # no file system has a name so long: looking for it is an error
+    mirror.close([], [unreadable], [unreadable])
     assert names == ["resnet_18-my-gr--te-images"] and codes == [0] and mirror._run is None
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from html import escape
 
 from ..table import Line, circumstances, columns_of, float_line, is_reduced, megabytes, significant
+from .commands import commands_of
 from .plots import FAMILIES, OTHER, Picture, family
 
 STYLE = """

@@ -44,5 +44,5 @@ def test_the_rows_of_quick_and_others_in_small_batches_take_two_commands():
 
 def test_commands_keep_quoted_words_launchers_and_the_order_of_seeds():
     command = "torchrun --nproc_per_node=4 x.py --out 'my --dir' --budget=0.1 --seeds {0} --only=qat_all"
-    joined = commands_of([row(seed=seed, command=command.format(seed)) for seed in (10, 2)])
+    joined = commands_of([row("qat_all", command.format(seed), seed) for seed in (10, 2)])
     assert joined == ["torchrun --nproc_per_node=4 x.py --budget 0.1 --out 'my --dir' --seeds 2 10 --only qat_all"]
