@@ -54,6 +54,8 @@ def rows(options: dict) -> list[Row]:
         Row("ptq_all_reconstructed_8bit_acts", "float", [ReconstructedTernary(act_bits=8)],     None),
         # ... from a float network that was trained as long as the ternary ones below: what their training has to beat
         Row("ptq_all_finetuned",    "float_finetuned", [CalibratedTernary(act_bits=8, images=4096)], None),
+        Row("ptq_all_finetuned_reconstructed", "float_finetuned",
+            [ReconstructedTernary(act_bits=8, images=4096)], None),
         *[Row(f"ptq_linear_{score.__name__}_{p}", "float", [LINEAR, Prune(score, p / 100, only=nn.Linear)], None)
           for score in (random, l1, l2_filters, l1_global) for p in (30, 50, 70, 90)],
         # During training, weights and activations (8 bits per token)
