@@ -136,39 +136,47 @@ def run_table(
                 if row.parent and parent is None:
                     continue  # there is nothing of its parent; that has been said
                 run = Run(model_name, options, row, parent, seed, data, arguments, folder)
-                try:
-                    line = run.line(logbook)
-                except (ValueError, OSError, MemoryError, RuntimeError) as error:
-                    diverged = isinstance(error, NonFiniteLoss)
-                    # All processes see that; of anything else, which may have befallen one, the others would not know.
-                    others_know = diverged or distributed.world_size() == 1
-                    if os.environ.get("TERNARY_TRACEBACK") or not (is_told(error) and others_know):
-                        raise
-                    is_mistake = isinstance(error, (ValueError, OSError)) and not diverged
-                    code = max(code, 2 if is_mistake else 1)
-                    script = Path(sys.argv[0]).name
-                    print(f"{script}: {row.name}, seed {seed}: {sentence(error)}", file=sys.stderr)
-                    continue
-                if line is None:
-                    if distributed.rank() == 0:
-                        said = f"{row.name}, seed {seed}: not done with these options, so not measured"
-                        print(said, file=sys.stderr)
-                    continue
-                table.append(line)
-                runs[row.name] = run
+                line, failed = attempt(run, logbook)
+                code = max(code, failed)
+                if line is not None:
+                    table.append(line)
+                    runs[row.name] = run
         if distributed.rank() == 0 and table:
-            print_table(table)
-            paths: list[Path] = []
-            try:
-                paths = write_report([*logbook.rows(), *table], folder)  # of two lines the later counts: this table's
-                say(f"report and pictures: {folder / 'report.html'}")
-            except Exception as error:  # a full disk, a line written by hand: figures do not depend on pictures
-                if os.environ.get("TERNARY_TRACEBACK"):
-                    raise
-                say(f"the report could not be written ({sentence(error)})")
-            logbook.close(table, paths)
+            report(table, logbook, folder)
     finally:
         logbook.finish()
         with suppress(OSError):
             folder.rmdir()  # if nothing has come of it
     return code
+
+
+def attempt(run: Run, logbook: Logbook) -> tuple[dict[str, Any] | None, int]:
+    """A row's line and 0; none, and the exit code of what is in the way: other rows may be done all the same."""
+    name = f"{run.row.name}, seed {run.seed}"
+    try:
+        line = run.line(logbook)
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        diverged = isinstance(error, NonFiniteLoss)
+        # All processes see that; of anything else, which may have befallen one, the others would not know.
+        others_know = diverged or distributed.world_size() == 1
+        if os.environ.get("TERNARY_TRACEBACK") or not (is_told(error) and others_know):
+            raise
+        print(f"{Path(sys.argv[0]).name}: {name}: {sentence(error)}", file=sys.stderr)
+        return None, 2 if isinstance(error, (ValueError, OSError)) and not diverged else 1
+    if line is None and distributed.rank() == 0:
+        print(f"{name}: not done with these options, so not measured", file=sys.stderr)
+    return line, 0
+
+
+def report(table: list[dict[str, Any]], logbook: Logbook, folder: Path) -> None:
+    """Print the table, write its pages and pictures, and close the logbook with them."""
+    print_table(table)
+    paths: list[Path] = []
+    try:
+        paths = write_report([*logbook.rows(), *table], folder)  # of two lines the later counts: this table's
+        say(f"report and pictures: {folder / 'report.html'}")
+    except Exception as error:  # a full disk, a line written by hand: figures do not depend on pictures
+        if os.environ.get("TERNARY_TRACEBACK"):
+            raise
+        say(f"the report could not be written ({sentence(error)})")
+    logbook.close(table, paths)
