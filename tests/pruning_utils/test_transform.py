@@ -10,6 +10,7 @@ from torch.nn.utils import prune as torch_prune
 
 from models import build
 from pruning_utils import l1, l1_global, l2, l2_filters, prune_, random, zero_fraction
+from pruning_utils.scores import scoring
 from pruning_utils.structured import batch_norms_behind
 from quantization_utils import absmean, absmean_fitted, mse_optimal, quantize_
 
@@ -337,3 +338,26 @@ def test_the_classifier_is_the_layer_that_runs_last():
 
     model = prune_(Upside(), l2_filters, 0.5)
     assert zeros(model) == [0, 2 * 27]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_importances_that_are_not_finite_are_refused(value):
+    def score(weight):
+        importance = weight.abs()
+        importance.view(-1)[0] = value
+        return importance
+
+    with pytest.raises(ValueError, match="weights or importances that are not finite"):
+        prune_(nn.Sequential(nn.Linear(9, 9)), score, 0.5)
+
+
+def test_a_score_of_ones_own_gets_random_numbers_of_the_seed():
+    @scoring(seeded=True)
+    def own(weight, generator):
+        return torch.rand(weight.shape, generator=generator)
+
+    one, again, other = (
+        prune_(nn.Sequential(nn.Linear(9, 9)), own, 0.5, seed=seed)[0].parametrizations.weight[0].mask
+        for seed in (1, 1, 2)
+    )
+    assert torch.equal(one, again) and not torch.equal(one, other)

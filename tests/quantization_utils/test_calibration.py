@@ -197,3 +197,24 @@ def test_modules_that_are_called_by_name():
     assert execution_order(model, batch[:1]) == {"conv": "bn", "fc": None}
     expected = calibrate_(quantize_(model), batch)(batch)
     torch.testing.assert_close(pack_(model)(batch), expected, rtol=0, atol=1e-4)
+
+
+def test_a_second_calibration_that_fails_leaves_the_steps_of_the_first():
+    model = calibrate_(quantize_(make("alexnet_like")), images(8))
+    model[1].weight.data[0] = torch.nan
+    before = str(model)
+    with pytest.raises(ValueError, match="is not finite on the calibration images"):
+        calibrate_(model, images(8))
+    assert str(model) == before
+
+
+def test_a_lone_large_value_is_clipped_where_that_is_better():
+    """The step is nearly the best of a fine grid, which goes far below the largest value."""
+    torch.manual_seed(0)
+    values = torch.cat([torch.rand(100_000), torch.tensor([10.0])])
+
+    def error(step):
+        return float((values - (values / step).round().clamp(0, 15) * step).square().sum())
+
+    best = min(error(10 * part / 600 / 15) for part in range(10, 601, 2))
+    assert error(_best_step(values, 15)) <= 1.05 * best

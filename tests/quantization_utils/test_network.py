@@ -15,7 +15,7 @@ from models.resnet_18 import BasicBlock
 from quantization_utils import absmean_fitted, calibrate_, int8_absmax, load_model, pack_, quantize_, save_model
 from quantization_utils.bit_layers import Quantized
 from quantization_utils.kernels import reference
-from quantization_utils.network import PackedNetwork, to_nodes
+from quantization_utils.network import NotANetwork, PackedNetwork, _fold_normalization, to_nodes
 from quantization_utils.nodes import IMAGE, Node
 from tests.networks import CHAINS, CLASSES, images, make
 
@@ -207,3 +207,34 @@ def test_images_that_a_network_was_not_packed_for(packed, shape):
     given = "×".join(map(str, shape[1:]))
     with pytest.raises(ValueError, match=f"packed for batches of images of 3×32×32, not {given}"):
         packed(torch.rand(shape))
+
+
+def test_a_packed_network_takes_no_bytes_and_forgets_its_executor_when_it_is_moved():
+    packed = pack_(calibrate_(quantize_(make("alexnet_like")), images(8)))
+    assert isinstance(packed, PackedNetwork)
+    with pytest.raises(ValueError, match="numbers in .0, 1., not torch.uint8"):
+        packed(images(2).mul(255).byte())
+    packed(images(1))
+    assert packed.to("cpu")._executor is None
+
+
+def test_pixels_that_are_not_normalized_count_in_units_of_255():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 900, 5)).eval()
+    quantize_(quantize_(model, act_bits=None, only="0"))
+    batch = images(4)
+    expected = calibrate_(model, batch)(batch)
+    node, step = to_nodes(model)[0], model[1].quantizer.step.detach()
+    torch.testing.assert_close(node.gain * step, model[0].quantized_weight()[1] / 255, rtol=1e-5, atol=0)
+    assert node.pad_values is None
+    torch.testing.assert_close(pack_(model)(batch), expected, rtol=0, atol=1e-3)
+
+
+def test_a_mean_beyond_the_pixels_is_no_padding():
+    codes = torch.ones(1, 3, 1, 1, dtype=torch.int8)
+
+    def padding(mean):
+        return _fold_normalization(Normalize((mean,) * 3, (1,) * 3), codes, torch.ones(1), torch.zeros(1))[2].tolist()
+
+    assert padding(255) == [255] * 3 and padding(0) == [0] * 3
+    with pytest.raises(NotANetwork):
+        padding(256)

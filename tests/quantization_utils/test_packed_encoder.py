@@ -12,6 +12,7 @@ from torch import nn
 
 import models
 from models.normalize import Normalize
+from pruning_utils import l2_filters, prune_
 from quantization_utils import absmean, load_model, pack_, quantize_, save_model
 from tests.networks import assert_equal_but_for_rounding, packed_vit
 
@@ -203,3 +204,36 @@ def test_layers_under_other_names_run_one_by_one(monkeypatch: pytest.MonkeyPatch
     model = packed_vit()
     assert model.encoder is None
     assert_equal_but_for_rounding(model(images), expected)
+
+
+@torch.no_grad()
+def test_neurons_stay_where_zero_is_not_what_their_activation_makes_of_zero() -> None:
+    config = models.build("vit", 10, width=64, depth=1).constructor["options"]["config"]
+    model = packed_vit(config=config | {"hidden_act": "sigmoid"}, pruned=0.5)
+    assert {layer.mlp.fc1.codes.shape[0] for layer in model.network.vit.layers} == {config["intermediate_size"]}
+
+
+@torch.no_grad()
+def test_neurons_stay_where_only_one_of_their_layers_is_packed() -> None:
+    model = prune_(models.build("vit", 10, width=64, depth=1).eval(), l2_filters, 0.5, only=nn.Linear)
+    images = torch.rand(2, 3, 32, 32)
+    expected = quantize_(model, absmean, keep=["*.fc2"])(images)
+    assert_equal_but_for_rounding(pack_(model)(images), expected)
+
+
+@torch.no_grad()
+def test_patches_of_other_bits_are_embedded_by_their_module() -> None:
+    vit, images = models.build("vit", 10, width=64, depth=1).eval(), torch.rand(2, 3, 32, 32)
+    model = pack_(quantize_(quantize_(vit, act_bits=4, only="*projection")))
+    assert_equal_but_for_rounding(model(images), model.network(model.normalize(images)).logits)
+    assert model.encoder._runner.classes and not model.encoder._runner.embeds
+
+
+@torch.no_grad()
+def test_hooks_before_a_layer_are_called_too() -> None:
+    model, images = packed_vit(), torch.rand(2, 3, 32, 32)
+    model(images)
+    seen: list[object] = []
+    model.network.vit.layers[0].register_forward_pre_hook(lambda module, args: seen.append(args))
+    model(images)
+    assert len(seen) == 1 and model.encoder.backend is None

@@ -19,6 +19,7 @@ from quantization_utils.quantizers import (
     block_length,
     dequantize,
     int8_absmax,
+    is_finite,
     mse_optimal,
     twn,
 )
@@ -271,3 +272,8 @@ def test_a_weight_that_is_not_a_number_is_not_hidden(quantizer):
 @pytest.mark.parametrize("quantizer", [*TERNARY, int8_absmax])
 def test_weights_next_to_nothing_stay_so(quantizer, size):
     assert dequantize(*quantizer(torch.randn(4, 9) * size)).abs().max() < max(1e-11, 4 * size)
+
+
+def test_weights_whose_sum_is_infinite_are_finite():
+    assert is_finite(torch.full((4,), 3e38))
+    assert not is_finite(torch.tensor([1.0, torch.inf])) and not is_finite(torch.tensor([torch.inf, -torch.inf]))

@@ -29,6 +29,7 @@ from quantization_utils.storage import (
     _check_values,
     _set_backend,
     decode_record,
+    is_float16,
     load_model,
     save_model,
 )
@@ -393,3 +394,16 @@ def test_an_error_says_which_file_is_there_now(fails, small, tmp_path, monkeypat
     assert list(tmp_path.iterdir()) == [path]
     if not unchanged:
         load_model(path)
+
+
+def test_every_value_is_looked_at_before_16_bits_are_enough():
+    tensor = torch.ones(100)
+    assert is_float16(tensor)
+    tensor[99] += 2.0**-13
+    assert not is_float16(tensor)
+
+
+def test_convolutions_without_integers_take_any_backend():
+    model = pack_(quantize_(nn.Sequential(nn.Conv2d(3, 2, 3)), act_bits=None))
+    _set_backend(model, "cpu")
+    assert model[0].has_kernel and model[0].backend == "cpu"

@@ -377,3 +377,11 @@ def test_packing_a_copy_leaves_the_original_its_masks(score):
     packed = pack_(copy.deepcopy(model))
     assert torch.equal(logits_of(model, batch), before) and zero_fraction(model) > 0.4
     torch.testing.assert_close(logits_of(packed, batch), before)
+
+
+@pytest.mark.parametrize("register", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_hooks_of_the_backward_pass_are_refused_too(register):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    getattr(model[1], register)(lambda *_: None)
+    with pytest.raises(ValueError, match="1 has hooks"):
+        quantize_(model)

@@ -103,3 +103,56 @@ def test_machines_that_share_a_home_share_no_kernels(monkeypatch: pytest.MonkeyP
     here = build._fingerprint([])
     monkeypatch.setattr(platform, "machine", lambda: "another")
     assert build._fingerprint([]) != here
+
+
+def test_what_is_compiled_anew_is_told_by_sources_flags_and_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.cpp").write_text("int a;")
+    monkeypatch.setattr(build, "SOURCES", tmp_path)
+    seen = {build._fingerprint([]), build._fingerprint(["-g"])}
+    (tmp_path / "a.cpp").write_text("int b;")
+    seen.add(build._fingerprint([]))
+    (tmp_path / "a.cpp").rename(tmp_path / "b.cpp")
+    seen.add(build._fingerprint([]))
+    monkeypatch.setattr(torch, "__version__", "1.0")
+    assert len(seen | {build._fingerprint([])}) == 5
+
+
+def test_the_folder_of_extensions_goes_before_that_of_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "a"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "b"))
+    assert build._cache_folder() == tmp_path / "a" / "ternary_kernels"
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR")
+    assert build._cache_folder() == tmp_path / "b" / "ternary_kernels"
+
+
+def test_flags_of_the_environment_and_ninja_beside_python_are_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, Any] = {}
+
+    def load(extra_cflags: list[str], extra_ldflags: list[str], **options: Any) -> None:
+        seen.update(compiled=extra_cflags, linked=extra_ldflags, path=os.environ["PATH"])
+        raise RuntimeError("no")
+
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv("TERNARY_CXXFLAGS", "-g -fsanitize=thread")
+    monkeypatch.setenv("CXX", sys.executable)
+    monkeypatch.setenv("PATH", "/usr/bin")
+    monkeypatch.setattr(cpp_extension, "load", load)
+    build._load.__wrapped__()
+    assert seen["compiled"][-2:] == ["-g", "-fsanitize=thread"] and "-fsanitize=thread" in seen["linked"]
+    assert seen["path"].split(os.pathsep) == ["/usr/bin", str(Path(sys.executable).parent)]
+
+
+def test_one_openmp_library_is_linked_whatever_links_lead_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "lib").mkdir()
+    for name in ("libgomp.so.1", "libgomp.so.1.0.0"):
+        (tmp_path / "lib" / name).touch()
+    monkeypatch.setattr(torch, "__file__", str(tmp_path / "__init__.py"))
+    monkeypatch.setenv("CXX", "g++")
+    if sys.platform == "linux":
+        assert build._openmp() == ["-fopenmp", str(tmp_path / "lib" / "libgomp.so.1")]

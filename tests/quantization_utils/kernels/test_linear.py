@@ -164,3 +164,14 @@ def test_skipping_does_not_depend_on_threads(monkeypatch: pytest.MonkeyPatch) ->
                 assert torch.equal(executor(images), reference.NetworkExecutor(nodes)(images))
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_the_reference_takes_floats_of_any_width(dtype: torch.dtype) -> None:
+    geometry = {"stride": (2, 2), "padding": (0, 0), "dilation": (1, 1), "groups": 1}
+    for layer, x in (
+        (reference.Linear(codes_of((5, 8)), torch.rand(5), None, 8), torch.randn(4, 8)),
+        (reference.Conv2d(codes_of((5, 3, 2, 2)), torch.rand(5), None, 8, geometry), torch.randn(2, 3, 8, 8)),
+    ):
+        found = layer(x.to(dtype))
+        assert found.dtype == torch.float32 and torch.equal(found, layer(x.to(dtype).float()))

@@ -396,3 +396,17 @@ def test_each_setting_reaches_its_place(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_how_many_positions_of_an_image_count() -> None:
     assert [MomentSum(nn.Linear(2, 2), images).per_image for images in (100, 100_000)] == [250, 24]
+
+
+def test_a_corrected_variance_is_not_below_zero():
+    norm, float_norm = nn.BatchNorm2d(1), nn.BatchNorm2d(1)
+    float_norm.running_var.zero_()
+    moments = Moments(torch.eye(2), torch.zeros(2), torch.tensor([[9.0, 9.0]]), torch.zeros(1), 10)
+    correct_batch_norm_(norm, float_norm, moments, torch.ones(1, 2))
+    assert norm.running_var.item() == 0
+
+
+def test_a_batch_norm_without_weights_has_a_slope():
+    norm = nn.BatchNorm2d(2, eps=0.0, affine=False)
+    norm.running_var.fill_(4)
+    assert _slope(norm).tolist() == [0.5, 0.5]
