@@ -75,7 +75,7 @@ def measure(model_name: str, row: Row, data: ImageDataset, arguments: Arguments,
     assert row.recipe is not None
     batch = row.recipe.batch_size
     part = replace(data, train=data.train[torch.arange(min(len(data.train), steps * batch))])
-    steps = row.recipe.steps_per_epoch(len(part.train))
+    steps, batch = row.recipe.steps_per_epoch(len(part.train)), min(batch, len(part.train))
     watch = Stopwatch(arguments.device)
     torch.manual_seed(0)
     parent = build(model_name, len(data.class_names), **arguments.options)

@@ -74,7 +74,7 @@ class _LearnedStep(torch.autograd.Function):
             grad_x_B.copy_(inside * grad_out)
             # d out / d step is round(r) - r inside, 0 below and Q above.
             grad_step += (clipped.round_() - ratio.mul_(inside)).mul_(grad_out).sum()
-        return grad_x, grad_step / (x.numel() * ctx.code_max) ** 0.5, None  # 1 / sqrt(number · Q), of a batch
+        return grad_x, grad_step / (max(1, x.numel()) * ctx.code_max) ** 0.5, None  # 1 / sqrt(number · Q), of a batch
 
 
 class StaticQuantizer(nn.Module):

@@ -15,7 +15,7 @@ from torch import Tensor
 from .file_format import ModelFileError, read_file
 from .packing import Bits, entropy_bits
 from .quantizers import dequantize
-from .storage import check_description, decode_record, read_records
+from .storage import check_description, check_values, decode_record, read_records
 from .storage_checks import Record
 
 
@@ -86,15 +86,15 @@ class FileReport:
 
 
 def inspect_file(path: str | os.PathLike[str]) -> FileReport:
-    """Read a model file, with every check of `load_model`, and report on it.
+    """Read a model file, with those checks of `load_model` that need no model, and report on it.
 
     Raises:
         FileNotFoundError, ModelFileError: as `load_model`.
     """
-    own, records = _records(path)
+    own, records, tensors = _read(path)
     with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:
         names = sorted(records, key=_by_number)
-        layers = list(pool.map(_layer, names, [records[name] for name in names]))
+        layers = list(pool.map(lambda name: _layer(name, records[name], tensors[name]), names))
     codes = [layer for layer in layers if layer.is_codes]
     others = [layer for layer in layers if not layer.is_codes]
     return FileReport(os.fspath(path), own["kind"], os.path.getsize(path), codes, others)
@@ -102,17 +102,16 @@ def inspect_file(path: str | os.PathLike[str]) -> FileReport:
 
 def gzip_float_bytes(path: str | os.PathLike[str]) -> int:
     """The size of the file's tensors, weights multiplied out to float32, after gzip (level 6)."""
-    _, records = _records(path)
+    _, records, tensors = _read(path)
 
-    def squeezed(item: tuple[str, Record]) -> int:
-        name, record = item
-        tensor = decode_record(name, record)
-        if record.bits is not None:
-            tensor = dequantize(tensor, _scale_of(name, records))
+    def squeezed(name: str) -> int:
+        tensor = tensors[name]
+        if records[name].bits is not None:
+            tensor = dequantize(tensor, _scale_of(name, tensors))
         return len(zlib.compress(tensor.float().flatten().numpy().data, 6))
 
     with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:
-        return sum(pool.map(squeezed, records.items()))
+        return sum(pool.map(squeezed, records))
 
 
 def _by_number(name: str) -> list[tuple[int, str]]:
@@ -120,23 +119,25 @@ def _by_number(name: str) -> list[tuple[int, str]]:
     return [(int(part) if part.isdigit() else -1, part) for part in name.split(".")]
 
 
-def _scale_of(name: str, records: Mapping[str, Record]) -> Tensor:
+def _scale_of(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
     layer = name.rpartition(".")[0]
-    scale = next(n for n in (f"{layer}.scale", f"{layer}.gain") if n in records)
-    return decode_record(scale, records[scale]).float()
+    return next(tensors[n] for n in (f"{layer}.scale", f"{layer}.gain") if n in tensors).float()
 
 
-def _records(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, Record]]:
+def _read(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, Record], dict[str, Tensor]]:
     try:
         own, stored = read_file(path)
         records = read_records(own, stored)
         check_description(own, records)
+        with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:
+            tensors = dict(zip(records, pool.map(decode_record, records, records.values()), strict=True))
+        check_values(records, tensors)
     except ModelFileError as error:
         raise ModelFileError(f"{os.fspath(path)}: {error}") from error
-    return own, records
+    return own, records, tensors
 
 
-def _layer(name: str, record: Record) -> Layer:
+def _layer(name: str, record: Record, tensor: Tensor) -> Layer:
     weights = math.prod(record.shape)
     if record.bits is None:
         stored_bits = 8 * record.stored.nbytes
@@ -150,9 +151,8 @@ def _layer(name: str, record: Record) -> Layer:
             0,
             stored_bits,
         )
-    codes = decode_record(name, record)
     layer = name.removesuffix(".codes")
-    zeros = weights - int(torch.count_nonzero(codes))
+    zeros = weights - int(torch.count_nonzero(tensor))
     return Layer(
-        layer, record.shape, record.bits, record.encoding, weights, record.stored.nbytes, zeros, entropy_bits(codes)
+        layer, record.shape, record.bits, record.encoding, weights, record.stored.nbytes, zeros, entropy_bits(tensor)
     )

@@ -137,7 +137,7 @@ def entropy_bits(codes: Tensor) -> float:
     codes)."""
     counts = torch.bincount(codes.flatten().to(torch.uint8), minlength=256).double()
     frequency = counts[counts > 0] / max(codes.numel(), 1)
-    return float(-(frequency * frequency.log2()).sum()) * codes.numel()
+    return float(0 - (frequency * frequency.log2()).sum()) * codes.numel()
 
 
 _GAP_HEADER = struct.Struct("<II")

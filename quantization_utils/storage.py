@@ -76,7 +76,7 @@ def save_model(
     try:
         rebuilt, _ = check_description(own, records)  # what a reader would refuse is never written
         _check_modules(model, rebuilt)
-        _check_values(records, {name: tensor for name, (tensor, bits) in tensors.items() if bits is None})
+        check_values(records, {name: tensor for name, (tensor, bits) in tensors.items() if bits is None})
     except ModelFileError as error:
         raise ValueError(f"this model cannot be saved: {error}") from error
     return write_file(path, {name: r.stored for name, r in records.items()}, own)
@@ -105,7 +105,7 @@ def load_model(
         records = read_records(own, stored)
         model, values = check_description(own, records)
         tensors = _decode(records)
-        _check_values(records, tensors)
+        check_values(records, tensors)
     except ModelFileError as error:
         raise ModelFileError(f"{os.fspath(path)}: {error}") from error
     if isinstance(model, PackedNetwork):
@@ -292,7 +292,7 @@ def decode_record(name: str, record: Record) -> Tensor:
     return torch.from_numpy(record.stored.data).view(stored_dtype).view(record.shape).to(getattr(torch, record.dtype))
 
 
-def _check_values(records: Mapping[str, Record], tensors: Mapping[str, Tensor]) -> None:
+def check_values(records: Mapping[str, Record], tensors: Mapping[str, Tensor]) -> None:
     """Finite floats; positive scales; variances that are none below zero."""
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from quantization_utils.file_format import replacing
 
+from .cli import is_out_of_memory
 from .output import first_line
 
 
@@ -51,6 +52,8 @@ def load_weights(model: nn.Module, path: Path, config_hash: str | None = None) -
     except FileNotFoundError:
         raise
     except Exception as error:  # safetensors and torch raise types of their own for damage and mismatch
+        if is_out_of_memory(error):
+            raise
         reason = first_line(error)
         raise ValueError(
             f"{path} is not a checkpoint of this model ({reason}): delete it to train the row again"
@@ -89,6 +92,8 @@ def load_state(path: Path, map_location: torch.device) -> dict[str, Any] | None:
     try:
         return torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise ValueError(
             f"{path} cannot be read ({first_line(error)}): delete it to start the row anew"
         ) from error

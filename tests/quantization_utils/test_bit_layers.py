@@ -381,3 +381,9 @@ def test_a_ramp_under_autocast_mixes_what_is_not_rounded():
     expected = layer.effective_weight()
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(layer.effective_weight(), expected)
+
+
+def test_an_empty_batch_moves_no_step():
+    quantizer = StaticQuantizer(8, 0.1)
+    quantizer(torch.zeros(0, 3, requires_grad=True)).sum().backward()
+    assert quantizer.step.grad.item() == 0

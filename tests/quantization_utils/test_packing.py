@@ -98,6 +98,7 @@ def test_whole_filters_of_zeros_cost_next_to_nothing():
 
 def test_entropy():
     assert entropy_bits(int8([0, 1, -1] * 100)) == pytest.approx(300 * np.log2(3))
+    assert str(entropy_bits(int8([1] * 9))) == "0.0"
     assert entropy_bits(int8([0] * 50)) == 0 == entropy_bits(int8([]))
 
 

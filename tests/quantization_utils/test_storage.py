@@ -21,13 +21,14 @@ from benchmarks.fuzz_files import fuzz, small_models
 from models import build
 from pruning_utils import l2_filters, prune_
 from quantization_utils import calibrate_, file_format, int8_absmax, pack_, quantize_, storage
+from quantization_utils.inspection import inspect_file
 from quantization_utils.kernels import build as kernel_build
 from quantization_utils.network import PackedNetwork
 from quantization_utils.storage import (
     ModelFileError,
     Stored,
-    _check_values,
     _set_backend,
+    check_values,
     decode_record,
     is_float16,
     load_model,
@@ -262,9 +263,9 @@ def test_forged_files_with_right_hashes_are_refused_for_the_right_reason(name, g
 
 
 def test_a_variance_below_zero_is_refused():
-    _check_values({}, {"2.running_var": torch.tensor([1.0, 0.0])})
+    check_values({}, {"2.running_var": torch.tensor([1.0, 0.0])})
     with pytest.raises(ModelFileError, match="variances '2.running_var' are not all positive or zero"):
-        _check_values({}, {"2.running_var": torch.tensor([1.0, -1.0])})
+        check_values({}, {"2.running_var": torch.tensor([1.0, -1.0])})
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0, -1.0])
@@ -276,10 +277,11 @@ def test_scales_that_are_not_right(value, small, tmp_path, monkeypatch):
         save_model(model, path)
     assert list(tmp_path.iterdir()) == []
     with monkeypatch.context() as forger:
-        forger.setattr(storage, "_check_values", lambda *_: None)
+        forger.setattr(storage, "check_values", lambda *_: None)
         save_model(model, path)
-    with pytest.raises(ModelFileError, match="classifier.scale"):
-        load_model(path)
+    for read in (load_model, inspect_file):
+        with pytest.raises(ModelFileError, match=f"{path}: .*classifier.scale"):
+            read(path)
 
 
 def test_truth_values_are_0_or_1():
