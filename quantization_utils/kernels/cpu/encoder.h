@@ -76,7 +76,7 @@ class Encoder {
   std::vector<EncoderLayer> layers_;
   std::unique_ptr<Embedding> embedding_;
   std::unique_ptr<Head> head_;
-  Floats x_, qkv_;     // of all rows, or of an image of each thread
+  Floats x_, qkv_;                // of all rows, or of an image of each thread
   std::vector<Scratch> scratch_;  // one a thread, for scratch_tokens_
   int scratch_tokens_ = 0;
   std::mutex mutex_;
