@@ -6,11 +6,13 @@ import re
 import runpy
 
 import pytest
+from torch import nn
 
 from models import build
 from models.select import select_layers
 from tests.scripts import ROOT, SCRIPTS, start
-from train_test_utils.rows import Prune
+from train_test_utils.rows import CALIBRATION_IMAGES, Prune, Reinitialize
+from train_test_utils.transforms import CalibratedTernary
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -68,6 +70,51 @@ def test_rows_do_what_their_names_say(script):
             assert (row.recipe.distill, row.recipe.temperature) == (int(said[1]) / 100, int(said[2])), name
 
 
+def parent_of(name: str) -> str | None:
+    if name == "float":
+        return None
+    return "float_finetuned" if "_all_finetuned" in name or name == "float_finetuned_twice" else "float"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_rows_start_where_their_names_say(script):
+    for name, row in rows_of(script, {}).items():
+        assert row.parent == parent_of(name), name
+        anew = any(isinstance(transform, Reinitialize) for transform in row.transforms)
+        assert anew == name.endswith("_from_scratch"), name
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_rows_quantize_what_their_names_say(script):
+    for name, row in rows_of(script, {}).items():
+        if name.startswith("float"):
+            continue
+        quantizing = [transform for transform in row.transforms if hasattr(transform, "act_bits")]
+        last = quantizing[-1]
+        assert last.only is (nn.Linear if name.startswith(("ptq_linear", "qat_linear")) else None), name
+        if name.endswith("_weight_only"):
+            act_bits = None
+        elif said := re.search(r"_(\d)bit_acts", name):
+            act_bits = int(said[1])
+        else:
+            act_bits = 8 if name.startswith("qat") or "_finetuned" in name else None
+        assert last.act_bits == act_bits, name
+        if isinstance(last, CalibratedTernary):
+            assert last.settings.correct == (name != "ptq_all_error_feedback"), name
+            assert last.images == (4096 if "_finetuned" in name else CALIBRATION_IMAGES), name
+
+
+@pytest.mark.parametrize(
+    "script, after_training, during_training",
+    [("alexnet", nn.Conv2d, None), ("resnet_18", nn.Conv2d, nn.Conv2d), ("vit", nn.Linear, nn.Linear)],
+)
+def test_layers_that_are_pruned(script, after_training, during_training):
+    for name, row in rows_of(script, {}).items():
+        for prune in row.transforms:
+            if isinstance(prune, Prune):
+                assert prune.only is (after_training if name.startswith("ptq") else during_training), name
+
+
 @pytest.mark.parametrize(
     "script, options, float_recipe, finetuning",
     [
@@ -84,6 +131,27 @@ def test_recipes_of_the_tables(script, options, float_recipe, finetuning):
         assert (recipe.epochs, recipe.lr, recipe.optimizer.__name__, recipe.weight_decay) == expected, name
     short = next(row.recipe for name, row in rows.items() if name.startswith("qat") and name.endswith("_l1_50"))
     assert short.epochs == finetuning[0] / 2 and short.lr == finetuning[1]
+    for name in ("qat_all_finetuned", "float_finetuned_twice"):
+        again = rows[name].recipe
+        assert again.epochs == finetuning[0] / 4 and again.lr == pytest.approx(0.4 * finetuning[1]), name
+
+
+@pytest.mark.parametrize(
+    "script, float_recipe, finetuning",
+    [
+        ("alexnet", (8, 0.1, 5.0, 0), (8, 0.1, 5.0, 0)),
+        ("resnet_18", (16, 0.1, None, 0), (16, 0.1, None, 8192)),
+        ("vit", (0, 0.1, 1.0, 0), (0, 0.1, 1.0, 0)),
+    ],
+)
+def test_what_else_the_recipes_say(script, float_recipe, finetuning):
+    rows = rows_of(script, {})
+    for name, expected in (("float", float_recipe), ("float_finetuned", finetuning), ("qat_all", finetuning)):
+        recipe = rows[name].recipe
+        told = (recipe.cutout, recipe.label_smoothing, recipe.clip_norm, recipe.statistics_images)
+        assert told == expected, name
+    for name, row in rows.items():
+        assert bool(row.recipe and row.recipe.ramp) == name.endswith("_ramped"), name
 
 
 @pytest.mark.parametrize("script, rows", [("alexnet", 6), ("resnet_18", 5), ("vit", 6)])

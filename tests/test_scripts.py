@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from PIL import Image
 
 from quantization_utils import load_model
 from tests.scripts import ROOT, start
+from tests.trainings import dataset
 from train_test_utils import experiment, run
 from train_test_utils.cli import sentence
 from train_test_utils.logbook import read_rows
@@ -205,6 +207,12 @@ def test_a_report_that_cannot_be_written_loses_nothing_else(finished, monkeypatc
     assert "qat_linear_l1_50" in said and "the report could not be written (report.html: Permission denied)" in said
 
 
+def test_a_mistake_has_its_traceback_for_who_asks_for_one(monkeypatch, tmp_path):
+    monkeypatch.setenv("TERNARY_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="unknown data set 'cifar11'"):
+        start(monkeypatch, "vit", *TINY, "--dataset", "cifar11", "--out", str(tmp_path))
+
+
 def test_a_programs_own_error_is_no_sentence(monkeypatch, tmp_path):
     def failing(*_, **__):
         raise RuntimeError("a shape that does not fit")
@@ -226,6 +234,42 @@ def test_a_held_out_part_of_the_training_images_takes_the_place_of_the_test_imag
     monkeypatch.setattr(experiment, "run_table", lambda name, options, rows, data, arguments: seen.append(data) or 0)
     assert start(monkeypatch, "vit", *TINY, "--holdout", "0.1", "--out", str(tmp_path)) == 0
     assert [(data.name, len(data.test)) for data in seen] == [("digits-heldout0.1", 144)]
+
+
+def test_quick_is_a_small_model_in_small_batches(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(experiment, "run_table", lambda *given: seen.append(given) or 0)
+    for words in ([], ["--options", "checkpoint=x"], ["--budget", "0.5", "--options", "depth=2"]):
+        assert start(monkeypatch, "vit", "--quick", "--device", "cpu", *words, "--out", str(tmp_path)) == 0
+    small = {"checkpoint": None, "width": 128, "depth": 4}
+    assert [options for _, options, *_ in seen] == [small, {"checkpoint": "x"}, small | {"depth": 2}]
+    assert [arguments.budget for *_, arguments in seen] == [0.04, 0.04, 0.5]
+    assert {row.recipe.batch_size for row in seen[0][2] if row.recipe} == {64}
+
+
+def test_what_is_set_before_a_table_is_begun(monkeypatch, tmp_path):
+    called = []
+    monkeypatch.setattr(experiment, "commit", lambda: called.append("commit"))
+    monkeypatch.setattr(experiment, "run_table", lambda *given: called.append("table") or 0)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "before")  # so that what is set now goes with the test
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE")
+    assert start(monkeypatch, "vit", *TINY, "--out", str(tmp_path)) == 0
+    assert called == ["commit", "table"]
+    assert os.environ["THP_MEM_ALLOC_ENABLE"] == "1" and not torch.backends.cudnn.allow_tf32
+
+
+def test_every_data_set_is_done_and_the_worst_exit_code_is_the_scripts(monkeypatch, tmp_path):
+    codes, done = {"digits": 2, "cifar10": 0}, []
+
+    def run_table(name, options, rows, data, arguments):
+        done.append(data.name)
+        return codes[data.name]
+
+    monkeypatch.setattr(experiment, "load_dataset", lambda name, folder: replace(dataset(), name=name))
+    monkeypatch.setattr(experiment, "run_table", run_table)
+    assert start(monkeypatch, "vit", *TINY, "--dataset", "cifar10", "--out", str(tmp_path)) == 2
+    assert done == ["digits", "cifar10"]
 
 
 def test_a_training_that_diverges_takes_its_children_with_it(monkeypatch, capsys, tmp_path):

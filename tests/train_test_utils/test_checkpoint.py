@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from torch import nn
@@ -103,6 +105,17 @@ def test_state_of_an_unfinished_training(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["last.pt"], "no temporary file is left"
 
 
+def test_a_state_runs_no_program(tmp_path):
+    class Program:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "made"),)
+
+    torch.save({"step": Program()}, tmp_path / "last.pt")
+    with pytest.raises(ValueError, match="last.pt cannot be read"):
+        load_state(tmp_path / "last.pt", CPU)
+    assert not (tmp_path / "made").exists()
+
+
 def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     path = tmp_path / "last.pt"
     save_state({"step": 3}, path)
@@ -110,3 +123,19 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
         save_state({"step": lambda: 0}, path)
     assert load_state(path, CPU) == {"step": 3}
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_no_memory_is_no_damage(error, tmp_path, monkeypatch):
+    """Else the message would advise to delete a good file."""
+
+    def fail(*args, **kwargs):
+        raise error
+
+    save_state({"step": 3}, tmp_path / "last.pt")
+    monkeypatch.setattr("train_test_utils.checkpoint.torch.load", fail)
+    monkeypatch.setattr("train_test_utils.checkpoint.safe_open", fail)
+    with pytest.raises(type(error), match="^$|can't allocate"):
+        load_state(tmp_path / "last.pt", torch.device("cpu"))
+    with pytest.raises(type(error), match="^$|can't allocate"):
+        load_weights(torch.nn.Linear(1, 1), tmp_path / "last.pt")

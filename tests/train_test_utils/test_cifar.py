@@ -116,6 +116,12 @@ def test_torchvisions_layout(tmp_path, monkeypatch, below):
     assert data.class_names[3] == "class 3"
 
 
+def test_an_empty_folder_of_torchvisions_layout_is_told_without_torchvisions_advice(tmp_path):
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    with pytest.raises(ValueError, match=r"corrupt \(Dataset not found or corrupted\.\): delete its files there"):
+        load_cifar(TINY, tmp_path)
+
+
 def test_a_damaged_file_in_torchvisions_layout(tmp_path, monkeypatch):
     write_torchvision_layout(tmp_path, monkeypatch)
     path = tmp_path / "cifar-10-batches-py" / "data_batch_3"
@@ -273,6 +279,44 @@ def test_no_network_says_where_to_put_the_files(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="cannot be downloaded.*--data-dir"):
         load_cifar(TINY, tmp_path)
     assert limits == [cifar.SERVER_PATIENCE_SECONDS, None], "the author's server has so long, and the limit goes again"
+
+
+def test_that_nothing_can_be_downloaded_is_told_with_both_reasons(tmp_path, monkeypatch):
+    def failing(reason):
+        def fail(*_):
+            raise OSError(reason)
+
+        return fail
+
+    monkeypatch.setattr(cifar, "_download_from_author", failing("no route"))
+    monkeypatch.setattr(cifar, "_download_from_mirror", failing("no hub"))
+    with pytest.raises(FileNotFoundError, match=r"author's server \(no route\) nor from the Hub \(no hub\)"):
+        load_cifar(TINY, tmp_path)
+
+
+def test_the_mirrors_files_go_to_the_sets_folder_where_there_is_one(tmp_path, monkeypatch):
+    def snapshot_download(name, local_dir, **_):
+        write_hub_layout(local_dir)
+
+    (tmp_path / "cifar10").mkdir()
+    monkeypatch.setattr(cifar, "_download_from_author", None)  # which fails
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert torch.equal(load_cifar(TINY, tmp_path).train.images, expected(slice(20)))
+    assert [path.name for path in tmp_path.iterdir()] == ["cifar10"]
+
+
+def test_files_are_read_in_the_order_of_their_names(tmp_path, monkeypatch):
+    for i, part in enumerate((slice(5), slice(5, 10), slice(10, 20))):
+        write_parquet(tmp_path / "cifar10" / f"train-0000{i}-of-00003.parquet", PIXELS[part], LABELS[part])
+    write_parquet(tmp_path / "cifar10" / "test-00000-of-00001.parquet", PIXELS[20:], LABELS[20:])
+    found = Path.rglob
+
+    def first_one_last(folder, pattern):
+        first, *others = sorted(found(folder, pattern))
+        return [*others, first]
+
+    monkeypatch.setattr(Path, "rglob", first_one_last)
+    assert torch.equal(load_cifar(TINY, tmp_path).train.images, expected(slice(20)))
 
 
 def test_what_is_wrong_with_parquet_files_is_said(tmp_path):

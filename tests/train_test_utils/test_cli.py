@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from train_test_utils import cli
 from train_test_utils.cli import can_compile, parse_arguments, parse_options, pick_device, pick_precision, sentence
 
 
@@ -16,7 +17,7 @@ def test_what_holds_unless_told_otherwise():
     given = parse()
     assert given.dataset == ("cifar10", "cifar100") and given.budget == 1.0 and given.seeds == (0,) and given.only == ()
     assert given.out == Path("runs") and given.wandb == "online" and given.options == {} and not given.quick
-    assert given.checkpoint_seconds == 60
+    assert given.checkpoint_seconds == 60 and given.data_dir == Path("data")
 
 
 def test_quick_is_digits_at_a_small_budget_unless_told_otherwise():
@@ -24,6 +25,10 @@ def test_quick_is_digits_at_a_small_budget_unless_told_otherwise():
     given = parse("--quick", "--budget", "0.01", "--dataset", "cifar10")
     assert (given.dataset, given.budget) == (("cifar10",), 0.01)
     assert parse("--budget", "2").budget == 2
+
+
+def test_a_data_set_that_is_named_twice_is_done_once():
+    assert parse("--dataset", "digits", "digits").dataset == ("digits",)
 
 
 def test_lists_and_options():
@@ -67,6 +72,8 @@ def test_values_of_options(word, value):
         (["--precision", "int4"], "invalid choice: 'int4'"),
         (["--wandb", "maybe"], "invalid choice: 'maybe'"),
         (["--options", "stem"], "--options takes KEY=VALUE words, not 'stem'"),
+        (["--options", "stem="], "--options takes KEY=VALUE words, not 'stem='"),
+        (["--options", "=3"], "--options takes KEY=VALUE words, not '=3'"),
         (["--options", "depth=3"], "alexnet has no option 'depth': choose from batch_norm, dropout"),
         (["--options", "num_classes=3"], "alexnet has no option 'num_classes'"),
         (["--options", "name=vit"], "alexnet has no option 'name'"),
@@ -82,11 +89,20 @@ def test_mistakes_are_one_sentence_and_exit_code_2(words, sentence, capsys):
     assert sentence in line
 
 
+@pytest.mark.parametrize("option", ["--out", "--data-dir"])
+def test_a_file_is_no_folder(option, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        parse(option, str(tmp_path / "file"))
+    assert f"{option} is a folder, and {tmp_path / 'file'} is a file" in capsys.readouterr().err
+
+
 def test_training_is_compiled_on_a_gpu_where_triton_finds_its_compiler(monkeypatch, capsys, tmp_path):
     (tmp_path / "Python.h").touch()
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
-    monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/gcc" if name == "gcc" else None)
-    assert can_compile(torch.device("cuda")) and not can_compile(torch.device("cpu"))
+    for compiler in ("clang", "gcc"):
+        monkeypatch.setattr("shutil.which", lambda name, compiler=compiler: name if name == compiler else None)
+        assert can_compile(torch.device("cuda")) and not can_compile(torch.device("cpu"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert parse("--device", "cuda", "--precision", "fp32").compile and not parse("--device", "cpu").compile
     monkeypatch.setattr("shutil.which", lambda name: "/opt/mycc" if name == "mycc" else None)
@@ -114,6 +130,7 @@ def test_errors_in_a_sentence():
     on_a_cpu = RuntimeError("[enforce fail at a.cpp:127] . DefaultCPUAllocator: can't allocate memory: 9 bytes\nframe")
     assert sentence(on_a_cpu) == "can't allocate memory: 9 bytes"
     assert sentence(FileNotFoundError("x is not there: make it")) == "x is not there: make it"
+    assert sentence(MemoryError()) == "MemoryError"
 
 
 def test_precision(monkeypatch):
@@ -125,6 +142,17 @@ def test_precision(monkeypatch):
     for has, expected in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr("train_test_utils.cli._cpu_has_bf16", lambda has=has: has)
         assert pick_precision("auto", cpu) == expected
+
+
+@pytest.mark.parametrize("flags, has", [("avx512f avx512_bf16", True), ("avx512f avx512_vnni", False), (None, False)])
+def test_whether_the_processor_multiplies_in_bfloat16(flags, has, monkeypatch):
+    def read_text(path):
+        if flags is None:
+            raise FileNotFoundError(path)
+        return f"flags : {flags}\n"
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    assert cli._cpu_has_bf16() == has
 
 
 def test_auto_is_cuda_where_there_is_one(monkeypatch):

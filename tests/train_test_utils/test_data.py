@@ -22,6 +22,11 @@ def test_digits():
     assert (data.train.labels[nearest] == data.test.labels).float().mean() > 0.97
 
 
+def test_the_digits_are_the_same_at_all_times():
+    """Results of before are only added to if they are: every step of their enlargement is exact in float32."""
+    assert load_dataset("digits").fingerprint == "59054187932ee747"
+
+
 def test_held_out_images_are_training_images_and_no_longer_trained_on():
     data = load_dataset("digits")
     part = data.held_out(0.1)
@@ -32,8 +37,9 @@ def test_held_out_images_are_training_images_and_no_longer_trained_on():
     assert set(train) | set(held) == rows
     assert len(train) + len(held) == len(data.train)
     assert part.fingerprint != data.fingerprint
-    with pytest.raises(ValueError, match="leaves no images"):
-        data.held_out(1.0)
+    for fraction in (0.0001, 1.0):
+        with pytest.raises(ValueError, match=f"a held-out fraction of {fraction:g} leaves no images"):
+            data.held_out(fraction)
 
 
 def ten_images():
@@ -86,6 +92,25 @@ def test_augmented_images_are_shifted_mirrored_and_blanked_ones():
     assert {mirrored for *_, mirrored in seen} == {False, True}
 
 
+def test_half_of_the_images_are_mirrored():
+    images = torch.arange(9, dtype=torch.uint8).expand(2000, 3, 9, 9)
+    mirrored = augment(images, crop_padding=0)[:, 0, 0, 0] == 8
+    assert 900 < mirrored.sum() < 1100
+
+
+def test_images_are_shifted_to_either_side_and_not_at_all():
+    columns = torch.arange(9, dtype=torch.uint8).expand(200, 3, 9, 9)
+    for images in (columns, columns.mT):
+        middle = augment(images, crop_padding=2, flip=False)[:, 0, 4, 4]
+        assert middle.unique().tolist() == [2, 3, 4, 5, 6]
+
+
+def test_a_blanked_square_may_stand_over_the_edge():
+    images = torch.zeros(500, 3, 9, 7, dtype=torch.uint8)
+    blank = augment(images, crop_padding=0, cutout=4)[:, 0] == GREY
+    assert blank.sum((1, 2)).min() == 4 and blank.any(0).all()
+
+
 def test_no_augmentation_is_the_image():
     images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
     assert torch.equal(augment(images, crop_padding=0, flip=False, cutout=0), images)
@@ -93,6 +118,9 @@ def test_no_augmentation_is_the_image():
 
 def test_to_float_hits_both_ends():
     assert to_float(torch.tensor([0, 51, 255], dtype=torch.uint8)).tolist() == pytest.approx([0.0, 0.2, 1.0])
+
+
+TWO = Split(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.tensor([0, 1]))
 
 
 @pytest.mark.parametrize(
@@ -106,6 +134,18 @@ def test_to_float_hits_both_ends():
     ],
 )
 def test_a_data_set_is_checked(images, labels, said):
-    good = Split(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.tensor([0, 1]))
     with pytest.raises(ValueError, match=said):
-        ImageDataset("it", ("a", "b"), Split(images, torch.tensor(labels)), good)
+        ImageDataset("it", ("a", "b"), Split(images, torch.tensor(labels)), TWO)
+
+
+def test_the_test_split_is_checked_too():
+    with pytest.raises(ValueError, match="the test split of it has the label 2; labels go from 0 to 1"):
+        ImageDataset("it", ("a", "b"), TWO, replace(TWO, labels=torch.tensor([0, 2])))
+    with pytest.raises(ValueError, match="the test split of it has 0 images and 0 labels"):
+        ImageDataset("it", ("a", "b"), TWO, TWO[:0])
+
+
+def test_one_class_is_none():
+    alike = replace(TWO, labels=torch.tensor([0, 0]))
+    with pytest.raises(ValueError, match="it has 1 class: at least two are needed"):
+        ImageDataset("it", ("a",), alike, alike)

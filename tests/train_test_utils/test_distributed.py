@@ -132,3 +132,16 @@ def test_a_rank_alone_makes_no_second_process(monkeypatch):
     assert distributed.rank() == 0 and distributed.launcher() == "python3"
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert distributed.rank() == 1 and distributed.launcher() == "torchrun --nproc_per_node=4"
+
+
+def test_processes_join_a_group_of_their_kind_of_device(monkeypatch):
+    joined = []
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, timeout: joined.append(backend))
+    monkeypatch.setattr(torch.cuda, "set_device", joined.append)
+    assert distributed.start(CPU) == CPU and not joined
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert distributed.start(CPU) == CPU and joined == ["gloo"]
+    gpu = torch.device("cuda", 1)
+    assert distributed.start(torch.device("cuda")) == gpu and joined == ["gloo", gpu, "nccl"]

@@ -49,3 +49,16 @@ def test_agreement_is_with_the_model_in_float64_where_its_own_rounding_could_dec
         wrong[image, logit] = 300
         assert agreement_pct(model, images, logits, wrong) == 95
     assert predict(model, images).dtype == torch.float32 and model.weight.dtype == torch.float32
+
+
+def test_a_tenth_of_the_images_at_most_is_given_to_the_model_in_float64(monkeypatch):
+    given = []
+
+    def predict(model, images, dtype):
+        given.append(len(images))
+        return torch.zeros(len(images), 2)
+
+    monkeypatch.setattr("train_test_utils.evaluate.predict", predict)
+    images, tied = torch.zeros(50, 3, 2, 2, dtype=torch.uint8), torch.zeros(50, 2)
+    agreement_pct(nn.Identity(), images, tied, torch.tensor([[0.0, 1.0]] * 50))
+    assert given == [5]

@@ -58,6 +58,26 @@ def test_a_folder_with_its_own_test_split(train, test, tmp_path):
         load_dataset(str(tmp_path))
 
 
+def test_splits_of_as_many_classes_of_other_names(tmp_path):
+    for which, names in (("train", "ab"), ("test", "ac")):
+        for name in names:
+            write_images(tmp_path / which / name, 2, 0)
+    with pytest.raises(ValueError, match=r"differ \(b, c\)"):
+        load_dataset(str(tmp_path))
+
+
+def test_trains_may_be_a_class(tmp_path):
+    for name in ("car", "train"):
+        write_images(tmp_path / name, 5, 0)
+    assert load_dataset(str(tmp_path)).class_names == ("car", "train")
+
+
+def test_a_folder_of_images_in_each_class_makes_no_splits_of_them(tmp_path):
+    for name in ("a", "b"):
+        write_images(tmp_path / name / "images", 5, 0)
+    assert load_dataset(str(tmp_path)).class_names == ("a", "b")
+
+
 def test_a_training_folder_alone_is_not_taken_for_a_class(tmp_path):
     for name in ("a", "b"):
         write_images(tmp_path / "train" / name, 5, 0)
@@ -136,6 +156,26 @@ def test_images_that_are_all_black_or_of_unknown_white_are_refused(tmp_path):
         Image.fromarray(np.full((8, 8), 1, dtype)).save(tmp_path / "a" / "x.tiff")
         with pytest.raises(ValueError, match="x.tiff cannot be read .*do not say what is white: save it with 8 or 16"):
             load_dataset(str(tmp_path))
+
+
+def test_images_that_are_all_white_are_refused(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for i in range(5):
+            Image.new("L", (8, 8), "white").save(tmp_path / name / f"{i}.png")
+    with pytest.raises(ValueError, match="images in .* are of one colour, all of them"):
+        load_dataset(str(tmp_path))
+
+
+def test_large_images_are_averaged(tmp_path):
+    """A chessboard of single pixels becomes grey."""
+    board = (np.indices((256, 256)).sum(0) % 2 * 255).astype(np.uint8)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for i in range(5):
+            Image.fromarray(board).save(tmp_path / name / f"{i}.png")
+    pixels = load_dataset(str(tmp_path)).train.images
+    assert 100 < pixels.min() <= pixels.max() < 155
 
 
 def test_photographs_stand_upright_deep_greys_keep_their_shade_and_shadow_files_are_left_out(tmp_path):

@@ -127,12 +127,13 @@ def test_every_torn_line_is_kept(tmp_path):
     assert (tmp_path / "rows.jsonl.torn").read_bytes() == b'{"a\n{"b\n'
 
 
-def test_rows_that_can_only_be_read_are_read(tmp_path, monkeypatch):
+@pytest.mark.parametrize("why", [errno.EACCES, errno.EROFS])
+def test_rows_that_can_only_be_read_are_read(why, tmp_path, monkeypatch):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"row": "float"}\n{"ro')
 
     def refused(*_):
-        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        raise OSError(why, os.strerror(why), str(path))
 
     monkeypatch.setattr(logbook.os, "open", refused)
     assert Logbook(path, "disabled").rows() == [{"row": "float"}]
@@ -160,6 +161,11 @@ def test_curves_of_an_interrupted_row_continue_without_repetition(tmp_path):
     second.start_row("qat_all-seed0", {})  # from the beginning
     second.epoch({"epoch": 1, "train_loss": 2.0})
     assert [c["epoch"] for c in read_curves(tmp_path / "qat_all-seed0")] == [1]
+
+
+def test_epochs_that_are_no_numbers_are_left_out(tmp_path):
+    (tmp_path / "curves.jsonl").write_text('{"epoch": 2}\n{"epoch": "x"}\n{}\n{"epoch": 1}\n')
+    assert read_curves(tmp_path) == [{"epoch": 1}, {"epoch": 2}]
 
 
 class Mirror:
@@ -191,6 +197,14 @@ def test_the_mirror_is_told_the_earlier_epochs_that_hold_and_the_rows_that_are_w
     again.row({"row": "qat"})
     again.close([{"row": "float", "seed": 0, "weight_bits": 32}, {"row": "qat", "seed": 0, "weight_bits": 1.6}])
     assert again._mirror.told == ["train qat-seed0", 1, 2, 3, 4, ("qat", 1), ["rows.jsonl", "qat-seed0"]]
+
+
+@pytest.mark.parametrize("group, name", [(None, "folder"), ("vit-digits", "vit-digits")])
+def test_the_mirrors_table_is_called_after_its_folder_unless_told_otherwise(group, name, tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(logbook, "Mirror", lambda *given: made.append(given))
+    Logbook(tmp_path / "folder" / "rows.jsonl", group=group)
+    assert made == [("online", tmp_path / "folder", "ternary-vision", name)]
 
 
 def test_curves_of_a_training_that_had_ended_before_its_row_was_written_are_mirrored(tmp_path, monkeypatch):

@@ -54,6 +54,16 @@ def test_macs_do_not_change_when_a_model_is_packed(name, options):
     assert measure.count_macs(packed) == macs
 
 
+def test_macs_of_larger_images():
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10)
+    model = nn.Sequential(*layers).eval()
+    macs = 48 * 48 * 4 * 27 + 40
+    assert measure.count_macs(model, 48) == macs
+    packed = pack_(calibrate_(quantize_(model), torch.rand(2, 3, 48, 48)))
+    assert measure.count_macs(packed, 48) == macs
+
+
 def test_counting_leaves_no_hooks_and_no_other_mode_behind():
     model = build("alexnet", 10)
     model.train()
@@ -171,3 +181,20 @@ def test_few_calls_are_enough_and_threads_are_put_back():
     torch.set_num_threads(before)
     assert set(seen) == {(1, before + 1), (2, before + 1)} and len(seen) >= 6
     assert after == before
+
+
+def test_threads_are_put_back_after_an_error():
+    before = torch.get_num_threads()
+    with pytest.raises(ZeroDivisionError), measure._threads(before + 1):
+        raise ZeroDivisionError
+    after = torch.get_num_threads()
+    torch.set_num_threads(before)
+    assert after == before
+
+
+def test_images_have_the_size_that_is_asked_for():
+    sizes = set()
+    model = nn.Identity()
+    model.register_forward_hook(lambda module, inputs, output: sizes.add(tuple(output.shape)))
+    measure.latency_beside(model, model, image_size=48, batch=2, seconds=0.0)
+    assert sizes == {(1, 3, 48, 48), (2, 3, 48, 48)}

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from train_test_utils.output import first_line
+
 SCRIPT = """
 import sys
 from train_test_utils.output import prepare_output, say
@@ -24,3 +26,8 @@ def test_what_nobody_reads(redirection, tmp_path):
     shell = f"'{sys.executable}' -c '{SCRIPT}' {redirection}"
     done = subprocess.run(shell, shell=True, cwd=tmp_path, env=environment, check=True, capture_output=True)
     assert (tmp_path / "done").exists() and b"Error" not in done.stderr
+
+
+def test_the_first_line_of_an_error():
+    assert first_line(ValueError("\nNo such thing.\nMore of it.")) == "No such thing"
+    assert first_line(EOFError()) == "EOFError"

@@ -1,10 +1,13 @@
 """Figures of benchmarks: a line of results/ each, as safe as a row's."""
 
 import json
+import platform
 import shlex
 import subprocess
+from pathlib import Path
 
 import pytest
+import torch
 
 from train_test_utils import record
 from train_test_utils.record import append_record
@@ -58,6 +61,20 @@ def test_what_is_unpacked_inside_of_another_repository_is_not_of_its_commit(tmp_
     record.commit.cache_clear()
     assert record.commit() == ""
     record.commit.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "told, name",
+    [("processor\t: 0\nmodel name\t: A CPU: 2 GHz\nmodel name\t: another\n", "A CPU: 2 GHz"), ("", platform.machine())],
+)
+def test_the_processor_is_called_as_the_system_calls_it(told, name, monkeypatch):
+    monkeypatch.setattr(Path, "read_text", lambda path: told)
+    assert record.device_name(torch.device("cpu")) == name
+
+
+def test_versions_are_pythons_and_those_of_what_is_installed():
+    versions = record.versions("pytest", "no-such-package")
+    assert versions == {"python": platform.python_version(), "pytest": pytest.__version__}
 
 
 def test_what_is_not_json_leaves_the_file_as_it_was(root):

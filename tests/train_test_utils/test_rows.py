@@ -124,6 +124,13 @@ def test_weights_drawn_anew_depend_on_the_seed_alone():
     assert torch.equal(one, again) and not torch.equal(one, two)
 
 
+def test_a_network_whose_weights_are_drawn_anew_has_the_same_options():
+    model = build("vit", 7, width=64, depth=1, patch_size=16)
+    fresh = Reinitialize()(model, images(1), 0)
+    fresh.load_state_dict(model.state_dict())
+    assert not fresh.training
+
+
 @pytest.mark.parametrize(
     "kind, how", [(Ternary, "__call__"), (CalibratedTernary, "__call__"), (CalibratedTernary, "structure")]
 )
@@ -145,6 +152,18 @@ def test_a_transformation_gets_as_many_images_as_it_asks_for():
 
     transformed(Row("x", "float", [Looks()], None), nn.Identity(), torch.zeros(9, 3, 4, 4, dtype=torch.uint8), 0)
     assert counts == [5]
+
+
+def test_work_is_left_undone_where_weights_will_be_loaded():
+    class Works:
+        def __call__(self, model, images, seed):
+            raise AssertionError("it worked")
+
+        def structure(self, model, images, seed):
+            return nn.Sequential(model)
+
+    row, pixels = Row("x", "float", [Works()], None), torch.zeros(9, 3, 4, 4, dtype=torch.uint8)
+    assert isinstance(transformed(row, nn.Identity(), pixels, 0, structure_only=True), nn.Sequential)
 
 
 def test_small_batches_take_steps_as_much_shorter():
@@ -258,12 +277,42 @@ def test_texts_say_which_layers_and_exactly_how_much():
     assert "linear layers" in str(CalibratedTernary(only=nn.Linear)) and "layers" not in str(CalibratedTernary())
 
 
+def test_texts_say_how_many_bits_and_images():
+    assert str(Ternary(int8_absmax)).startswith("8-bit int8_absmax")
+    assert str(Ternary(absmean)).startswith("ternary absmean")
+    assert "from 4,096 images" in str(CalibratedTernary(images=4096)) and "images" not in str(CalibratedTernary())
+
+
+def test_a_calibrated_row_hands_on_what_it_was_given(monkeypatch):
+    seen = []
+    monkeypatch.setattr("train_test_utils.transforms.ternarize_", lambda *args: seen.append(args))
+    settings = Settings(correct=False)
+    CalibratedTernary(settings, 8, nn.Linear, ["1"])(None, None, 0)
+    assert seen == [(None, None, settings, 8, nn.Linear, ["1"])]
+
+
 def test_a_reconstructed_row_hands_on_what_it_was_given(monkeypatch):
     seen = []
     monkeypatch.setattr("train_test_utils.transforms.ternarize_", lambda *args, **more: seen.append((args, more)))
     settings, reconstruction = Settings(correct=False), Reconstruction(steps=7)
     ReconstructedTernary(settings, 8, nn.Linear, ["1"], reconstruction=reconstruction)(None, None, 0)
     assert seen == [((None, None, settings, 8, nn.Linear, ["1"]), {"reconstruction": reconstruction})]
+
+
+@pytest.mark.filterwarnings("ignore:fewer positions")
+@pytest.mark.parametrize("kind", [CalibratedTernary, CalibratedStart])
+def test_the_structure_of_a_calibrated_row_takes_its_weights(kind):
+    x, model, transform = images(64), make("alexnet_like"), kind(act_bits=8)
+    whole, rebuilt = transform(copy.deepcopy(model), x, 5), transform.structure(copy.deepcopy(model), x, 5)
+    rebuilt.load_state_dict(whole.state_dict())
+    assert torch.equal(whole(x), rebuilt(x))
+
+
+@pytest.mark.parametrize("how", ["__call__", "structure"])
+def test_a_calibrated_start_is_trained_with_its_quantizer(how):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 4))
+    getattr(CalibratedStart(quantizer=absmean), how)(model, torch.rand(64, 3, 2, 2), 0)
+    assert [layer.quantizer for _, layer in select_layers(model)] == [absmean, absmean]
 
 
 def test_a_calibrated_start_leaves_layers_of_8_bits():

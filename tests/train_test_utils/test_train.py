@@ -279,6 +279,19 @@ def test_statistics_are_averaged_with_the_weights():
     assert slow < 0.5 * fast
 
 
+def test_fewer_images_than_a_batch_are_one_batch():
+    records = []
+    recipe = Recipe(epochs=2, lr=0.01, batch_size=128)
+    train(linear(), dataset(), recipe, Setup(CPU), on_epoch=records.append)
+    assert [record["step"] for record in records] == [1, 2]
+
+
+def test_the_learning_rate_that_is_told_is_that_of_the_epochs_last_step():
+    records = []
+    train(linear(), dataset(), replace(PLAIN, epochs=2), Setup(CPU), on_epoch=records.append)
+    assert [record["lr"] for record in records] == [PLAIN.lr_at(step, 10) for step in (4, 9)]
+
+
 def test_the_last_part_of_an_epoch_is_told_too():
     records = []
     train(linear(), dataset(), replace(PLAIN, epochs=1.4), Setup(CPU), on_epoch=records.append)

@@ -108,6 +108,18 @@ def test_states_are_as_far_apart_as_the_setup_says(seconds, saved, tmp_path):
     assert (tmp_path / "last.pt").exists() == saved
 
 
+def test_the_seconds_between_two_states_are_counted_from_the_last_one(tmp_path, monkeypatch):
+    """On a clock that moves by one at every step."""
+    calls, saved = [], []
+    monkeypatch.setattr(train_module, "LOOK_EVERY", 1)
+    monkeypatch.setattr(train_module, "time", SimpleNamespace(monotonic=lambda: len(calls)))
+    monkeypatch.setattr(train_module, "save_state", lambda state, path: saved.append(state["step"]))
+    net = linear()
+    net.register_forward_hook(lambda *_: calls.append(None))
+    train(net, dataset(), PLAIN, Setup(CPU, checkpoint_seconds=4), state_path=tmp_path / "last.pt")
+    assert saved == [5, 10, 15]
+
+
 @pytest.mark.parametrize("state", [{"step": 3}, {"step": 3, "model": {}}, [1]])
 def test_a_state_of_another_training_is_one_sentence(state, tmp_path):
     path = tmp_path / "last.pt"
