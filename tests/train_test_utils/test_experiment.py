@@ -72,3 +72,6 @@ def test_rows_from_before_there_were_fingerprints_are_taken_for_those_of_these_i
     folder.mkdir()
     (folder / "rows.jsonl").write_text('{"row": "float"}\n')
     experiment.refuse_mixed_results("small", [dataset()], tmp_path)
+    (folder / "rows.jsonl").write_text('{"row": "float", "data_fingerprint": "of others"}\n')
+    with pytest.raises(ValueError, match="has results of other images"):
+        experiment.refuse_mixed_results("small", [dataset()], tmp_path)
