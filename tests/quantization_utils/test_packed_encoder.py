@@ -17,6 +17,11 @@ from quantization_utils import absmean, load_model, pack_, quantize_, save_model
 from tests.networks import assert_equal_but_for_rounding, packed_vit
 
 
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
 @torch.no_grad()
 def test_a_layer_without_a_bias_takes_none_from_the_others() -> None:
     model, images = packed_vit(), torch.rand(4, 3, 32, 32)
@@ -176,12 +181,14 @@ def test_of_neurons_without_weights_those_with_a_bias_stay_or_else_one(bias: flo
     assert mlp.fc1.codes.shape == (1, 64)
 
 
+@pytest.mark.parametrize("ends", ["projection", "classifier"])
 @torch.no_grad()
-def test_a_classifier_of_other_bits_runs_by_itself() -> None:
+def test_patches_or_a_classifier_of_other_bits_run_by_themselves(ends: str) -> None:
     vit, images = models.build("vit", 10, width=64, depth=1).eval(), torch.rand(2, 3, 32, 32)
-    model = pack_(quantize_(quantize_(vit, act_bits=4, only="*classifier")))
+    model = pack_(quantize_(quantize_(vit, act_bits=4, only=f"*{ends}")))
     assert_equal_but_for_rounding(model(images), model.network(model.normalize(images)).logits)
-    assert model.encoder._runner.embeds and not model.encoder._runner.classes
+    runner = model.encoder._runner
+    assert (runner.embeds, bool(runner.classes)) == (ends != "projection", ends != "classifier")
 
 
 @torch.no_grad()
@@ -219,14 +226,6 @@ def test_neurons_stay_where_only_one_of_their_layers_is_packed() -> None:
     images = torch.rand(2, 3, 32, 32)
     expected = quantize_(model, absmean, keep=["*.fc2"])(images)
     assert_equal_but_for_rounding(pack_(model)(images), expected)
-
-
-@torch.no_grad()
-def test_patches_of_other_bits_are_embedded_by_their_module() -> None:
-    vit, images = models.build("vit", 10, width=64, depth=1).eval(), torch.rand(2, 3, 32, 32)
-    model = pack_(quantize_(quantize_(vit, act_bits=4, only="*projection")))
-    assert_equal_but_for_rounding(model(images), model.network(model.normalize(images)).logits)
-    assert model.encoder._runner.classes and not model.encoder._runner.embeds
 
 
 @torch.no_grad()
