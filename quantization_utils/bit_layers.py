@@ -25,11 +25,6 @@ from .kernels import reference
 from .quantizers import TERNARY, Quantizer, as_is, dequantize, in_blocks, int8_absmax
 
 
-def _wide(x: Tensor) -> Tensor:
-    """float32, or the float64 of a model that is to be evaluated without rounding of its own."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
 class DynamicQuantizer(nn.Module):
     """Signed activations with a scale from the data: q = clip(round(x · Q / a)), a = max |x|, Q = 2^(bits-1) - 1.
 
@@ -43,7 +38,7 @@ class DynamicQuantizer(nn.Module):
         self.bits, self.per = bits, per
 
     def forward(self, x: Tensor) -> Tensor:
-        codes, scale = reference.quantize_dynamic(_wide(x.detach()), self.bits, self.per)
+        codes, scale = reference.quantize_dynamic(reference.wide(x.detach()), self.bits, self.per)
         return x + ((codes * scale).to(x.dtype) - x.detach())
 
     def extra_repr(self) -> str:
@@ -60,7 +55,7 @@ class _LearnedStep(torch.autograd.Function):
         x, step = x.detach(), step.detach()  # torch.export wants views of what has no gradient here
         out = torch.empty_like(x)
         for x_B, out_B in in_blocks(x, out):
-            out_B.copy_((_wide(x_B) / step).round_().clamp_(0, code_max).mul_(step))
+            out_B.copy_((reference.wide(x_B) / step).round_().clamp_(0, code_max).mul_(step))
         return out
 
     @staticmethod

@@ -144,8 +144,9 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def dequantize(codes: Tensor, scale_N: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """codes · scale, with the scale of each output channel (dimension 0), in float32 and then rounded to `dtype`."""
-    weight, scale = torch.empty_like(codes, dtype=dtype), scale_N.view(-1, *[1] * (codes.dim() - 1))
+    """codes · scale, with the scale of each output channel (dimension 0), in the wider type and rounded to `dtype`."""
+    scale = scale_N.to(torch.promote_types(scale_N.dtype, dtype)).view(-1, *[1] * (codes.dim() - 1))
+    weight = torch.empty_like(codes, dtype=dtype)
     for codes_B, scale_B, weight_B in in_blocks(codes, scale, weight):
         torch.mul(codes_B, scale_B, out=weight_B)
     return weight

@@ -226,14 +226,15 @@ class Run:
         save_model(packed, path, metadata, calibration_images(self.data.train.images, self.seed).cpu())
         packed, _ = load_model(path)
         logits = predict(packed if args.device.type == "cpu" else load_model(path, str(args.device))[0], test.images)
-        agreement = agreement_pct(model, test.images, trainable_logits, logits)
+        stored, _ = load_model(path, str(args.device), backend="reference")
+        agreement, in_float64 = agreement_pct(model, stored, test.images, trainable_logits, logits)
         return {
             "model": self.model_name, "dataset": self.data.name, "row": self.row.name, "seed": self.seed,
             "options": self.options, "parent": self.row.parent,
             "epochs": self.row.recipe.epochs if self.row.recipe else 0, "pruned": pruned_text(self.row),
             "transforms": [str(t) for t in self.row.transforms],
             "test_accuracy_pct": round(accuracy_pct(logits, test.labels), 3), "test_images": len(test),
-            "reload_agreement_pct": round(agreement, 3),
+            "reload_agreement_pct": round(agreement, 3), "reload_agreement_float64_pct": round(in_float64, 3),
             "file_bytes": os.path.getsize(path), "float_file_bytes": os.path.getsize(self.origin.file),
             "ideal_bytes": ideal_bytes(packed), "zero_fraction": round(code_zero_fraction(model), 5),
             "weight_bits": weight_bits(packed), "macs": count_macs(packed),

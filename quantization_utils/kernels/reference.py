@@ -9,7 +9,8 @@ error is far below 1/2, so rounding restores the integer.
 Autocast is off in here: a 16-bit float does not hold these integers.
 
 After the accumulator come float32 operations in the order written here, each rounded once, a product together with the
-sum that it goes into (`multiply_add`); other kernels do the same and so agree bit for bit.
+sum that it goes into (`multiply_add`); other kernels do the same and so agree bit for bit. Layers outside of a packed
+network that are in float64 compute in it: so a ViT can run without the rounding that moves codes of activations.
 """
 
 from __future__ import annotations
@@ -29,6 +30,11 @@ EXACT_FLOAT32 = 2**24
 ONEDNN = torch.backends.mkldnn.is_available()
 
 
+def wide(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """x in float32, or in float64 if it (or `like`) is: then a model is evaluated without rounding of its own."""
+    return x.double() if (x if like is None else like).dtype == torch.float64 else x.float()
+
+
 def quantize_dynamic(x: Tensor, bits: int, per: str) -> tuple[Tensor, Tensor]:
     """Signed codes (float container) and the scale that belongs to each token or image, by the largest magnitude.
 
@@ -42,16 +48,19 @@ def quantize_dynamic(x: Tensor, bits: int, per: str) -> tuple[Tensor, Tensor]:
 
 
 def multiply_add(a: Tensor, b: Tensor | float, c: Tensor) -> Tensor:
-    """a · b + c of float32 numbers, rounded once, as the instruction of that name (IEEE 754's fusedMultiplyAdd) does.
+    """a · b + c in the type of a, rounded once, as the instruction of that name (IEEE 754's fusedMultiplyAdd) does.
 
-    float64 holds the product exactly, and most sums; of the others, which are rounded twice, one in some 2^29 is off by
-    its last bit.
+    float64 holds a product of float32 numbers exactly, and most sums; of the others, which are rounded twice, one in
+    some 2^29 is off by its last bit.
     """
-    return (a.double() * b + c).float()
+    return (a.double() * b + c).to(a.dtype)
 
 
 class Linear:
-    """Dynamic integer linear layer: x float32 (…, K) → float32 (…, N); y = acc · (scale_n · token scale) + bias_n."""
+    """Dynamic integer linear layer: x float (…, K) → float32, or float64 if the scales are, (…, N).
+
+    y = acc · (scale_n · token scale) + bias_n.
+    """
 
     backend = "reference"
 
@@ -60,14 +69,14 @@ class Linear:
         self.scale_N, self.bias_N, self.act_bits = scale_N, bias_N, act_bits
 
     def __call__(self, x: Tensor) -> Tensor:
-        codes, token_scale = quantize_dynamic(x.float(), self.act_bits, "token")
-        accumulator = _integers(_linear(codes.to(self.weight_NK.dtype), self.weight_NK))
+        codes, token_scale = quantize_dynamic(wide(x, self.scale_N), self.act_bits, "token")
+        accumulator = _integers(_linear(codes.to(self.weight_NK.dtype), self.weight_NK), codes.dtype)
         gain = self.scale_N * token_scale
         return accumulator * gain if self.bias_N is None else multiply_add(accumulator, gain, self.bias_N)
 
 
 class Conv2d:
-    """Dynamic integer convolution: x float32 (B, C, H, W) → float32 (B, N, H', W'); one input scale an image."""
+    """Dynamic integer convolution: x float (B, C, H, W) → (B, N, H', W') as `Linear`; a scale an image."""
 
     backend = "reference"
 
@@ -80,8 +89,8 @@ class Conv2d:
         self.act_bits, self.geometry = act_bits, geometry
 
     def __call__(self, x: Tensor) -> Tensor:
-        codes, image_scale = quantize_dynamic(x.float(), self.act_bits, "image")
-        accumulator = _integers(_conv2d(codes.to(self.weight.dtype), self.weight, **self.geometry))
+        codes, image_scale = quantize_dynamic(wide(x, self.scale_N11), self.act_bits, "image")
+        accumulator = _integers(_conv2d(codes.to(self.weight.dtype), self.weight, **self.geometry), codes.dtype)
         gain = self.scale_N11 * image_scale
         return accumulator * gain if self.bias_N11 is None else multiply_add(accumulator, gain, self.bias_N11)
 
@@ -165,6 +174,6 @@ def _container(codes: Tensor, activation_max: int) -> torch.dtype:
     return torch.float32 if int(rows.max()) * activation_max < EXACT_FLOAT32 else torch.float64
 
 
-def _integers(accumulator: Tensor) -> Tensor:
-    """float32 of an accumulator that is integer by meaning (see the head of this file)."""
-    return (accumulator.round() if accumulator.is_cuda else accumulator).float()
+def _integers(accumulator: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """An accumulator that is integer by meaning (see the head of this file), in the type that is computed in next."""
+    return (accumulator.round() if accumulator.is_cuda else accumulator).to(dtype)

@@ -226,6 +226,8 @@ def test_packed_convolution_is_the_trainable_one(options, act_bits):
     with torch.no_grad():
         assert act_bits is not None or torch.equal(packed(x), layer(x))
         torch.testing.assert_close(packed(x), layer(x), rtol=1e-5, atol=1e-5)
+        packed.backend = "reference"
+        torch.testing.assert_close(packed.double()(x.double()), layer.double()(x.double()), rtol=1e-13, atol=1e-13)
 
 
 def test_weight_only_packed_linear_is_exact():

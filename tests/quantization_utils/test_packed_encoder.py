@@ -14,6 +14,7 @@ import models
 from models.normalize import Normalize
 from pruning_utils import l2_filters, prune_
 from quantization_utils import absmean, load_model, pack_, quantize_, save_model
+from quantization_utils.quantizers import Quantizer, int8_absmax
 from tests.networks import assert_equal_but_for_rounding, packed_vit
 
 
@@ -236,3 +237,14 @@ def test_hooks_before_a_layer_are_called_too() -> None:
     model.network.vit.layers[0].register_forward_pre_hook(lambda module, args: seen.append(args))
     model(images)
     assert len(seen) == 1 and model.encoder.backend is None
+
+
+@pytest.mark.parametrize("quantizer", [absmean, int8_absmax])
+@torch.no_grad()
+def test_in_float64_a_packed_model_on_the_reference_is_the_trainable_one(quantizer: Quantizer, tmp_path: Path) -> None:
+    """In float32 a code turns here and there, and what follows from it is far larger than that."""
+    model = quantize_(models.build("vit", 10, width=64, depth=2).eval(), quantizer)
+    save_model(pack_(copy.deepcopy(model)), tmp_path / "vit.safetensors")
+    stored, _ = load_model(tmp_path / "vit.safetensors", backend="reference")
+    images = torch.rand(16, 3, 32, 32, dtype=torch.float64)
+    torch.testing.assert_close(stored.double()(images), model.double()(images), rtol=1e-12, atol=1e-12)

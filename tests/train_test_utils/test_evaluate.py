@@ -43,12 +43,22 @@ def test_agreement_is_with_the_model_in_float64_where_its_own_rounding_could_dec
     assert logits[[3, 5]].tolist() == [[0, 2.5], [0, 2.5]] and logits[0, 0] == 200
     right = logits.clone()
     right[3, 0] = 3
-    assert agreement_pct(model, images, logits, right) == 100
+    assert agreement_pct(model, model, images, logits, right) == (100, 100)
     for image, logit in ((5, 0), (7, 1)):  # next to equal in the model too; not a matter of rounding
         wrong = right.clone()
         wrong[image, logit] = 300
-        assert agreement_pct(model, images, logits, wrong) == 95
+        assert agreement_pct(model, model, images, logits, wrong) == (95, 100)
     assert predict(model, images).dtype == torch.float32 and model.weight.dtype == torch.float32
+
+
+def test_what_a_file_says_in_float64_too_is_not_the_rounding_of_its_kernels():
+    model, stored = Cancels(), Cancels()
+    images = torch.full((20, 3, 2, 2), 200, dtype=torch.uint8)
+    logits = predict(model, images)
+    other = logits.clone()
+    other[[4, 9], 1] = 300
+    stored.register_forward_hook(lambda module, inputs, output: output.flip(1))
+    assert agreement_pct(model, stored, images, logits, other) == (90, 90)
 
 
 def test_a_tenth_of_the_images_at_most_is_given_to_the_model_in_float64(monkeypatch):
@@ -56,9 +66,9 @@ def test_a_tenth_of_the_images_at_most_is_given_to_the_model_in_float64(monkeypa
 
     def predict(model, images, dtype):
         given.append(len(images))
-        return torch.zeros(len(images), 2)
+        return torch.tensor([[0.0, 1.0]] * len(images))
 
     monkeypatch.setattr("train_test_utils.evaluate.predict", predict)
-    images, tied = torch.zeros(50, 3, 2, 2, dtype=torch.uint8), torch.zeros(50, 2)
-    agreement_pct(nn.Identity(), images, tied, torch.tensor([[0.0, 1.0]] * 50))
-    assert given == [5]
+    images, tied = torch.zeros(50, 3, 2, 2, dtype=torch.uint8), torch.tensor([[1e-9, 0.0]] * 50)
+    agreement_pct(nn.Identity(), nn.Identity(), images, tied, torch.tensor([[1.0, 0.0]] * 50))
+    assert given == [5, 5, 5]  # and where that gives another class to both
