@@ -161,8 +161,11 @@ COLUMNS = (
            lambda v: f"{v:.2f}%"),
 )  # fmt: skip
 
-
 HELD_OUT = replace(COLUMNS[0], title="held-out accuracy", meaning="share of images kept out of the training split")
+IN_FLOAT64 = replace(
+    COLUMNS[-1], title="same in float64", meaning="same class, if both decide in float64 where they differ",
+    field="reload_agreement_float64_pct",
+)  # fmt: skip
 
 
 def columns_of(lines: Sequence[Line]) -> tuple[Column, ...]:

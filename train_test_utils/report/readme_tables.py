@@ -8,9 +8,10 @@
 
 Options after the name: `only=float,qat_*` (row names, as a shell matches names, in this order), `columns=` (fields,
 `a.b` and `a.0` for nested ones, `field:title` with underscores for spaces; without it, all that are plain values; for
-rows of experiments also titles of `table.COLUMNS`, for the mean and deviation over seeds), `last=` (of lines that agree
-in these fields the last counts), `each=nodes` (a line for each member of that list or mapping, which has its line's
-fields too; a mapping's key is the field `name`). Three floats are a value and its confidence interval.
+rows of experiments also titles of `table.COLUMNS` and `IN_FLOAT64`, for the mean and deviation over seeds), `last=`
+(of lines that agree in these fields the last counts), `each=nodes` (a line for each member of that list or mapping,
+which has its line's fields too; a mapping's key is the field `name`). Three floats are a value and its confidence
+interval.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from ..logbook import read_rows
 from ..table import (
     COLUMNS,
     HELD_OUT,
+    IN_FLOAT64,
     NOTHING,
     Column,
     Line,
@@ -91,10 +93,11 @@ def _first(name: str, patterns: Sequence[str]) -> str | None:
 
 def _experiments(rows: Sequence[Mapping[str, Any]], titles: Sequence[str] | None) -> str:
     lines = lines_of(rows)
-    known = {_name(column): column for column in columns_of(lines)}
+    usual = columns_of(lines)
+    known = {_name(column): column for column in (*usual, IN_FLOAT64)}
     if unknown := sorted(set(titles or ()) - set(known)):
         raise ValueError(f"these rows have no column {unknown[0]!r}: choose from {', '.join(known)}")
-    columns = [known[title] for title in titles or known]
+    columns = [known[title] for title in titles] if titles else usual
     head = ["row", *(column.title for column in columns)]
     body = [[_label(line), *(column.cell(line) for column in columns)] for line in lines]
     notes = _reduced(lines) + [f"{k} {v}" for k, v in circumstances(lines).items()]
@@ -114,7 +117,7 @@ def _name(column: Column) -> str:
     return column.title.replace(" ", "_")
 
 
-TITLES = {_name(column) for column in (*COLUMNS, HELD_OUT)}
+TITLES = {_name(column) for column in (*COLUMNS, HELD_OUT, IN_FLOAT64)}
 
 
 def _anything(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None) -> str:

@@ -185,6 +185,14 @@ def test_chosen_columns_of_experiments_over_seeds(results):
     assert "| row | test accuracy | file |\n| --- | ---: | ---: |\n| `float` | 80.62% ± 0.71% | 1.00 MB |\n" in text
 
 
+def test_agreement_in_float64_is_shown_where_it_is_asked_for(tmp_path):
+    row = EXPERIMENTS[0] | {"reload_agreement_pct": 99.64, "reload_agreement_float64_pct": 99.998}
+    (tmp_path / "vit.jsonl").write_text(json.dumps(row) + "\n")
+    text = markdown("vit", "columns=same_class,same_in_float64", tmp_path)
+    assert text.startswith("| row | same class | same in float64 |\n") and "| `float` | 99.64% | 100.00% |" in text
+    assert "float64" not in markdown("vit", "", tmp_path)
+
+
 def test_any_columns_of_experiments_still_say_under_which_conditions(results):
     text = markdown("cifar10/vit", "columns=row,test_accuracy_pct", results)
     assert "reduced budget" in text and "budget 0.02 · seeds 0 " in text
