@@ -1,8 +1,8 @@
 """What a model costs: time, multiply-adds, zeros, bits. Sizes of files are `os.path.getsize`, nothing here.
 
-Times are of the whole model on images that are already on the device: no loader, `torch.inference_mode`, warm-up first,
-device synchronised, a fixed number of threads. The model and the float model beside it take turns within the same
-seconds, so that a clock or a neighbour on the machine that changes meets both.
+Times are of the whole model on the CPU, on as many threads as PyTorch has: no loader, `torch.inference_mode`, warm-up
+first. The model and the float model beside it take turns within the same seconds, so that when the processor's clock
+or the load of the machine changes, both are affected alike.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -25,31 +23,29 @@ from quantization_utils.packing import Bits, entropy_bits
 from quantization_utils.storage import is_float16
 
 LOG2_3 = math.log2(3)
-CPU_BATCH_MACS = 2e10  # of the large batch on a CPU: a few tenths of a second a call
+BATCH_MACS = 2e10  # of the large batch: a few tenths of a second a call
 
 
 # Time
 
 
 def latency_beside(
-    float_model: nn.Module, packed_model: nn.Module, device: torch.device | str = "cpu", image_size: int = 32,
-    batch: int | None = None, seconds: float = 6.0, threads: int | None = None,
+    float_model: nn.Module, packed_model: nn.Module, image_size: int = 32, batch: int | None = None,
+    seconds: float = 6.0,
 ) -> dict[str, Any]:  # fmt: skip
-    """The two models' times in one interleaved run, as fields of a row.
+    """The two models' times on the CPU in one interleaved run, as fields of a row.
 
     latency_ms_p50_batch1, latency_ms_p90_batch1, throughput_images_per_s, throughput_batch and the first three again
-    with `float_` before them. `batch`: None takes 256 on a GPU, and on a CPU the power of two of 4 … 256 that comes to
-    about 2·10^10 multiply-adds, the same whatever else the machine does. Warm-up and measurement together take about
-    `seconds`; each model is called at least three times, so a slow one takes longer.
+    with `float_` before them. `batch`: None takes the power of two from 4 to 256 that comes to about 2·10^10
+    multiply-adds, so that it depends on the model alone. Warm-up and measurement together take about `seconds`; each
+    model is called at least three times, so a slow one takes longer.
     """
     models = [float_model, packed_model]
     if batch is None:
-        limit = (
-            CPU_BATCH_MACS / max(count_macs(float_model, image_size), 1) if torch.device(device).type == "cpu" else 256
-        )
+        limit = BATCH_MACS / max(count_macs(float_model, image_size), 1)
         batch = 2 ** int(math.log2(min(max(limit, 4), 256)))
-    single = _times(models, _images(1, image_size, device), 0.4 * seconds, 400, threads)
-    many = _times(models, _images(batch, image_size, device), 0.6 * seconds, 50, threads)
+    single = _times(models, _images(1, image_size), 0.4 * seconds, 400)
+    many = _times(models, _images(batch, image_size), 0.6 * seconds, 50)
     fields: dict[str, Any] = {"throughput_batch": batch}
     for prefix, times_1, times_n in zip(("float_", ""), single, many, strict=True):
         fields[f"{prefix}latency_ms_p50_batch1"] = round(1e3 * _quantile(times_1, 0.5), 4)
@@ -59,59 +55,38 @@ def latency_beside(
 
 
 @torch.inference_mode()
-def _times(
-    models: Sequence[nn.Module], images: Tensor, seconds: float, repeats: int, threads: int | None
-) -> list[list[float]]:
+def _times(models: Sequence[nn.Module], images: Tensor, seconds: float, repeats: int) -> list[list[float]]:
     """Seconds of each call of each model. The models take turns in short blocks; the first call of a block is dropped,
     because it finds the other model's weights in the caches."""
-    synchronize = partial(torch.cuda.synchronize, images.device) if images.is_cuda else _nothing
     times: list[list[float]] = [[] for _ in models]
 
     def call(model: nn.Module) -> float:
-        synchronize()
         began = time.perf_counter()
         model(images)
-        synchronize()
         return time.perf_counter() - began
 
-    with _threads(threads):
-        began = time.monotonic()
-        first = [min(call(model.eval()) for _ in range(2)) for model in models]  # kernels are built, memory is mapped
-        while time.monotonic() - began < 0.1 * seconds:
-            for model in models:
+    began = time.monotonic()
+    first = [min(call(model.eval()) for _ in range(2)) for model in models]  # kernels are built, memory is mapped
+    while time.monotonic() - began < 0.1 * seconds:
+        for model in models:
+            call(model)
+    began = time.monotonic()
+    while min(map(len, times)) < 3 or (len(times[-1]) < repeats and time.monotonic() - began < 0.9 * seconds):
+        for model, own, estimate in zip(models, times, first, strict=True):
+            block = max(1, min(10, round(seconds / 40 / estimate)))
+            if estimate < seconds / 20:
                 call(model)
-        began = time.monotonic()
-        while min(map(len, times)) < 3 or (len(times[-1]) < repeats and time.monotonic() - began < 0.9 * seconds):
-            for model, own, estimate in zip(models, times, first, strict=True):
-                block = max(1, min(10, round(seconds / 40 / estimate)))
-                if estimate < seconds / 20:
-                    call(model)
-                own.extend(call(model) for _ in range(block))
+            own.extend(call(model) for _ in range(block))
     return times
 
 
-def _images(batch: int, image_size: int, device: torch.device | str) -> Tensor:
+def _images(batch: int, image_size: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    return (torch.randint(0, 256, (batch, 3, image_size, image_size), generator=generator).float() / 255).to(device)
+    return torch.randint(0, 256, (batch, 3, image_size, image_size), generator=generator).float() / 255
 
 
 def _quantile(times: Sequence[float], q: float) -> float:
     return float(torch.tensor(times, dtype=torch.float64).quantile(q))
-
-
-def _nothing() -> None:
-    pass
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    if count is not None:
-        torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 # Multiply-adds
