@@ -48,9 +48,9 @@ def version_of_model(seed: int, width: int) -> PackedNetwork:
     return PackedNetwork([first, node("linear", 0, (width, width), 255), node("linear", 1, (10, width), None)])
 
 
-def kill_while_saving(kills: int, folder: Path, width: int, seed: int = 0) -> dict[str, Any]:
+def kill_while_saving(kills: int, folder: Path, width: int) -> dict[str, Any]:
     """Counts: which version was found after a kill, how often the kill fell between the start and the end of a save."""
-    rng, path = random.Random(seed), folder / "model.safetensors"
+    rng, path = random.Random(0), folder / "model.safetensors"
     contents, seconds = [], 0.0
     models = [version_of_model(s, width) for s in (1, 2)]
     for model in models:
@@ -92,9 +92,9 @@ def _temporaries(folder: Path) -> list[Path]:
     return [p for p in folder.iterdir() if p.name.endswith(".tmp")]
 
 
-def save_on_full_disk(saves: int, folder: Path, width: int, mounted: bool, seed: int = 0) -> dict[str, Any]:
+def save_on_full_disk(saves: int, folder: Path, width: int, mounted: bool) -> dict[str, Any]:
     """Counts of saves that were refused in a sentence, and of what they left."""
-    rng, path = random.Random(seed), folder / "model.safetensors"
+    rng, path = random.Random(0), folder / "model.safetensors"
     old, new = version_of_model(1, width), version_of_model(2, width)
     size = save_model(old, path)
     content = path.read_bytes()

@@ -92,7 +92,7 @@ def vit_b_16(repeats: int, folder: str) -> dict[str, Any]:
     return figures
 
 
-def network_with_zeros(zero_fraction: float, filters: bool, bits: str | int = "ternary") -> PackedNetwork:
+def network_with_zeros(zero_fraction: float, filters: bool) -> PackedNetwork:
     """A chain of convolutions whose codes are zero with this probability, singly or filter by filter."""
     generator = torch.Generator().manual_seed(0)
     nodes, channels = [], 3

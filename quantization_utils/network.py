@@ -32,21 +32,20 @@ class PackedNetwork(nn.Module):
     is_packed = True
 
     def __init__(
-        self, nodes: list[Node], constructor: dict[str, Any] | None = None, backend: str = "auto",
-        image_shape: tuple[int, ...] = IMAGE_SHAPE,
-    ) -> None:  # fmt: skip
-        """`image_shape`: (C, H, W) of the images that the nodes are made for; an average pool knows its side."""
+        self, nodes: list[Node], constructor: dict[str, Any] | None = None, image_shape: tuple[int, ...] = IMAGE_SHAPE
+    ) -> None:
+        """`image_shape`: (C, H, W) of the images that the nodes are made for, which an average pool depends on."""
         super().__init__()
-        self.nodes, self.constructor, self.backend, self.image_shape = nodes, constructor, backend, image_shape
+        self.nodes, self.constructor, self.image_shape = nodes, constructor, image_shape
+        self.backend = self._made_for = "auto"
         self._executor: Any = None
-        self._made_for = backend
         self.eval()
 
     @property
     def executor(self) -> Any:
-        """What runs the nodes: made at first use of them as they are then, where they are, and for `self.backend`.
+        """What runs the nodes; its `backend` names the kernels. Made at first use, and anew for another `self.backend`.
 
-        Its `backend` says which kernels run.
+        Nodes that are changed after that are not noticed.
         """
         if self._executor is None or self._made_for != self.backend:
             with torch.inference_mode(False):  # what is kept for later calls has to take part in gradients there

@@ -14,13 +14,14 @@ from .bit_layers import PackedConv2d, PackedLinear
 PACKED = (PackedLinear, PackedConv2d)
 MAX_CHANGED = 0.0005  # share of images whose class may change
 IMAGES = 512  # that many are looked at
+BATCH = 256  # images in one call of the model
 STRETCH = 32  # they are too few to see that share, so logits are moved this much further
 WORTH_HALVING = 32  # numbers: for fewer, the note in the file that they are float32 takes more than half of them saves
 MAX_RELATIVE_ERROR = 2**-10  # float16 rounds by at most 2^-11 unless a value is too small or too large for it
 
 
 @torch.no_grad()
-def with_float16_scales(model: nn.Module, images: Tensor, batch_size: int = 256) -> nn.Module:
+def with_float16_scales(model: nn.Module, images: Tensor) -> nn.Module:
     """Return a copy of a packed model whose scales and biases are float16 numbers, in float32 tensors.
 
     Both are tried at once, then scales alone and biases alone. What changes the classes of too many `images`
@@ -33,19 +34,19 @@ def with_float16_scales(model: nn.Module, images: Tensor, batch_size: int = 256)
     if not any(isinstance(m, PACKED) for m in model.modules()):
         return model
     images = images[:IMAGES]
-    logits = _logits(model, images, batch_size)
+    logits = _logits(model, images)
     for names in (("scale", "bias"), ("scale",), ("bias",)):
         candidate = _rounded(model, names)
-        moved = logits + STRETCH * (_logits(candidate, images, batch_size) - logits)
+        moved = logits + STRETCH * (_logits(candidate, images) - logits)
         changed = (moved.argmax(1) != logits.argmax(1)).double().mean().item()
         if changed <= STRETCH * MAX_CHANGED:
             return candidate
     return model
 
 
-def _logits(model: nn.Module, images: Tensor, batch_size: int) -> Tensor:
+def _logits(model: nn.Module, images: Tensor) -> Tensor:
     with evaluating(model):
-        return torch.cat([model(batch.to(device_of(model))) for batch in images.split(batch_size)])
+        return torch.cat([model(batch.to(device_of(model))) for batch in images.split(BATCH)])
 
 
 def _rounded(model: nn.Module, names: tuple[str, ...]) -> nn.Module:

@@ -131,12 +131,12 @@ class Column:
         return f"{self.write(mean)} ± {self.write(std)}" if self.with_std and std is not None else self.write(mean)
 
 
-def significant(value: float, digits: int = 3) -> str:
-    """Plain decimal notation with so many significant digits, thousands separated: 0.123, 12.3, 1,230."""
+def significant(value: float) -> str:
+    """Plain decimal notation with three significant digits, thousands separated: 0.123, 12.3, 1,230."""
     if value == 0:
         return "0"
-    rounded = float(f"{value:.{digits - 1}e}")
-    decimals = digits - 1 - math.floor(math.log10(abs(rounded)))
+    rounded = float(f"{value:.2e}")
+    decimals = 2 - math.floor(math.log10(abs(rounded)))
     return f"{rounded:,.{max(decimals, 0)}f}"
 
 
