@@ -3,11 +3,11 @@
     python3 benchmarks/training_speed.py resnet_18 --only float qat_all --dataset cifar10 [--steps 100]
 
 After the model's name come the options of its script that say what is trained on which data and device. Each row that
-`--only` names is trained for three rounds of `--steps` steps, as its script trains it, but from weights drawn anew. The
-first round warms up and compiles, the second is timed, and of the third PyTorch's profiler tells when the GPU computes:
-busy is that time over the second round's, which no profiler slows down. Appends a line for each row to
-results/training/speed.jsonl, with the minutes that its full recipe takes at this rate and those that the whole table
-would take, were all its rows as fast: training alone, for one data set and seed.
+`--only` names is trained for three rounds of `--steps` steps, as its script trains it, but from newly drawn weights. In
+the first round everything warms up and is compiled, the second is timed, and in the third PyTorch's profiler adds up
+how long the GPU computes. "Busy" is that time divided by the second round's, which no profiler slows down. Appends a
+line for each row to results/training/speed.jsonl, with the minutes that its full recipe takes at this rate, and the
+minutes that the whole table would take if all its rows were as fast: training alone, for one data set and seed.
 """
 
 from __future__ import annotations
@@ -48,25 +48,30 @@ def covered(spans: Iterable[tuple[float, float]]) -> float:
 
 
 class Stopwatch:
-    """Called after each round: what the second one took and how long the device computed in the third."""
+    """Called at the end of each of three rounds: times the second round and, on a GPU, profiles the third.
+
+    `seconds`: of the second round. `busy_seconds`: how long the GPU computed in the third; None on a CPU.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.rounds, self.began = device, 0, 0.0
-        self.seconds, self.busy_seconds = 0.0, None if device.type == "cpu" else 0.0
+        self.seconds = 0.0
+        self.busy_seconds: float | None = None
         self.profiler = profile(activities=[ProfilerActivity.CUDA])
 
     def __call__(self, record: dict[str, Any]) -> None:
-        if self.device.type == "cuda":
+        on_gpu = self.device.type == "cuda"
+        if on_gpu:
             torch.cuda.synchronize(self.device)
         self.rounds += 1
         if self.rounds == 2:
             self.seconds = time.perf_counter() - self.began
-        if self.busy_seconds is not None and self.rounds == 2:
-            self.profiler.start()
-        if self.busy_seconds is not None and self.rounds == 3:
+            if on_gpu:
+                self.profiler.start()
+        elif self.rounds == 3 and on_gpu:
             self.profiler.stop()
-            on_device = [e for e in self.profiler.events() or [] if e.device_type == DeviceType.CUDA]
-            self.busy_seconds = covered((e.time_range.start, e.time_range.end) for e in on_device) / 1e6
+            kernels = [e for e in self.profiler.events() or [] if e.device_type == DeviceType.CUDA]
+            self.busy_seconds = covered((e.time_range.start, e.time_range.end) for e in kernels) / 1e6
         self.began = time.perf_counter()
 
 
