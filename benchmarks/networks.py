@@ -205,26 +205,32 @@ def made_layers() -> Iterator[tuple[dict[str, Any], Tensor, int]]:
         yield {"model": "zero blocks of 16×16", "weights": "made", "op": "linear"}, codes, 1
 
 
-def times(codes: Tensor, side: int, batches: list[int], tries: int = 3) -> dict[int, dict[str, float]]:
-    """For each batch, microseconds of the layer by each algorithm.
+def tried_micros(node: Node, images: int, side: int) -> dict[str, float]:
+    """Microseconds of a node by each algorithm that the kernels tried for so many images of `side` pixels a side."""
+    executor = cpu.NetworkExecutor([stem(node.codes.shape[1]), node])
+    executor(torch.rand(images, 1, side, side))
+    plan = executor.plan(images, side, side)[1]
+    return {key: plan[key] for key in ("direct_us", "winograd_us", "skipping_us") if plan[key]}
 
-    A convolution that skips is measured as the linear layer of all its pixels, gathered already: it would take longer.
+
+def micros_by_algorithm(codes: Tensor, side: int, batches: list[int]) -> dict[int, dict[str, float]]:
+    """For each batch, microseconds of the layer by each algorithm: medians of three measurements.
+
+    The kernels do not skip zero blocks in convolutions. What that would take at least is measured as the linear layer
+    of all pixels, whose patches are gathered already.
     """
-    shape = {"codes": codes, "gain": torch.rand(len(codes)) / 100, "bias": torch.rand(len(codes)), "out_max": 63}
-    cases = [(Node("linear", 0, **{**shape, "codes": codes.flatten(1)}), side * side, 1)]
-    if codes.dim() == 4:
-        kernel, padding = (codes.shape[2],) * 2, (codes.shape[2] // 2,) * 2
-        cases.append((Node("conv", 0, **shape, kernel=kernel, padding=padding), 1, side))
-    found: dict[tuple[int, str], list[float]] = {}
-    for node, rows, size in cases * tries:
-        executor = cpu.NetworkExecutor([stem(node.codes.shape[1]), node])
-        for batch in batches:
-            executor(torch.rand(batch * rows, 1, size, size))
-            plan = executor.plan(batch * rows, size, size)[1]
-            for key in ("direct_us", "winograd_us", "skipping_us"):
-                if plan[key] and (node.op == "conv" or codes.dim() == 2 or key == "skipping_us"):
-                    found.setdefault((batch, key), []).append(plan[key])
-    return {batch: {key: median(us) for (b, key), us in found.items() if b == batch} for batch in batches}
+    fields = {"gain": torch.rand(len(codes)) / 100, "bias": torch.rand(len(codes)), "out_max": 63}
+    linear = Node("linear", 0, codes=codes.flatten(1), **fields)
+    found: dict[int, dict[str, list[float]]] = {batch: {} for batch in batches}
+    for batch in batches * 3:
+        micros = tried_micros(linear, batch * side * side, 1)
+        if codes.dim() == 4:
+            kernel, padding = (codes.shape[2],) * 2, (codes.shape[2] // 2,) * 2
+            conv = Node("conv", 0, codes=codes, **fields, kernel=kernel, padding=padding)
+            micros = tried_micros(conv, batch, side) | {"skipping_us": micros["skipping_us"]}
+        for key, value in micros.items():
+            found[batch].setdefault(key, []).append(value)
+    return {batch: {key: median(values) for key, values in by_key.items()} for batch, by_key in found.items()}
 
 
 def zero_blocks(batches: list[int]) -> None:
@@ -233,7 +239,7 @@ def zero_blocks(batches: list[int]) -> None:
     for (figures, codes, side), share in zip(layers, shares, strict=True):
         figures |= {"shape": list(codes.shape), "zeros_pct": round(100 * codes.eq(0).float().mean().item(), 1),
                     "zero_blocks_pct": round(100 * share, 1)}  # fmt: skip
-        measured = times(codes, side, batches) if share >= WORTH_MEASURING else {None: {}}
+        measured = micros_by_algorithm(codes, side, batches) if share >= WORTH_MEASURING else {None: {}}
         for batch, micros in measured.items():
             if micros:
                 dense = min(us for key, us in micros.items() if key != "skipping_us")
