@@ -22,7 +22,7 @@ from __future__ import annotations
 import copy
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -66,6 +66,13 @@ def packed(name: str, removed: float = 0.0, act_bits: int = 6) -> nn.Module:
     return pack_(calibrate_(quantize_(model, act_bits=act_bits), torch.rand(16, 3, 32, 32)))
 
 
+def milliseconds(run: Callable[[Tensor], Any], images: Tensor) -> float:
+    """How long one call takes."""
+    start = time.perf_counter()
+    run(images)
+    return (time.perf_counter() - start) * 1e3
+
+
 def layers(batch: int, limits: Limits) -> None:
     for name, act_bits in product(("resnet_18", "alexnet"), (6, 8)):
         model = packed(name, act_bits=act_bits)
@@ -97,11 +104,7 @@ def pruned(batch: int, limits: Limits, rounds: int = 15) -> None:
         times: dict[float, list[float]] = {fraction: [] for fraction in FRACTIONS}
         for round_index in range(rounds + 1):
             for fraction, network in networks.items():
-                runs = []
-                for _ in range(12 if batch == 1 else 3):
-                    start = time.perf_counter()
-                    network(images)
-                    runs.append((time.perf_counter() - start) * 1e3)
+                runs = [milliseconds(network, images) for _ in range(12 if batch == 1 else 3)]
                 if round_index:
                     times[fraction].append(float(np.median(runs)))
         print(f"\n{name}, batch {batch}")
@@ -125,15 +128,12 @@ def overhead(batch: int, limits: Limits, rounds: int = 200) -> None:
     for name in ("resnet_18", "alexnet", "vit"):
         model, images = packed(name), torch.rand(batch, 3, 32, 32)
         operator = model.encoder.classify if name == "vit" else model.executor
-        calls = (lambda run=operator, x=images: run(x)), (lambda run=model, x=images: run(x))
-        micros: tuple[list[float], list[float]] = ([], [])
-        for _ in range(rounds if batch == 1 else rounds // 5):
-            for call, times in zip(calls, micros, strict=True):
-                start = time.perf_counter()
-                call()
-                times.append((time.perf_counter() - start) * 1e6)
-        operator_us, whole_us = (median(times[10:]) for times in micros)
-        outside_us = median(whole - operator for operator, whole in list(zip(*micros, strict=True))[10:])
+        pairs = [
+            (1e3 * milliseconds(operator, images), 1e3 * milliseconds(model, images))
+            for _ in range(rounds if batch == 1 else rounds // 5)
+        ][10:]  # the first ten warm up
+        operator_us, whole_us = (median(micros) for micros in zip(*pairs, strict=True))
+        outside_us = median(whole - operator for operator, whole in pairs)
         figures = {
             "model": name, "batch": batch, "whole_us": round(whole_us, 1), "operator_us": round(operator_us, 1),
             "outside_us": round(outside_us, 1), "outside_pct": round(100 * outside_us / whole_us, 1),
@@ -153,9 +153,7 @@ def pauses(batch: int, limits: Limits, calls: int = 100) -> None:
             times = []
             for _ in range(calls):
                 time.sleep(pause_ms / 1e3)
-                start = time.perf_counter()
-                model(images)
-                times.append((time.perf_counter() - start) * 1e3)
+                times.append(milliseconds(model, images))
             figures = {
                 "model": name, "batch": batch, "threads_of_call": threads, "pause_ms": pause_ms,
                 "p50_ms": round(median(times), 3), "p90_ms": round(float(np.quantile(times, 0.9)), 3),
