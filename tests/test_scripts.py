@@ -367,7 +367,7 @@ def test_a_row_is_not_held_against_results_that_another_process_has_put_in_place
     out, _ = finished
     folder = out / "vit-digits" / "float-seed3"
     before = (folder / "config_hash").read_text()
-    loaded = run.Run.finished_in
+    loaded = run.Run.recall
 
     def then_another_comes(run, logbook):
         line = loaded(run, logbook)
@@ -375,7 +375,7 @@ def test_a_row_is_not_held_against_results_that_another_process_has_put_in_place
             (folder / "config_hash").write_text("another\n")
         return line
 
-    monkeypatch.setattr(run.Run, "finished_in", then_another_comes)
+    monkeypatch.setattr(run.Run, "recall", then_another_comes)
     assert start(monkeypatch, "vit", *TINY, "--only", "ptq_all_per_tensor", "--out", str(out)) == 2
     assert f"{folder} was taken by another process with other options: start again" in capsys.readouterr().err
     (folder / "config_hash").write_text(before)

@@ -65,8 +65,11 @@ class Run:
         self.checkpoint = self.folder / "checkpoint.safetensors"
 
     def line(self, logbook: Logbook) -> dict[str, Any] | None:
-        """The row's line: of before, measured anew if need be, or of now; None where only what is done is measured."""
-        line = self.finished_in(logbook)
+        """Do what of the row is still to be done, and return its line.
+
+        None if it has not been trained and `--measure-again` asks for rows that have.
+        """
+        line = self.recall(logbook)
         if line is None:
             return None if self.arguments.measure_again else self.execute(logbook)
         again = self.arguments.measure_again if is_named(self.row, self.arguments.only) else None
@@ -74,26 +77,30 @@ class Run:
             return self.measure_again(logbook, line)
         return self.time_again(logbook, line) if again == "latency" else line
 
-    def finished_in(self, logbook: Logbook) -> dict[str, Any] | None:
-        """The row's line if it has been done with this very configuration and its weights are still there."""
+    def recall(self, logbook: Logbook) -> dict[str, Any] | None:
+        """The row's line if it has been done with this very configuration and its weights are still there, else None.
+
+        Where another configuration has taken the row's folder since, its results are moved aside and those of this one
+        come back (`claim`), and so does its line in the table.
+        """
         if not distributed.first_decides(lambda: logbook.done(self.hash) is not None):
             return None
         claim(self.folder, self.hash)
         if not distributed.first_decides(self.checkpoint.exists):
             return None
-        line = (logbook.done(self.hash) or {}) | {"line_hash": self.line_hash}  # older ones have none
+        line = (logbook.done(self.hash) or {}) | {"line_hash": self.line_hash}  # older lines have none
         if distributed.rank() == 0:
-            with suppress(OSError):  # a disk that can only be read, where there is none
+            with suppress(OSError):  # finished rows can be shown from a read-only disk
                 (self.folder / "last.pt").unlink(missing_ok=True)  # left by a kill just after the row was recorded
             logbook.recall(line)
             say(f"{self.row.name}, seed {self.seed}: done before ({line['test_accuracy_pct']:.2f}%)")
         return line
 
     def is_damaged(self, line: dict[str, Any]) -> bool:
-        """Whether the packed file of a finished row is gone or not as it would be now: it can be packed again."""
+        """Whether the packed file of a finished row is gone, damaged or names other classes; prints which."""
         why = "is gone or damaged"
         with suppress(OSError, ModelFileError):
-            own, _ = read_file(self.file)  # and hold it against the hash in it
+            own, _ = read_file(self.file)  # which checks it against its hash
             if self.file.stat().st_size == line["file_bytes"]:
                 if json.loads(own["metadata"]).get("classes") == list(self.data.class_names):
                     return False
@@ -106,16 +113,16 @@ class Run:
         with self._ancestors_kept():
             model = self.start()
             began = time.monotonic()
-            model = self.transformed(model)  # first: options that make no model move no finished results aside
+            model = self.transformed(model)  # before claim: options that make no model must not move results aside
             transform_seconds = round(time.monotonic() - began, 3)
             claim(self.folder, self.hash)
             with self._alone():
-                done = self.finished_in(logbook)  # by another process, while this one transformed the model
+                done = self.recall(logbook)  # another process may have done it while this one transformed the model
                 return done or self._train_and_record(logbook, model, transform_seconds)
 
     @contextmanager
     def _ancestors_kept(self) -> Iterator[None]:
-        """No other process puts other results in the place of those that this row starts from and is held against."""
+        """Keep other processes from replacing the results that this row starts from and is compared with."""
         with ExitStack() as stack:
             ancestor = self.parent
             while ancestor is not None and distributed.rank() == 0:
@@ -126,7 +133,7 @@ class Run:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """No other process is at work in the row's folder, and none has taken it."""
+        """Keep other processes out of the row's folder, which has to be this row's still."""
         if distributed.rank() > 0:
             yield
             return
@@ -139,7 +146,7 @@ class Run:
             raise ValueError(f"{self.folder} was taken by another process with other options: start again")
 
     def _train_and_record(self, logbook: Logbook, model: nn.Module, transform_seconds: float) -> dict[str, Any]:
-        self._begin(logbook, "train" if self.row.recipe else "post-training")
+        logbook.start_row(self.folder.name, self.config, "train" if self.row.recipe else "post-training")
         seconds: float | None = 0.0
         if self.row.recipe is not None:
             args = self.arguments
@@ -157,39 +164,37 @@ class Run:
                 model, self.data, self.row.recipe, setup, seed=self.seed, budget=args.budget, teacher=teacher,
                 state_path=self.folder / "last.pt", title=f"{self.row.name} seed {self.seed}", on_epoch=on_epoch,
             )  # fmt: skip
-            if seconds is None:  # it had ended before it was interrupted, but for its row
+            if seconds is None:  # all epochs were done before an interruption; only the row's line was missing
                 seconds = (logbook.resume_at_the_end() or {}).get("train_seconds")
         if distributed.rank() == 0:
             save_weights(model, self.checkpoint, self.hash)
         return self._record(logbook, model, {"train_seconds": seconds, "transform_seconds": transform_seconds})
 
     def measure_again(self, logbook: Logbook, line: dict[str, Any]) -> dict[str, Any]:
-        """A new line for a row that is done, without training: the later of two lines counts.
+        """A new line for a row that is done, without training; it counts in place of the former one.
 
-        Beside the device and the code of the measurement it says those of the training.
+        Its `device`, `commit` and `versions` are those of this measurement, and with `trained_` before them of the
+        training.
         """
         with self._ancestors_kept(), self._alone():
-            self._begin(logbook, "measure-again")
+            logbook.start_row(self.folder.name, self.config, "measure-again")
             kept = {field: line.get(field) for field in ("train_seconds", "transform_seconds")}
             for field in ("device", "commit", "versions"):
                 kept[f"trained_{field}"] = line.get(f"trained_{field}", line.get(field))
             return self._record(logbook, self.trained(), kept)
 
     def time_again(self, logbook: Logbook, line: dict[str, Any]) -> dict[str, Any]:
-        """As `measure_again`, for latency and throughput alone: seconds a row, on a machine that is quiet now."""
+        """As `measure_again`, for latency and throughput alone, which takes seconds: the other figures stay."""
         with self._ancestors_kept(), self._alone():
-            self._begin(logbook, "measure-again")
+            logbook.start_row(self.folder.name, self.config, "measure-again")
             if distributed.rank() == 0:
                 now = {"latency_commit": commit(), "latency_versions": versions(*LIBRARIES)}
                 logbook.row(line | self.timed(load_model(self.file)[0]) | now)
             distributed.barrier()
             return logbook.done(self.hash) or {}
 
-    def _begin(self, logbook: Logbook, job_type: str) -> None:
-        logbook.start_row(self.folder.name, self.config, job_type)
-
     def _record(self, logbook: Logbook, model: nn.Module, more: dict[str, Any]) -> dict[str, Any]:
-        """Measure, and append a line with `more` fields."""
+        """Measure the model, append the figures and `more` to the logbook as the row's line, and return it."""
         if distributed.rank() == 0:
             logbook.row(self.measured(model) | more)
             (self.folder / "last.pt").unlink(missing_ok=True)
@@ -213,9 +218,9 @@ class Run:
         return model.eval()
 
     def measured(self, model: nn.Module) -> dict[str, Any]:
-        """The row's line: everything in it is taken from the file that was saved and loaded again.
+        """The row's line. Its figures are taken from the file, which is saved and loaded again.
 
-        But for the zero fraction: the file no longer has the channels that pruning has silenced.
+        Only the zero fraction is the trained model's: the file no longer has the channels that pruning has silenced.
         """
         args, test = self.arguments, self.data.test
         trainable_logits = predict(model.to(args.device), test.images)

@@ -87,10 +87,10 @@ def test_a_row_whose_weights_are_gone_is_not_finished(tmp_path):
     row = run(tmp_path)
     line = {"test_accuracy_pct": 90.0}
     logbook = SimpleNamespace(done=lambda config_hash: line, recall=lambda line: None)
-    assert row.finished_in(logbook) is None
+    assert row.recall(logbook) is None
     for name in ("checkpoint.safetensors", "last.pt"):
         (row.folder / name).touch()
-    assert row.finished_in(logbook) == line | {"line_hash": row.line_hash}
+    assert row.recall(logbook) == line | {"line_hash": row.line_hash}
     assert not (row.folder / "last.pt").exists()  # left by a kill
 
 
