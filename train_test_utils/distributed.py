@@ -54,12 +54,12 @@ def barrier() -> None:
 
 @contextmanager
 def first_alone() -> Iterator[None]:
-    """The first process goes through the block alone, then the others: what it downloads, they find.
+    """The first process runs the block alone; then the others do, and find what it has downloaded.
 
-    If it fails, which it tells, the others end with code 2.
+    If it fails there, which it reports itself, the others end with code 2.
     """
     if rank() > 0:
-        if not first_decides(lambda: True):  # what the first one says, when it is through
+        if not first_decides(lambda: True):  # waits for the first one's answer below; this one's does not count
             raise SystemExit(2)
         yield
         return
@@ -79,7 +79,7 @@ def summed(figures: Tensor) -> Tensor:
 
 
 def first_decides(decide: Callable[[], bool]) -> bool:
-    """What the first process finds, the same in all of them: files may look otherwise a moment later."""
+    """The first process's decision, in all of them: each for itself might find files that have changed meanwhile."""
     on_gpu = world_size() > 1 and dist.get_backend() == "nccl"
     decision = torch.tensor(float(rank() == 0 and decide()), device="cuda" if on_gpu else "cpu")
     return bool(summed(decision).item())

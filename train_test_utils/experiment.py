@@ -46,7 +46,7 @@ def main(
     # PyTorch's own switch, read at the first large allocation: in huge pages AlexNet's 227 MB of weights are read up to
     # twice as fast where memory is scattered.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    # A GPU's convolutions outside of autocast are held against exact integers, and their outputs are calibrated on.
+    # Outside of autocast, a GPU's convolutions are compared with exact integers and used for calibration.
     torch.backends.cudnn.allow_tf32 = False
     prepare_output()
     arguments = parse_arguments(model_name, sys.argv[1:], quick_budget)
@@ -70,10 +70,10 @@ def main(
         for dataset in datasets:
             code = max(code, run_table(model_name, options, chosen, dataset, replace(arguments, device=device)))
         if code:
-            distributed.barrier()  # the first that ends with an error has torchrun end the others
+            distributed.barrier()  # torchrun ends the other processes as soon as one has ended with an error
             raise SystemExit(code)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        if os.environ.get("TERNARY_TRACEBACK") or not is_told(error):
+        if os.environ.get("TERNARY_TRACEBACK") or not is_expected(error):
             raise
         print(f"{Path(sys.argv[0]).name}: {sentence(error)}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -90,13 +90,13 @@ def options_of(arguments: Arguments, default: Options, quick: Options | Callable
     return default | (of_quick if arguments.quick else {}) | arguments.options
 
 
-def is_told(error: Exception) -> bool:
-    """Whether it is what a user, or a machine that is too small, has to answer for: a sentence says it all."""
+def is_expected(error: Exception) -> bool:
+    """Whether one sentence is enough, without a traceback: for a user's mistake, or too little memory."""
     return not isinstance(error, RuntimeError) or is_out_of_memory(error)
 
 
 def refuse_mixed_results(model_name: str, datasets: Sequence[ImageDataset], out: Path) -> None:
-    """Raise a ValueError if images of two data sets would have their rows in one table, now or with those of before."""
+    """Raise a ValueError if rows of two data sets would come into one table, in this run or with earlier results."""
     fingerprints: dict[Path, str] = {}
     for dataset in datasets:
         folder = folder_of(model_name, dataset, out)
@@ -120,7 +120,7 @@ def run_table(
 ) -> int:
     """Every row for every seed on one data set; then the table, the report and the pictures; return the exit code.
 
-    Where rows are to be measured again, those that have not been done are left out.
+    Rows that fail, or that `--measure-again` finds nothing of, are left out, and so are those that start from them.
     """
     folder = folder_of(model_name, dataset, arguments.out)
     folder.mkdir(parents=True, exist_ok=True)
@@ -134,7 +134,7 @@ def run_table(
             for row in rows:
                 parent = runs.get(row.parent) if row.parent else None
                 if row.parent and parent is None:
-                    continue  # there is nothing of its parent; that has been said
+                    continue  # its parent was left out, as has been printed
                 run = Run(model_name, options, row, parent, seed, data, arguments, folder)
                 line, failed = attempt(run, logbook)
                 code = max(code, failed)
@@ -151,15 +151,15 @@ def run_table(
 
 
 def attempt(run: Run, logbook: Logbook) -> tuple[dict[str, Any] | None, int]:
-    """A row's line and 0; none, and the exit code of what is in the way: other rows may be done all the same."""
+    """(the row's line, 0), or (None, exit code) if it failed, with a sentence printed: other rows can still be done."""
     name = f"{run.row.name}, seed {run.seed}"
     try:
         line = run.line(logbook)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         diverged = isinstance(error, NonFiniteLoss)
-        # All processes see that; of anything else, which may have befallen one, the others would not know.
+        # All processes diverge together; any other error may be that of one alone, for which the others would wait.
         others_know = diverged or distributed.world_size() == 1
-        if os.environ.get("TERNARY_TRACEBACK") or not (is_told(error) and others_know):
+        if os.environ.get("TERNARY_TRACEBACK") or not (is_expected(error) and others_know):
             raise
         print(f"{Path(sys.argv[0]).name}: {name}: {sentence(error)}", file=sys.stderr)
         return None, 2 if isinstance(error, (ValueError, OSError)) and not diverged else 1
@@ -173,7 +173,7 @@ def report(table: list[dict[str, Any]], logbook: Logbook, folder: Path) -> None:
     print_table(table)
     paths: list[Path] = []
     try:
-        paths = write_report([*logbook.rows(), *table], folder)  # of two lines the later counts: this table's
+        paths = write_report([*logbook.rows(), *table], folder)  # this table's lines come last, so they count
         say(f"report and pictures: {folder / 'report.html'}")
     except Exception as error:  # a full disk, a line written by hand: figures do not depend on pictures
         if os.environ.get("TERNARY_TRACEBACK"):
