@@ -26,7 +26,7 @@ from .dataset import ImageDataset
 from .output import first_line
 from .recipe import Recipe
 
-LOOK_EVERY = 20  # steps between two looks at the loss, where states are saved, too: each makes a GPU wait
+LOOK_EVERY = 20  # steps between two looks at the loss, which are also when states are saved: a look makes a GPU wait
 
 
 class NonFiniteLoss(ValueError):
@@ -34,9 +34,10 @@ class NonFiniteLoss(ValueError):
 
 
 class Totals:
-    """Of the epoch so far, on the device: the sum of its losses, the images and how many were correct.
+    """Figures of the epoch so far: the sum of its losses, how many images were correct, and how many there were.
 
-    And the first step whose loss was not finite, -1 if there is none: looked at seldom, since looking makes a GPU wait.
+    And the first step whose loss was not finite, or -1. All four stay in one tensor on the device, which is seldom
+    read: reading makes a GPU wait.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -48,14 +49,21 @@ class Totals:
         self.tensor[3] = -1
 
     def add(self, loss: Tensor, correct: Tensor, images: int, step: Tensor) -> None:
-        """One batch, of each process: all of them see the same totals, and stop together when one diverges."""
+        """Add one batch of every process: all see the same totals, and stop together when one diverges.
+
+        `loss`, `correct`: of this process, (); `images`: how many it had; `step`: the number of the step, ().
+        """
         figures = torch.stack([loss.detach() / distributed.world_size(), correct, torch.full_like(loss, images)])
         figures = distributed.summed(figures)
         self.tensor[:3] += figures
         self.tensor[3] = torch.where(torch.isfinite(figures[0]) | (self.tensor[3] >= 0), self.tensor[3], step)
 
     def means(self, batches: int) -> dict[str, float]:
-        """Raises `FloatingPointError`, with the step in it, if a loss was not finite."""
+        """Loss per batch and accuracy over the `batches` added.
+
+        Raises:
+            FloatingPointError: a loss was not finite; the message names the step.
+        """
         loss, correct, images, bad_step = self.tensor.tolist()
         if bad_step >= 0:
             raise FloatingPointError(f"the loss was not finite at step {int(bad_step)}")
@@ -64,7 +72,7 @@ class Totals:
 
 @dataclass(frozen=True)
 class Setup:
-    """Where and how a run computes; nothing here is meant to change its result."""
+    """Where and how a run computes. Nothing here is meant to change its result, beyond rounding."""
 
     device: torch.device
     precision: torch.dtype = torch.float32  # of the autocast regions
@@ -140,8 +148,8 @@ def train(
         _step(loss, model, optimizer, scaler, recipe)
         totals.add(loss, (logits.argmax(1) == labels).sum(), len(labels), number)
 
-    # Started from Python as it is: a step in which processes exchange gradients, or on a GPU that wants loss scaling,
-    # which is slow enough for Python to keep up.
+    # No graph where processes exchange gradients, nor with loss scaling: GPUs that need it are slow enough for Python
+    # to keep up.
     replays = device.type == "cuda" and world == 1 and not scaler.is_enabled()
     repeated = Replayed(do_step) if replays else None
     if repeated:
@@ -198,12 +206,12 @@ def train(
 
     progress.close()
     for layer in bit_layers:
-        layer.quantized_part = 1.0  # whatever part of its way a ramp has come
+        layer.quantized_part = 1.0  # a ramp may have ended short of that
     if averaged is not None:
         model.load_state_dict(averaged.module.state_dict())
     if recipe.statistics_images:
         _estimate_statistics(model, dataset, recipe, budget, seed)
-    if not _is_finite(model):  # after the last step's loss
+    if not _is_finite(model):  # the last step, whose loss was finite, may have broken it
         raise _diverged("a weight was not finite at the end", state_path)
     return model.eval()
 
@@ -211,7 +219,7 @@ def train(
 def _resume(
     parts: dict[str, Any], totals: Totals, path: Path | None, device: torch.device
 ) -> tuple[int, float]:
-    """Load the state of an interrupted run into `parts` and `totals`; return the first step to do, and seconds."""
+    """Load the state of an interrupted run into `parts` and `totals`; return (steps done, seconds they took)."""
     state = load_state(path, device) if path is not None else None
     if state is None:
         return 0, 0.0
@@ -250,10 +258,10 @@ def _step(
 
 
 def _estimate_statistics(model: nn.Module, dataset: ImageDataset, recipe: Recipe, budget: float, seed: int) -> None:
-    """Batch norm's statistics anew: running averages lag behind weights that move, far after few steps.
+    """Take batch norm's statistics anew: running averages lag behind moving weights, most of all after few steps.
 
-    Of images altered as in training. Under those of unaltered ones a network that was trained for long gets worse: it
-    knows them by heart, and never saw them without a blanked square.
+    Images are augmented as in training. With the statistics of unaltered images a network that was trained for long
+    gets worse: it knows these images by heart, and has only seen them with a blanked square.
     """
     torch.manual_seed(seed)  # augmentation and dropout; a run may have been interrupted after its last step
     chosen = epoch_order(len(dataset.train), seed, 0, dataset.train.images.device)[: recipe.statistics_images]
