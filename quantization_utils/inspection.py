@@ -12,10 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .file_format import ModelFileError, read_file
 from .packing import Bits, entropy_bits
 from .quantizers import dequantize
-from .storage import check_description, check_values, decode_record, read_records
+from .storage import read_checked
 from .storage_checks import Record
 
 
@@ -86,23 +85,23 @@ class FileReport:
 
 
 def inspect_file(path: str | os.PathLike[str]) -> FileReport:
-    """Read a model file, with those checks of `load_model` that need no model, and report on it.
+    """Read a model file, with all checks of `load_model`, and report on it.
 
     Raises:
         FileNotFoundError, ModelFileError: as `load_model`.
     """
-    own, records, tensors = _read(path)
+    records, _, values, tensors = read_checked(path)
     with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:
         names = sorted(records, key=_by_number)
         layers = list(pool.map(lambda name: _layer(name, records[name], tensors[name]), names))
     codes = [layer for layer in layers if layer.is_codes]
     others = [layer for layer in layers if not layer.is_codes]
-    return FileReport(os.fspath(path), own["kind"], os.path.getsize(path), codes, others)
+    return FileReport(os.fspath(path), values["kind"], os.path.getsize(path), codes, others)
 
 
 def gzip_float_bytes(path: str | os.PathLike[str]) -> int:
     """The size of the file's tensors, weights multiplied out to float32, after gzip (level 6)."""
-    _, records, tensors = _read(path)
+    records, _, _, tensors = read_checked(path)
 
     def squeezed(name: str) -> int:
         tensor = tensors[name]
@@ -122,19 +121,6 @@ def _by_number(name: str) -> list[tuple[int, str]]:
 def _scale_of(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
     layer = name.rpartition(".")[0]
     return next(tensors[n] for n in (f"{layer}.scale", f"{layer}.gain") if n in tensors).float()
-
-
-def _read(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, Record], dict[str, Tensor]]:
-    try:
-        own, stored = read_file(path)
-        records = read_records(own, stored)
-        check_description(own, records)
-        with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:
-            tensors = dict(zip(records, pool.map(decode_record, records, records.values()), strict=True))
-        check_values(records, tensors)
-    except ModelFileError as error:
-        raise ModelFileError(f"{os.fspath(path)}: {error}") from error
-    return own, records, tensors
 
 
 def _layer(name: str, record: Record, tensor: Tensor) -> Layer:

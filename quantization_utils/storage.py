@@ -100,14 +100,7 @@ def load_model(
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"there is no device {str(device)!r} here: choose cpu") from error
-    try:
-        own, stored = read_file(path)
-        records = read_records(own, stored)
-        model, values = check_description(own, records)
-        tensors = _decode(records)
-        check_values(records, tensors)
-    except ModelFileError as error:
-        raise ModelFileError(f"{os.fspath(path)}: {error}") from error
+    _, model, values, tensors = read_checked(path)
     if isinstance(model, PackedNetwork):
         for name, tensor in tensors.items():
             _, index, field = name.split(".")
@@ -116,14 +109,29 @@ def load_model(
         model.load_state_dict(tensors, strict=True, assign=True)
     _set_backend(model, backend)
     user = values.pop("metadata")
-    own_values = {k: values.get(k) for k in OWN_METADATA} | {"format_version": VERSION, "kind": own["kind"]}
+    own_values = {k: values.get(k) for k in OWN_METADATA} | {"format_version": VERSION}
     return model.eval().to(device), {**user, **own_values}
 
 
-def read_records(own: Mapping[str, str], stored: Mapping[str, Stored]) -> dict[str, Record]:
-    """The tensors of a file as `file_format.read_file` returns them, each held against its description."""
-    entries = parse_json(own["tensors"], "the list of tensors")
-    return {name: check_record(name, tensor, entries[name]) for name, tensor in stored.items()}
+def read_checked(
+    path: str | os.PathLike[str],
+) -> tuple[dict[str, Record], nn.Module, dict[str, Any], dict[str, Tensor]]:
+    """(records, model without values, what the metadata says, tensors) of a file that passes all checks.
+
+    Raises:
+        FileNotFoundError, ModelFileError: as `load_model`.
+    """
+    try:
+        own, stored = read_file(path)
+        entries = parse_json(own["tensors"], "the list of tensors")
+        records = {name: check_record(name, tensor, entries[name]) for name, tensor in stored.items()}
+        model, values = check_description(own, records)
+        with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:
+            tensors = dict(zip(records, pool.map(decode_record, records, records.values()), strict=True))
+        check_values(records, tensors)
+    except ModelFileError as error:
+        raise ModelFileError(f"{os.fspath(path)}: {error}") from error
+    return records, model, values, tensors
 
 
 def _describe_network(model: PackedNetwork) -> tuple[dict[str, tuple[Tensor, Bits | None]], dict[str, Any]]:
@@ -233,7 +241,7 @@ def _entry(record: Record, digest: str) -> dict[str, Any]:
 
 
 def check_description(own: Mapping[str, str], records: dict[str, Record]) -> tuple[nn.Module, dict[str, Any]]:
-    """Return (model without values, the file's JSON values) once everything that is said fits together.
+    """Return (model without values, kind and JSON values of the metadata) once everything that is said fits together.
 
     Raises:
         ModelFileError: it does not.
@@ -243,7 +251,7 @@ def check_description(own: Mapping[str, str], records: dict[str, Record]) -> tup
     mine = ("constructor", "normalization", "metadata", "network" if kind == "network" else "modules")
     known = {"format", "format_version", "file_sha256", "kind", "tensors", *mine}
     require(set(mine) <= set(own) <= known, "its metadata has members missing or left over")
-    values = {key: parse_json(own[key], key) for key in mine}
+    values: dict[str, Any] = {"kind": kind} | {key: parse_json(own[key], key) for key in mine}
     constructor, user = values["constructor"], values["metadata"]
     if constructor is not None:
         check_constructor(constructor)
@@ -268,11 +276,6 @@ def check_description(own: Mapping[str, str], records: dict[str, Record]) -> tup
     return model, values
 
 
-def _decode(records: Mapping[str, Record]) -> dict[str, Tensor]:
-    with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:
-        return dict(zip(records, pool.map(decode_record, records, records.values()), strict=True))
-
-
 def decode_record(name: str, record: Record) -> Tensor:
     """The tensor itself.
 
@@ -293,7 +296,11 @@ def decode_record(name: str, record: Record) -> Tensor:
 
 
 def check_values(records: Mapping[str, Record], tensors: Mapping[str, Tensor]) -> None:
-    """Finite floats; positive scales; variances that are none below zero."""
+    """Require finite floats, positive scales, and no negative variances.
+
+    Raises:
+        ModelFileError: a tensor has others.
+    """
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             continue
