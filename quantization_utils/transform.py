@@ -84,7 +84,7 @@ def _refuse_a_layer(model: nn.Module) -> None:
 
 
 def _check_quantizer(quantizer: Quantizer, weight: Tensor) -> None:
-    """Raise a ValueError if what it makes of a weight is not what a quantizer returns."""
+    """Raise a ValueError unless it returns for this weight what a quantizer has to return."""
     if not callable(quantizer):
         raise ValueError(f"a quantizer is a function such as quantization_utils.absmean, not {quantizer!r}")
     made = quantizer(weight)
@@ -129,15 +129,15 @@ def _refuse_hooks(name: str, layer: nn.Module) -> None:
 @torch.inference_mode(False)  # steps that are made there could not be learned
 @torch.no_grad()
 def calibrate_(model: nn.Module, images: Tensor, batch_size: int = 128) -> nn.Module:
-    """Give a quantized convolution network static activation scales, in place: a chain, that torch.fx can trace.
+    """Give a quantized convolution network static activation scales, in place; return the model.
 
-    `images`: unlabelled, (B, 3, H, W) in [0, 1].
+    `images`: unlabelled, float (B, 3, H, W) in [0, 1]; `pack_` makes the network for images of their size.
+    `batch_size`: how many of them the model gets at once.
 
-    The quantizer of a layer's input moves to where the node before it ends (after its ReLU or average pool), so that
-    all readers of that tensor share it; the step is the one of least squared error on these images (60 clipping points
-    are tried). Inputs that come straight from the normalised image need none: pixels are 8-bit already. Models whose
-    data flow can't be traced (transformers) keep their dynamic scales per token. Steps that exist stay and are only set
-    anew. `pack_` makes the network for images of this size.
+    The quantizer of a layer's input moves to the end of the node before it (after its ReLU or average pool), so that
+    all readers of that tensor share it. Its step is the one of least squared error on these images, out of 60 that are
+    tried; called again, `calibrate_` sets the steps anew. Layers that read the normalised image need no quantizer:
+    pixels are 8-bit already. Models that torch.fx can't trace (transformers) keep their dynamic scales per token.
 
     Raises:
         ValueError: no images, images of bytes, a model without quantized layers, activations that are not finite,
@@ -196,17 +196,7 @@ def pack_(model: nn.Module) -> nn.Module:
         _refuse_a_layer(model)
     for name, layer in model.named_modules():
         if isinstance(layer, (BitLinear, BitConv2d)):
-            if layer.weight.is_meta:
-                raise ValueError(f"{name} has no values, it is on the device meta: load them first")
-            if not is_finite(layer.weight):
-                raise ValueError(f"{name} has a weight that is not finite: has training diverged?")
-            if layer.quantized_part != 1.0:
-                part = layer.quantized_part
-                raise ValueError(f"{name} is quantized in part ({part:g}): set its quantized_part to 1 first")
-        if isinstance(layer, BitConv2d) and (layer.padding_mode != "zeros" or isinstance(layer.padding, str)):
-            raise ValueError(f"{name} can't be packed: only convolutions with zero padding, given as numbers, can")
-        if isinstance(layer, (BitLinear, BitConv2d)):
-            _refuse_hooks(name, layer)
+            _check_packable(name, layer)
     model.eval().float()  # what packed layers compute in; codes stay as they are
     image_shape: Any = getattr(model, "calibrated_shape", IMAGE_SHAPE)
     try:
@@ -220,6 +210,18 @@ def pack_(model: nn.Module) -> nn.Module:
     model.__dict__.update(packed.__dict__)
     model.__class__ = PackedNetwork
     return model
+
+
+def _check_packable(name: str, layer: BitLinear | BitConv2d) -> None:
+    if layer.weight.is_meta:
+        raise ValueError(f"{name} has no values, it is on the device meta: load them first")
+    if not is_finite(layer.weight):
+        raise ValueError(f"{name} has a weight that is not finite: has training diverged?")
+    if layer.quantized_part != 1.0:
+        raise ValueError(f"{name} is quantized in part ({layer.quantized_part:g}): set its quantized_part to 1 first")
+    if isinstance(layer, BitConv2d) and (layer.padding_mode != "zeros" or isinstance(layer.padding, str)):
+        raise ValueError(f"{name} can't be packed: only convolutions with zero padding, given as numbers, can")
+    _refuse_hooks(name, layer)
 
 
 def _pack_layers(model: nn.Module) -> None:
@@ -265,9 +267,9 @@ def _insert_static_quantizers(model: nn.Module) -> dict[str, Quantized]:
 
 
 def _ends(model: nn.Module, fx_node: fx.Node) -> list[fx.Node]:
-    """Where what a layer reads there is quantized: the end of the node before, and of those that its pools read.
+    """The fx nodes behind which the input of a layer is quantized: its producer, and the producers of average pools.
 
-    Nothing if no node ends there.
+    Empty if the input can't be quantized there.
     """
     ends = [_producer(model, fx_node.all_input_nodes[0])]
     while isinstance(module_of(model, ends[-1]), nn.AdaptiveAvgPool2d):
@@ -285,7 +287,7 @@ def _producer(model: nn.Module, fx_node: Any) -> fx.Node:
 
 
 def _observe(model: nn.Module, producers: dict[str, Quantized], images: Tensor, batch_size: int) -> dict[str, Tensor]:
-    """A sample of what each producer puts out, with the weights quantized and the activations not."""
+    """A sample of each producer's outputs, (about `SAMPLES`,), with quantized weights but float activations."""
     samples: dict[str, list[Tensor]] = {name: [] for name in producers}
     per_batch = max(1, SAMPLES * batch_size // max(len(images), batch_size))
 
@@ -314,7 +316,7 @@ def _observe(model: nn.Module, producers: dict[str, Quantized], images: Tensor, 
 
 
 def _best_step(values: Tensor, code_max: int) -> float:
-    """The step of least squared error for unsigned codes 0 … code_max, out of 60 fractions of the largest value."""
+    """The step of least squared error for codes 0 … code_max: top / code_max, for 60 fractions `top` of the maximum."""
     top = float(values.max())
     if top <= 0:
         return 1.0 / code_max  # a dead output: any step represents it
