@@ -94,7 +94,7 @@ class StaticQuantizer(nn.Module):
 class Quantized(nn.Module):
     """A module (ReLU, average pool) whose output ends a node and is quantized there: quantizer(module(x))."""
 
-    fx_leaf = True  # the graph sees one step
+    fx_leaf = True  # `models.graph.trace` takes it for one node
 
     def __init__(self, module: nn.Module, quantizer: StaticQuantizer) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ class _BitLayer(nn.Module):
     weight: nn.Parameter
     quantizer: Quantizer
     input_quantizer: nn.Module | None
-    fx_leaf = True  # the graph sees one step
+    fx_leaf = True  # `models.graph.trace` takes it for one node
     quantized_part = 1.0  # ramp: 0 = the float weight, 1 = the quantized one; a recipe may raise it during training
     fixed: Tensor | None = None  # the dequantized weight inside `fixed_weights`
 
@@ -128,7 +128,7 @@ class _BitLayer(nn.Module):
             return 8
         if self.quantizer in (*TERNARY, as_is):
             return "ternary"
-        codes, _ = self.quantized_weight()  # which tell: it may be a partial of one of these, or somebody's own
+        codes, _ = self.quantized_weight()  # a partial of one of these, or another function: its codes tell
         return 8 if bool((codes.abs() > 1).any()) else "ternary"
 
     def quantized_weight(self) -> tuple[Tensor, Tensor]:
@@ -138,11 +138,11 @@ class _BitLayer(nn.Module):
     def effective_weight(self) -> Tensor:
         """The dequantized weight, with the gradient of the float weight (straight-through).
 
-        Where autocast is on, it has autocast's type: what would be rounded to that in the product is not written twice.
+        Where autocast is on, it has autocast's type, which the product would round it to anyway.
         """
         if self.fixed is not None:
             return self.fixed
-        weight = self.weight  # masked, if it was pruned, at every look at it
+        weight = self.weight  # once: a pruned weight is masked anew at every access
         device, dtype = weight.device.type, weight.dtype
         if self.quantized_part == 1.0 and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
@@ -161,9 +161,9 @@ class _BitLayer(nn.Module):
 def fixed_weights(
     model: nn.Module, weight_of: Callable[[_BitLayer], Tensor] = _BitLayer.effective_weight
 ) -> Iterator[None]:
-    """Quantize every weight once and not in every forward pass: for many passes between which no weight changes.
+    """Quantize every weight once, on entry, and not in every forward pass: for passes between which no weight changes.
 
-    Where only shapes matter, `weight_of` may be another that costs less.
+    `weight_of`: what a layer computes with meanwhile; where only shapes matter, one that costs less.
     """
     before = {module: module.fixed for module in model.modules() if isinstance(module, _BitLayer)}
     try:
@@ -242,7 +242,7 @@ class _PackedLayer(nn.Module):
         return self._runner(input)
 
     def _parts(self) -> tuple[Any, ...]:
-        """What a runner is made of: tensors, how often each was written to, kernels."""
+        """What a runner depends on: the tensors, their versions (how often each was written to) and the backend."""
         tensors = (self.codes, self.scale, self.bias)
         versions = tuple(0 if t is None or t.is_inference() else t._version for t in tensors)
         return (*tensors, versions, self.backend)
@@ -252,7 +252,7 @@ class _PackedLayer(nn.Module):
         return all(map(operator.is_, now[:3], self._made_of[:3])) and now[3:] == self._made_of[3:]
 
     def _make_runner(self) -> Callable[[Tensor], Tensor]:
-        """What runs the layer, made of its tensors: in each of the two classes."""
+        """The function that runs the layer, made from its tensors; each of the two classes has its own."""
         raise NotImplementedError
 
     @property
@@ -300,7 +300,7 @@ class PackedConv2d(_PackedLayer):
 
     @property
     def has_kernel(self) -> bool:
-        """Whether C++ can run it, or PyTorch does for want of integers."""
+        """Whether `backend="cpu"` is possible: C++ can run it, or its activations are float and PyTorch always does."""
         return self.act_bits is None or kernels.has_kernel(self.codes, self.geometry)
 
     @classmethod

@@ -21,7 +21,10 @@ version_of = operator.attrgetter("_version")  # which every change of a tensor i
 
 
 class _Watch:
-    """Knows whether a model has the modules and tensors that it had, as they were, and hooks: microseconds a look."""
+    """Remembers a model's modules, tensors and backends, to tell in microseconds whether any has changed since.
+
+    `hooks`: the modules' hooks, as dictionaries that fill when one is added.
+    """
 
     def __init__(self, children: dict[str, Any]) -> None:
         modules = [module for child in children.values() for module in child.modules()]
@@ -42,11 +45,11 @@ class _Watch:
 
 
 class PackedEncoder:
-    """A packed ViT on the fused kernels, or module by module where these cannot run, or where a module has a hook.
+    """A packed ViT on the fused kernels; module by module where these cannot run, or where a module has a hook.
 
-    Called with hidden states float32 (B, T, D) it runs the encoder's layers, and returns those of the first `kept`
-    tokens (B, kept, D); the last layer computes no others. `classify` goes all the way from images to logits: patches
-    and classifier are part of the operator if they are packed. It reads the modules at its first call on the CPU, and
+    Called with hidden states float32 (B, T, D) it runs the encoder's layers, and returns the hidden states of the first
+    `kept` tokens (B, kept, D); the last layer computes no others. `classify` goes all the way from images to logits:
+    patches and classifier are part of the operator if they are packed. The modules are read at the first call, and
     again when they have changed, or after `reset`.
     """
 
@@ -141,7 +144,7 @@ def _dense(layer: Any) -> tuple[Tensor, Tensor, Tensor | None]:
 
 
 def _beside_each_other(layers: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """As one layer that has all of their outputs."""
+    """Several layers of the same inputs as one: their outputs concatenated."""
     biases = [torch.zeros_like(layer.scale) if layer.bias is None else layer.bias for layer in layers]
     return torch.cat([la.codes for la in layers]), torch.cat([la.scale for la in layers]), torch.cat(biases)
 
@@ -173,7 +176,8 @@ def remove_dead_neurons_(model: nn.Module) -> nn.Module:
     """Take the neurons of a packed ViT's MLPs away that are always 0, as pruned filters are; return the model.
 
     GELU(0) = 0 changes neither a token's largest magnitude nor a sum of integers, so the logits stay the same bit for
-    bit. Neurons that nobody reads stay: they take part in the scale of their token. One of each MLP stays, too.
+    bit. Neurons that nothing reads stay, because their values count in the scale of their token. At least one neuron of
+    each MLP stays, too.
     """
     for first, second in mlp_layers(model):
         fc1, fc2 = model.get_submodule(first), model.get_submodule(second)
@@ -196,7 +200,7 @@ def fuse_encoder_(model: nn.Module) -> nn.Module:
 
 
 def _fits(network: Any) -> bool:
-    """Whether a `transformers` ViT has packed layers of the same bits, and else what the kernels expect."""
+    """Whether the kernels take a `transformers` ViT: layers packed with the same bits, GELU, heads of whole vectors."""
     try:
         packed = [linear for layer in network.vit.layers for linear in linear_layers(layer)]
     except AttributeError:  # a version of transformers that names its modules in another way

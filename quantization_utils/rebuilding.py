@@ -1,5 +1,4 @@
-"""From what a file says of a module tree to that tree, without memory for its values and without trust in what is
-said."""
+"""From a file's description of a module tree to that tree: on the meta device, and every claim of the file checked."""
 
 from __future__ import annotations
 
@@ -21,6 +20,8 @@ from .storage_checks import Record, bounded_construction, check_normalization, r
 
 def rebuild(constructor: dict[str, Any], described: Any, records: Mapping[str, Record]) -> nn.Module:
     """Return the model on the meta device, its packed layers in place, ready for `load_state_dict(assign=True)`.
+
+    `described`: the value of `modules` in the file's metadata (see `packing.py`). `records`: its tensors by name.
 
     Raises:
         ModelFileError: constructor, packed layers and tensors do not belong together.
@@ -84,7 +85,7 @@ def _swap_layers(model: nn.Module, described: Any, records: Mapping[str, Record]
 
 
 def _shapes_of_codes(model: nn.Module, records: Mapping[str, Record]) -> dict[str, tuple[int, ...]]:
-    """The shapes that layers' codes must have: their weights', but for neurons that an MLP has lost in both layers."""
+    """The shape that each layer's codes must have: its weight's, less the neurons that both layers of an MLP lack."""
     layers = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
     shapes = {name: tuple(layer.weight.shape) for name, layer in layers.items()}
     for first, second in mlp_layers(model):
@@ -123,7 +124,7 @@ def _check_state(model: nn.Module, records: Mapping[str, Record]) -> None:
 
 
 def _restore_normalization(model: nn.Module) -> None:
-    """The constants that are constructor arguments and no part of the state dict."""
+    """Fill the buffers of `Normalize`, which are made from constructor arguments and no part of the state dict."""
     for module in model.modules():
         if isinstance(module, Normalize):
             check_normalization(module.mean, module.std)

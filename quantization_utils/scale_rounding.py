@@ -1,4 +1,4 @@
-"""Scales in half the bytes, where hardly a class changes."""
+"""Scales and biases rounded to float16, half the bytes, where that changes the class of next to no image."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .bit_layers import PackedConv2d, PackedLinear
 
 PACKED = (PackedLinear, PackedConv2d)
 MAX_CHANGED = 0.0005  # share of images whose class may change
-IMAGES = 512  # that many are looked at
+IMAGES = 512  # looked at, at most
 BATCH = 256  # images in one call of the model
-STRETCH = 32  # they are too few to see that share, so logits are moved this much further
-WORTH_HALVING = 32  # numbers: for fewer, the note in the file that they are float32 takes more than half of them saves
+STRETCH = 32  # so many images are too few to see that share, so logits are moved this many times as far
+WORTH_HALVING = 32  # numbers: with fewer, the note in the file that they were float32 takes more bytes than are saved
 MAX_RELATIVE_ERROR = 2**-10  # float16 rounds by at most 2^-11 unless a value is too small or too large for it
 
 
@@ -24,12 +24,11 @@ MAX_RELATIVE_ERROR = 2**-10  # float16 rounds by at most 2^-11 unless a value is
 def with_float16_scales(model: nn.Module, images: Tensor) -> nn.Module:
     """Return a copy of a packed model whose scales and biases are float16 numbers, in float32 tensors.
 
-    Both are tried at once, then scales alone and biases alone. What changes the classes of too many `images`
-    (B, 3, H, W), of which the first `IMAGES` are looked at, stays as it was: near zero their number grows in proportion
-    to how far logits move, so `MAX_CHANGED` is held if at most `STRETCH` times that share changes when logits move
-    `STRETCH` times as far. Codes are shared with the model, which is not changed. A model without packed layers is
-    returned as it is; a `PackedNetwork`, too, whose next activations are rounded at other places if a gain is another
-    by a hair.
+    Both are tried at once, then scales alone, then biases alone; what changes the class of too many `images`
+    (B, 3, H, W) stays as it was. For small moves of the logits the share of changed classes is proportional to the
+    move. So at most `MAX_CHANGED` change if at most `STRETCH` times that share does when logits move `STRETCH` times as
+    far. Codes are shared with the model, which is not changed. A model without packed layers is returned as it is, and
+    so is a `PackedNetwork`: there a gain that differs in its last digits rounds activations to other codes.
     """
     if not any(isinstance(m, PACKED) for m in model.modules()):
         return model

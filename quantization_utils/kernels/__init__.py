@@ -89,7 +89,7 @@ def make_encoder(
     layers: Sequence[dict[str, Any]], heads: int, epsilon: float, act_bits: int,
     embedding: dict[str, Any] | None = None, head: dict[str, Any] | None = None, backend: str = "auto",
 ) -> Any:  # fmt: skip
-    """`cpu.Encoder` of a transformer's layers; None where the reference, module by module, is to run.
+    """`cpu.Encoder` of a transformer's layers; None where the modules are to run one by one, on the reference.
 
     `layers`: the fields of `cpu.EncoderLayer`, of each. `embedding`, `head`: those of `cpu.Embedding` and `cpu.Head`,
     if these are part of it.
@@ -107,7 +107,7 @@ def make_encoder(
 
 
 def _chosen(backend: str, tensors: Sequence[Tensor | None]) -> str:
-    """The backend that runs for a name, where the first of the tensors lies."""
+    """The backend that runs for a name, on the device of the first of the tensors that is not None."""
     if torch.compiler.is_compiling():  # kernels are chosen and filled with values, which a tracer does not see
         raise RuntimeError(
             "run the packed model on one image before torch.compile or torch.export: its kernels are made then"
@@ -116,7 +116,7 @@ def _chosen(backend: str, tensors: Sequence[Tensor | None]) -> str:
 
 
 def resolve(backend: str, device: str) -> str:
-    """The backend that runs for a name, on a device.
+    """The backend that runs for a name: "reference", or "cpu" with or without an instruction set. `device`: its type.
 
     Raises:
         ValueError: an unknown name, or a backend that cannot run here.
@@ -140,7 +140,7 @@ def resolve(backend: str, device: str) -> str:
 
 @cache
 def _why_not() -> str:
-    """Why "auto" is the reference here, said once."""
+    """Why "auto" is the reference here, warned of once; empty if it is not."""
     try:
         build.load()
     except build.BuildError as error:

@@ -91,7 +91,7 @@ class NetworkExecutor:
         """One dict a node for a batch size that has run: op, algorithm, microseconds of each candidate, multiply-adds.
 
         Microseconds are None where an algorithm was not measured or cannot be used. Products with padding do not count.
-        "images" are so many as a thread takes through a node at a time by itself; 0: all threads share the batch.
+        "images": how many a thread takes through a node at a time by itself; 0: all threads share the batch.
         """
         lines = torch.ops.ternary.network_describe(self._handle, batch, height, width).splitlines()
         names = ("node", "op", "algorithm", "direct_us", "winograd_us", "skipping_us", "multiply_adds", "images")
@@ -188,7 +188,7 @@ class Encoder:
         self.backend, self.embeds = f"cpu-{isa}", embedding is not None
         self.classes = len(head.classifier[0]) if head else 0
 
-        def made(dense: Dense) -> Linear:  # C++ keeps what it is given the number of, Python until then
+        def made(dense: Dense) -> Linear:  # kept here until C++, which gets its number, keeps it too
             return Linear(dense[0].flatten(1), *dense[1:], act_bits, backend)
 
         linears = [made(dense) for layer in layers for dense in (layer.qkv, layer.out, layer.fc1, layer.fc2)]
@@ -211,10 +211,10 @@ class Encoder:
 
 
 def _is_ternary(codes: Tensor) -> bool:
-    """Whether 2 bits hold them all.
+    """Whether all codes are in {-1, 0, 1}.
 
     Raises:
-        ValueError: one is -128, which no quantizer makes and the kernels' 32-bit sums do not reckon with.
+        ValueError: one is -128, which no quantizer makes and for which the kernels' 32-bit sums have no room.
     """
     if codes.numel() == 0:
         return True
