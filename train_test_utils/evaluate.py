@@ -31,12 +31,14 @@ def agreement_pct(
 ) -> tuple[float, float]:
     """Share of images, in percent, to which a trained model and its packed file give the same class; in float64, too.
 
-    Logits float32 (N, classes). Where they differ a little, the model's are off as often as the file's: a float32 sum
-    that ends on the wrong side of a step of quantized activations is off by a whole step from there on. So the images
-    whose two best classes are as near as that, a tenth of all at most, are given to the model in float64. For the
-    second share, those on which they still differ are given to both in float64, to the file as `stored` on the
-    reference kernels: what is left is not the rounding of float32. (A packed network is in integers and float32
-    whatever it is given, so there the two are the same.)
+    `model_logits`, `file_logits`: float32 (N, classes). Small differences between the two are as often the trained
+    model's error as the file's: a float32 sum that ends on the wrong side of a rounding boundary makes an activation
+    wrong by a whole step. So the images whose two best classes are closer than such differences, at most a tenth of
+    all, are classified by the model in float64.
+
+    For the second share, both classify the images on which they then differ in float64, the file as `stored`, on the
+    reference kernels: differences that remain are not the rounding of float32. (A packed convolution network computes
+    in integers and float32 whatever it is given, so there the two shares are the same.)
     """
     first, second = model_logits.topk(2).values.T
     margin = first - second

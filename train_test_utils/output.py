@@ -1,4 +1,4 @@
-"""What is printed: it may be lost, and the work goes on; and of an error, the first line."""
+"""Printing that never ends a run when the output is closed or full, and the first line of an error."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class Losable:
-    """A stream that swallows what can't be written any more: whoever read has gone, or the disk is full."""
+    """A stream that drops what can't be written any more because its reader has gone or the disk is full."""
 
     def __init__(self, stream: Any) -> None:
         self.stream = stream
@@ -36,7 +36,7 @@ class Losable:
 
 
 def prepare_output() -> None:
-    """Let output that is closed or fails swallow what is printed, and put "?" for the characters that it lacks."""
+    """Make standard output and error `Losable`, and print "?" for characters that the output's encoding lacks."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
@@ -48,7 +48,7 @@ def prepare_output() -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """Of its message, without a full stop; its type if it has none (EOFError of an empty file)."""
+    """The first line of an error's message, without a full stop; its type if there is no message, as with EOFError."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 

@@ -19,7 +19,7 @@ def sgd(groups: ParameterGroups, lr: float) -> torch.optim.Optimizer:
     """SGD with Nesterov momentum 0.9."""
     optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True, fused=True)
     for parameter in (p for group in groups for p in group["params"]):
-        # Zeros change nothing, but that a first step which loss scaling skips would leave them as memory was.
+        # As the first step would make it, but for a first step that loss scaling skips: that leaves it uninitialised.
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
 
@@ -36,16 +36,16 @@ class Recipe:
     Learning rate: linear warm-up over the fraction `warmup` of the steps, then a half cosine to 0.
     """
 
-    epochs: float
+    epochs: float  # with `--budget 1`
     lr: float  # peak, for the whole batch
     optimizer: Callable[[ParameterGroups, float], torch.optim.Optimizer] = sgd
     batch_size: int = 128
     weight_decay: float = 5e-4  # on matrices, kernels and embeddings; never on biases, norms and activation steps
-    warmup: float = 0.1
+    warmup: float = 0.1  # fraction of the steps
     label_smoothing: float = 0.0
     ema: float | None = None  # decay per step of the averaged weights that are the result; None: the last weights
     crop_padding: int = 4  # pixels of a random crop
-    cutout: int = 0  # side of a square that is blanked, in pixels, over the whole schedule (see `cutout_at`)
+    cutout: int = 0  # side in pixels of the square that is blanked, with budget 1 (see `cutout_at`)
     distill: float = 0.0  # share of the loss taken from the row's float parent
     temperature: float = 1.0  # of the distillation
     ramp: float = 0.0  # fraction of the steps over which weights go from float to quantized
@@ -78,9 +78,10 @@ class Recipe:
         return min(1.0, math.floor(4 * position) / 4)
 
     def cutout_at(self, budget: float) -> int:
-        """Side of the blanked square when `budget` of the steps are done: its area shrinks with them.
+        """Side of the blanked square, in pixels: with a `budget` below 1 its area shrinks in proportion.
 
-        What keeps a long training from learning its images by heart keeps a short one from learning them at all.
+        A blanked square keeps a long training from learning its images by heart, but a short one from learning them at
+        all.
         """
         return round(self.cutout * min(1.0, budget) ** 0.5)
 

@@ -1,4 +1,4 @@
-"""What figures depend on besides their configuration, and figures of a benchmark with it: one JSON line in results/."""
+"""What figures depend on besides their configuration: commit, versions, device. Records of benchmarks in results/."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 def commit() -> str:
     """The commit of this working copy, with "+changes" if tracked files differ from it; empty outside a checkout.
 
-    What was measured, in results/, changes no other figure. As it was at the first call: a process goes on with the
-    code that it has loaded, wherever the checkout moves.
+    Changes in results/ do not count: no figure depends on them. Taken at the first call and kept, since a process goes
+    on with the code that it has loaded, whatever is checked out later.
     """
 
     def git(*words: str) -> str:
@@ -42,7 +42,7 @@ def commit() -> str:
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Of Python, and of those of the packages that are installed."""
+    """Versions by name: of Python, and of those of the packages that are installed."""
     found = {"python": platform.python_version()}
     for package in packages:
         try:
@@ -53,7 +53,7 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def device_name(device: torch.device) -> str:
-    """As the GPU's driver or /proc/cpuinfo calls it."""
+    """The device's name as the GPU's driver or /proc/cpuinfo has it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:

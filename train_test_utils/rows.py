@@ -30,7 +30,7 @@ Transform = Callable[[nn.Module, Tensor, int], nn.Module]  # (model, unlabelled 
 
 @dataclass(frozen=True)
 class Ternary:
-    """Make layers ternary, or with `int8_absmax` 8-bit; see `quantize_`. Layers that are quantized stay as they are."""
+    """Make layers ternary, or with `int8_absmax` 8-bit; see `quantize_`. Layers quantized before stay as they are."""
 
     quantizer: Quantizer = absmean_fitted
     act_bits: int | None = None
@@ -117,20 +117,20 @@ def choose(rows: Sequence[Row], patterns: Sequence[str] | None) -> list[Row]:
 
 
 def in_small_batches(row: Row) -> Row:
-    """The row for a small data set and a short training: its epochs have more steps, which are shorter.
+    """The row with batches of `QUICK_BATCH`, so that a small data set makes more steps, and a learning rate to match.
 
-    The learning rate is proportional to the batch for SGD (P. Goyal et al., arXiv 1706.02677), to its square root for
+    It is proportional to the batch for SGD (P. Goyal et al., arXiv 1706.02677), to its square root for
     Adam (S. Malladi et al., arXiv 2205.10287).
     """
     if row.recipe is None or row.recipe.batch_size <= QUICK_BATCH:
         return row
     smaller = QUICK_BATCH / row.recipe.batch_size
-    shorter = smaller if row.recipe.optimizer is sgd else smaller**0.5
-    return replace(row, recipe=replace(row.recipe, batch_size=QUICK_BATCH, lr=shorter * row.recipe.lr))
+    lr = row.recipe.lr * (smaller if row.recipe.optimizer is sgd else smaller**0.5)
+    return replace(row, recipe=replace(row.recipe, batch_size=QUICK_BATCH, lr=lr))
 
 
 def is_named(row: Row, patterns: Sequence[str] | None) -> bool:
-    """Whether a row is asked for by its own name: all are, where there are no patterns."""
+    """Whether a pattern matches the row's own name, or there are no patterns; not as the parent of another."""
     return not patterns or any(fnmatchcase(row.name, pattern) for pattern in patterns)
 
 
@@ -177,9 +177,10 @@ def _hash_of_folder(folder: str) -> str:
 def transformed(
     row: Row, model: nn.Module, train_images: Tensor, seed: int, structure_only: bool = False
 ) -> nn.Module:
-    """What the row's transformations make of its parent's model, on the device of the training images uint8.
+    """What the row's transformations make of its parent's model, on the device of the training images (uint8).
 
-    `structure_only`: weights will be loaded or do not matter, so a transformation that can leaves its work undone.
+    `structure_only`: the weights will be loaded or do not matter, so transformations that have a `structure` method do
+    only that.
     """
     model = model.to(train_images.device).eval()
     for transform in row.transforms:

@@ -19,16 +19,17 @@ from quantization_utils.quantizers import Quantizer, as_is
 
 from .rows import CALIBRATION_IMAGES, Ternary, selected
 
-BATCH = 128  # images that batch norm is normalized by at a time
+BATCH = 128  # images in a batch, where batch norm's statistics are estimated
 
 
 @dataclass(frozen=True)
 class TernaryStart(Ternary):
     """`Ternary` as the place where quantization-aware training starts.
 
-    Training normalizes by the statistics of its batches. So batch norm's are estimated anew, under the ternary weights,
-    before activations get their scales: under those of the float network they shrink from layer to layer, and with
-    scales for that, most of what training sees in the last layers is clipped and without a gradient.
+    Before activations get their scales, batch norm's statistics are estimated anew, under the ternary weights. With the
+    float network's statistics activations shrink from layer to layer, and get scales that are too small: training
+    normalizes by its batches' own statistics, so most of what it sees in the last layers would be clipped, without a
+    gradient.
     """
 
     def __call__(self, model: nn.Module, images: Tensor, seed: int) -> nn.Module:
@@ -39,7 +40,7 @@ class TernaryStart(Ternary):
         return model if self.act_bits is None else calibrate_(model, images)
 
     def structure(self, model: nn.Module, images: Tensor, seed: int) -> nn.Module:
-        """What it makes of a model's modules, without its work: for weights that will be loaded."""
+        """The modules that a call makes, with other values: for weights that will be loaded."""
         return super().__call__(model, images[:2], seed)
 
     def __str__(self) -> str:
@@ -60,7 +61,7 @@ class CalibratedTernary:
         return ternarize_(model, images, self.settings, self.act_bits, self.only, self.keep)
 
     def structure(self, model: nn.Module, images: Tensor, seed: int) -> nn.Module:
-        """What the transformation makes of a model's modules, without its work: for weights that will be loaded."""
+        """The modules that a call makes, with other values: for weights that will be loaded."""
         quantize_(model, as_is, self.act_bits, self.only, self.keep)
         return model if self.act_bits is None else calibrate_(model, images[:2])
 
