@@ -17,14 +17,14 @@ PASSES = (nn.Identity, nn.Dropout, nn.Dropout2d)  # in evaluation they put out w
 
 
 class ChainTracer(fx.Tracer):
-    """Stops at modules without children (a parametrization is no child) and at those that say `fx_leaf = True`."""
+    """Makes one node of a module without children (a parametrization is no child) or with `fx_leaf = True`."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         children = [name for name, _ in m.named_children() if name != "parametrizations"]
         return not children or bool(getattr(m, "fx_leaf", False))
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
-        """The images alone: other arguments of a model have their defaults, as where it is called with images."""
+        """Trace a call with images alone: the model's other arguments keep their defaults."""
         return root_fn, [self.root, self.create_proxy("placeholder", "images", (), {})]
 
 
@@ -54,7 +54,8 @@ def module_of(model: nn.Module, node: Any) -> nn.Module | None:
 def remove_parametrization(module: nn.Module, name: str) -> None:
     """Make a parametrized tensor the plain parameter that it is now, in this module alone.
 
-    PyTorch keeps it as a property of a class that copies of the module share: taken from one, it is gone in all.
+    PyTorch keeps the parametrization as a property of the module's class, which copies of the module share: without a
+    class of its own, removing it from one would remove it from all.
     """
     shared = type(module)
     members = {key: value for key, value in vars(shared).items() if key not in ("__dict__", "__weakref__")}
@@ -68,8 +69,8 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     if parametrize.is_parametrized(old):
         for tensor_name, parametrizations in old.parametrizations.items():  # type: ignore[union-attr, operator]
             if hasattr(new, tensor_name):
-                # A placeholder makes room for the list: to register what is in it would change the tensor anew, where
-                # a parametrization (`orthogonal`) has a `right_inverse`.
+                # The identity first, then the old list in its place: registering those in the list again would change
+                # the tensor, where one of them (`orthogonal`) has a `right_inverse`.
                 parametrize.register_parametrization(new, tensor_name, nn.Identity())
                 new.parametrizations[tensor_name] = parametrizations  # type: ignore[operator, index]
     put_module(model, old, new)

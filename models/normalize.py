@@ -9,7 +9,11 @@ from torch import Tensor, nn
 
 
 def require_pixels(images: Tensor) -> None:
-    """Refuse bytes, which every model here would take for pixels 255 times as bright, and what is no tensor."""
+    """Refuse what is no floating-point tensor: bytes would be taken for pixels 255 times as bright.
+
+    Raises:
+        ValueError: it is none.
+    """
     if not isinstance(images, Tensor):
         raise ValueError(f"images are one tensor (B, C, H, W), not a {type(images).__name__}")
     if not images.is_floating_point():

@@ -14,7 +14,7 @@ Selection = type | str | Sequence[type | str] | None
 def select_layers(
     model: nn.Module, only: Selection = None, keep: str | Sequence[str] = ()
 ) -> list[tuple[str, nn.Module]]:
-    """Return (name, module) of the linear and convolution layers chosen, in the order of `model.named_modules()`.
+    """Return (name, module) of the chosen linear and convolution layers, in the order of `model.named_modules()`.
 
     `only`: a module type, a name pattern (`"stages.*.conv1"`, as a shell matches names), several of them, or None for
     all. `keep`: name patterns of layers to leave out.
@@ -48,7 +48,7 @@ def select_layers(
 
 
 def refuse_compiled(model: nn.Module) -> None:
-    """Raise a ValueError for what torch.compile has wrapped: a change would not reach what it has compiled."""
+    """Raise a ValueError for a model from torch.compile: its compiled code would not see a change."""
     if hasattr(model, "_orig_mod"):
         raise ValueError("the model is compiled: give what was compiled (model._orig_mod), and compile it at the end")
 

@@ -1,4 +1,4 @@
-"""What a model's modules are in: training or evaluation mode, and a device."""
+"""Where a model is (its device), and evaluation mode for the length of a block."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import nn
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where a model's first tensor lies: a parameter, or a buffer, as a packed layer's; the CPU if it has none."""
+    """Of a model's first parameter, or first buffer if it has none (as a packed one may); the CPU without either."""
     return next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode; at the end each module goes back to the mode it was in, be they different ones."""
+    """Put the model in evaluation mode; at the end each module goes back to the mode that it was in itself."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

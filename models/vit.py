@@ -47,7 +47,7 @@ class ViT(nn.Module):
         return super()._apply(*args, **kwargs)
 
 
-# What of a ViTConfig decides structure and meaning; nothing about where it came from, or about what else to return.
+# The keys of a ViTConfig that decide structure and meaning, as opposed to where it came from or what else is returned.
 ESSENTIAL = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
     "hidden_dropout_prob", "attention_probs_dropout_prob", "layer_norm_eps", "image_size", "patch_size", "num_channels",
@@ -130,7 +130,7 @@ def _compact(num_classes: int, width: int, depth: int, patch_size: int) -> Any:
 
 
 def _of_config(config: dict[str, Any]) -> Any:
-    """With weights drawn anew."""
+    """A `transformers` ViT of this config (keys of `ESSENTIAL`), with newly drawn weights."""
     # Imported where it is needed: it takes seconds, and the other models do not need it.
     from transformers import ViTConfig, ViTForImageClassification
 
@@ -198,7 +198,7 @@ def _from_checkpoint(checkpoint: str, num_classes: int) -> tuple[Any, Three, Thr
 
 
 def _side(which: str, config: Any) -> int:
-    """Of the square colour images that a ViT takes, in patches that are no larger."""
+    """Pixels a side of a config's images; a ValueError unless they are square, in colour, and no patch is larger."""
     sizes = (config.image_size, config.patch_size)
     sides, patch = ([size] * 2 if isinstance(size, int) else list(size) for size in sizes)
     if config.num_channels != 3 or sides != sides[:1] * 2 or max(patch) > sides[0]:

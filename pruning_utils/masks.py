@@ -16,9 +16,9 @@ BLOCK = 2**17  # entries at a time, so that they stay in the cache
 
 
 class _Masked(torch.autograd.Function):
-    """where(mask, x, +0.0), and the gradient alike. Not a product: that leaves -0.0, and NaN where one is pruned.
+    """where(mask, x, +0.0), for x and for its gradient. A product would leave -0.0, and NaN where x is NaN or infinite.
 
-    On a CPU on the bits, by blocks: PyTorch's `where` takes more than twice as long, and a step of training does this
+    On a CPU by blocks, as a bitwise and: PyTorch's `where` takes more than twice as long, and a training step does this
     twice to every weight.
     """
 
@@ -41,9 +41,9 @@ class _Masked(torch.autograd.Function):
 class Mask(nn.Module):
     """A parametrization (`torch.nn.utils.parametrize`) that keeps the entries where `mask` is true; the rest is 0.0.
 
-    The optimizer steps the parameter behind the mask, which no gradient reaches at a pruned entry; momentum and weight
-    decay do as they like with it, the tensor that the layer sees stays zero. The mask is a buffer: it is saved with
-    the model, moves with it, and is copied by `deepcopy`.
+    The optimizer steps the parameter behind the mask. Pruned entries get no gradient, and whatever momentum and weight
+    decay make of them, the tensor that the layer sees stays zero there. The mask is a buffer: it is saved with the
+    model, moves with it, and is copied by `deepcopy`.
     """
 
     mask: Tensor
@@ -90,7 +90,7 @@ def choose_kept(keys: tuple[Tensor, ...], removed: int) -> Tensor:
 
 
 def apply_mask_(module: nn.Module, tensor_name: str, mask: Tensor) -> None:
-    """Hold a module's tensor at zero where `mask` is false, and where it is held already, in place."""
+    """Hold a module's tensor at zero where `mask` (bool, its shape) is false, besides where a mask already does."""
     existing = mask_of(module, tensor_name)
     if existing is None:
         parametrize.register_parametrization(module, tensor_name, Mask(mask.clone()))
@@ -112,7 +112,7 @@ def mask_of(module: nn.Module, tensor_name: str = "weight") -> Mask | None:
 def strip_masks_(model: nn.Module) -> nn.Module:
     """Take all masks off, in place; return the model. Pruned entries stay zero, until something trains them.
 
-    Tensors with parametrizations of other kinds besides keep theirs, masks included.
+    Tensors that have parametrizations of other kinds, too, keep all of them, masks included.
     """
     for module in list(model.modules()):
         if parametrize.is_parametrized(module):

@@ -21,7 +21,7 @@ from .masks import apply_mask_
 
 
 def mask_filters_(layer: nn.Module, kept_N: Tensor, batch_norms: list[nn.Module]) -> None:
-    """Hold the filters where `kept_N` is false at zero, in place: weight, bias, and the batch norms behind them."""
+    """Hold the filters where `kept_N` (bool) is false at zero, in place: weight, bias and the batch norms behind."""
     weight: Tensor = layer.weight  # type: ignore[assignment]
     apply_mask_(layer, "weight", kept_N.view(-1, *[1] * (weight.dim() - 1)).expand_as(weight))
     if layer.bias is not None:

@@ -113,7 +113,10 @@ def _holders(model: nn.Module, layer: nn.Module) -> int:
 def _keys(
     name: str, layer: nn.Module, score: Score, granularity: str, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """What decides the order in one layer: the importance, then |w|. What is zero already is -∞, what must stay +∞."""
+    """(importance, |w|) of each weight or filter of a layer, by which `choose_kept` orders them.
+
+    The importance of what is zero already is -∞, and that of what must stay is +∞.
+    """
     weight: Tensor = layer.weight.detach()  # type: ignore[assignment, operator]
     arguments = (generator,) if getattr(score, "seeded", False) else ()
     importance = score(effective_weight(layer), *arguments)
