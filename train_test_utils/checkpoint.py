@@ -27,12 +27,12 @@ def save_weights(model: nn.Module, path: Path, config_hash: str) -> None:
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
-        # One entry: of several the library writes whichever first.
+        # Both in one entry: the library writes several in any order, and the same weights have to give the same bytes.
         file.write(save(state, {"config_hash": f"{config_hash} {_digest(state)}"}))
 
 
 def load_weights(model: nn.Module, path: Path, config_hash: str | None = None) -> None:
-    """Load what `save_weights` wrote into a model of the same structure, of this configuration (None: whatever one).
+    """Load what `save_weights` wrote into a model of the same structure. `config_hash`: None accepts any configuration.
 
     Raises:
         ValueError: a file that cannot be read, or one of another model or configuration.
@@ -41,7 +41,7 @@ def load_weights(model: nn.Module, path: Path, config_hash: str | None = None) -
         with safe_open(path, "pt") as file:
             mark = (file.metadata() or {}).get("config_hash", "")
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no dictionary
-        owner, _, digest = mark.partition(" ")  # files did not always say either
+        owner, _, digest = mark.partition(" ")  # older files lack one or both
         if digest and digest != _digest(state):
             raise ValueError("its weights do not agree with its SHA-256: the file is damaged")
         if owner and config_hash not in (None, owner):
@@ -74,7 +74,7 @@ def save_state(state: dict[str, Any], path: Path) -> None:
     Raises:
         OSError: the file cannot be written; it says what is there now.
     """
-    buffer = io.BytesIO()  # torch.save tells of a full disk in its own ways; a file tells it as OSError
+    buffer = io.BytesIO()  # torch.save raises errors of its own on a full disk, a file an OSError
     torch.save(state, buffer)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:

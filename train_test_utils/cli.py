@@ -43,10 +43,10 @@ class Arguments:
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one sentence, without its usage before it; takes options by their whole names alone."""
+    """Says what is wrong in one sentence, without the usage before it, and takes no abbreviated options."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, **options)  # rows record their commands, which READMEs join
+        super().__init__(allow_abbrev=False, **options)  # READMEs join recorded commands by the names of options
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (--help lists all options)\n")

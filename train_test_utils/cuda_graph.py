@@ -9,11 +9,12 @@ import torch
 
 
 class Replayed:
-    """A function without arguments or result, all of whose work is on the GPU, as a CUDA graph.
+    """A function without arguments or result, all of whose work is on the GPU, recorded as a CUDA graph and replayed.
 
-    A step of training is hundreds of short kernels, and a GPU would wait for Python to start them one by one; a graph's
-    are started at once. It repeats what it saw: the same kernels on the same memory, so what changes from call to call
-    has to be in tensors that stay (random numbers follow `torch.manual_seed`). Another `variant` is another graph.
+    A training step is hundreds of short kernels, and a GPU would wait for Python to start them one by one; those of a
+    graph start at once. A graph repeats the same kernels on the same memory, so whatever changes from call to call has
+    to be in tensors that stay where they are (random numbers follow `torch.manual_seed`). For another `variant` a new
+    graph is recorded.
 
     Reference: PyTorch's notes on CUDA semantics, "CUDA Graphs".
     """

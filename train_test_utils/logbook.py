@@ -23,7 +23,10 @@ from .wandb_mirror import Mirror
 
 
 def read_rows(path: str | os.PathLike[str], warn: bool = True) -> list[dict[str, Any]]:
-    """The rows in a file, oldest first; [] if there is none. What is no JSON object is skipped; `warn`: and said."""
+    """The rows in a file, oldest first; [] if there is no file.
+
+    Lines that are no JSON object are skipped; with `warn` their numbers are printed.
+    """
     try:
         lines = Path(path).read_bytes().split(b"\n")
     except FileNotFoundError:
@@ -42,7 +45,7 @@ def read_rows(path: str | os.PathLike[str], warn: bool = True) -> list[dict[str,
 def append_line(path: Path, record: Mapping[str, Any]) -> None:
     """Append one JSON line and force it to the disk; on an error (no space left) the file is as it was.
 
-    Behind a line that another process, killed, left without its end, it starts a line of its own.
+    If the file ends in an incomplete line, of a process that was killed, the record starts a line of its own after it.
 
     Raises:
         OSError: the line could not be written.
@@ -67,7 +70,7 @@ def append_line(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def mend(path: Path) -> None:
-    """Set aside a last line that a kill left incomplete (to `<path>.torn`), so that the next line starts on its own."""
+    """Move a last line that a kill left incomplete to `<path>.torn`, so that the next record gets its own line."""
     try:
         descriptor = os.open(path, os.O_RDWR)
     except OSError as error:
@@ -136,7 +139,7 @@ class Logbook:
     def epoch(self, record: Mapping[str, Any]) -> None:
         """One point of the row's curves: {"epoch", "train_loss", …}.
 
-        The first one after an interruption decides what of the earlier curves still holds: the epochs before it.
+        The first one that this process writes removes from the file its own and all later epochs: they are done again.
         """
         if self._mirror is None:
             return
@@ -149,7 +152,7 @@ class Logbook:
         self._mirror.epoch(record)
 
     def resume_at_the_end(self) -> dict[str, Any] | None:
-        """Mirror the curves of a row whose training had ended when it was interrupted; return the last point."""
+        """Mirror the curves of a row that was interrupted after its last epoch; return the last point, if any."""
         curves = read_curves(self.folder / self._row_name)
         for record in curves if self._mirror is not None else ():
             self._mirror.epoch(record)
@@ -162,13 +165,13 @@ class Logbook:
             self._mirror.end(row)
 
     def recall(self, row: Mapping[str, Any]) -> None:
-        """Let a finished row count again: its recipe was edited, another one's row written, and it has come back."""
+        """Append a finished row again if it does not count any more: its recipe was edited, and then edited back."""
         counting = (shown.get("config_hash") for line in lines_of(self.rows()) for shown in line.rows)
         if self._mirror is not None and row.get("config_hash") not in counting:
             append_line(self.path, row)
 
     def close(self, table: Sequence[Mapping[str, Any]], files: Sequence[str | os.PathLike[str]] = ()) -> None:
-        """Mirror the whole table with its report (`files`), the rows and the packed models, and say where to look."""
+        """Mirror the whole table with its report (`files`), the rows and the packed models, and print where it is."""
         if self._mirror is None:
             return
         packed = [

@@ -18,7 +18,10 @@ MARK = "config_hash"
 
 
 def claim(folder: Path, config_hash: str) -> None:
-    """Make the folder. Another configuration's results in it are moved aside; those of this one come back.
+    """Make the folder this configuration's. Results of another one in it are moved aside, and this one's come back.
+
+    They are moved to, and from, a folder beside it whose name ends in the configuration's hash. `folder` is made where
+    it is missing.
 
     Raises:
         ValueError: another process is at work there.
@@ -34,7 +37,7 @@ def claim(folder: Path, config_hash: str) -> None:
         if not folder.exists() and _aside(folder, config_hash).exists():
             _aside(folder, config_hash).rename(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        if owner_of(folder) is None:  # a finished row is shown where nothing can be written any more
+        if owner_of(folder) is None:  # else nothing is written: finished rows can be shown from a read-only disk
             with replacing(folder / MARK) as file:
                 file.write(f"{config_hash}\n".encode())
     distributed.barrier()
@@ -42,7 +45,7 @@ def claim(folder: Path, config_hash: str) -> None:
 
 @contextmanager
 def locked(folder: Path, shared: bool = False) -> Iterator[None]:
-    """Keep other processes from training in the folder, or moving it, meanwhile; the end of this one frees it, too.
+    """Keep other processes from training in the folder, or moving it, during the block; a killed process frees it, too.
 
     `shared`: others may do the same, but none may write there.
 
@@ -67,7 +70,7 @@ def owner_of(folder: Path) -> str | None:
 
 
 def place_of(folder: Path, config_hash: str | None) -> Path:
-    """Where the results of a configuration are, in the folder or moved aside; unknown (None): in the folder."""
+    """Where the results of a configuration are: in the folder, or moved aside; for an unknown one (None) the folder."""
     return folder if config_hash in (None, owner_of(folder)) else _aside(folder, config_hash)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 NOTHING = "–"
-SCORES = ("random", "l1_global", "l1", "l2_filters")  # of row names whose `pruned` text is missing
+SCORES = ("random", "l1_global", "l1", "l2_filters")  # in names of rows, for those without a `pruned` text
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,10 @@ class Line:
 def lines_of(rows: Sequence[Mapping[str, Any]]) -> list[Line]:
     """The lines of a table, in the order of first appearance.
 
-    Of rows done twice with a seed, the later counts. Of a row whose recipe was edited (another `line_hash`) there is
-    the recipe that was done last: seeds of two recipes have no mean.
+    Of rows done twice with a seed, the later counts. Of a row whose recipe was edited (another `line_hash`), only the
+    recipe that was done last is shown: a mean over seeds of two recipes would mean nothing.
     """
-    latest: dict[tuple[str, ...], dict[Any, dict[Any, Mapping[str, Any]]]] = {}  # key -> recipe, last used last -> seed
+    latest: dict[tuple[str, ...], dict[Any, dict[Any, Mapping[str, Any]]]] = {}  # key -> recipe (latest last) -> seed
     for row in rows:
         recipes, recipe = latest.setdefault(_key(row), {}), row.get("line_hash")
         recipes[recipe] = recipes.pop(recipe, {}) | {row.get("seed"): row}
