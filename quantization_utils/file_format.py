@@ -1,5 +1,4 @@
-"""One safetensors file: written so that no accident leaves half of it, read so that nothing in it is believed
-unchecked.
+"""One safetensors file: written so that no accident leaves half of it, and read without trusting any of it.
 
 The layout is specified in `packing.py`. This module knows bytes, names, hashes and sizes; `storage.py` knows models.
 """

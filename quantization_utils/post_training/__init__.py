@@ -1,9 +1,9 @@
 """From a trained float network to a ternary one without training: a thousand unlabelled images, layer by layer.
 
-Layers are taken in the order in which they run. Each sees the inputs that the network, ternary up to there, gives it,
-and aims at the outputs of the float network, so that it makes up for what earlier layers did; the last one before a
-residual sum aims at the sum, and makes up for the shortcut too. Then the mean of its output, and its slope where a
-batch norm follows, are set to what is nearest to the float network, in that batch norm or in the bias.
+Layers are taken in the order in which they run. Each gets its inputs from the network that is ternary up to there, and
+aims at the outputs of the float network, so it makes up for the errors of earlier layers; the last one before a
+residual sum aims at the sum, and makes up for the shortcut's errors too. Then its output is corrected to be nearest to
+the float network's: in mean and slope by the batch norm that follows, or in the mean by the layer's bias.
 
 References: E. Frantar et al., "GPTQ", arXiv 2210.17323; J. Zhang, Y. Zhou, R. Saab, arXiv 2201.11113 (GPFQ);
 M. Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", arXiv 1906.04721;
@@ -34,7 +34,7 @@ from .reconstruction import Reconstruction, reconstruct_block
 from .second_order import matching_weight, ternarize
 
 MIN_IMAGES = 16
-SMALL_SLOPE = 1e-3  # of a batch norm: its channel can't make up for anything
+SMALL_SLOPE = 1e-3  # of a batch norm: with less, its channel can't make up for anything
 NO_VARIANCE = 1e-10  # of an output that never changes
 GAINS = 0.5, 2.0  # a batch norm's slope is changed by no more
 
@@ -74,10 +74,10 @@ def ternarize_(
     """Make a trained float model ternary from unlabelled images (B, 3, H, W) in [0, 1], in place; return the model.
 
     The layers chosen (`models.select.select_layers`) become `BitLinear` and `BitConv2d` whose weights are ternary
-    already, so that packing, saving and loading treat them as after training; not to be trained on, since whatever is
-    not 0 then counts as ±1 (`train_test_utils.transforms.CalibratedStart` is for that). Pruned weights stay pruned.
-    `act_bits`: see `quantize_`. `reconstruction`: the rounding of every block is then learned further
-    (`reconstruct_block`).
+    already, so that packing, saving and loading treat them as after training. Do not train them further: their
+    quantizer makes ±1 of whatever is not 0 (`train_test_utils.transforms.CalibratedStart` is for that). Pruned weights
+    stay pruned. `act_bits`: see `quantize_`. `batch_size`: images in one call of the model. `reconstruction`: if given,
+    the rounding of every block is then learned further (`reconstruct_block`).
 
     Raises:
         ValueError: too few images, a layer that does not run, a grouped convolution, activations that are not finite,
@@ -168,9 +168,10 @@ def check_layers(model: nn.Module, ran: dict[str, str | None], only: Selection, 
 
 @torch.no_grad()
 def observe(reference: Stream, stream: Stream, name: str, images: int, sum_at: ResidualSum | None = None) -> Moments:
-    """Moments of the inputs of layer `name` in `stream` against its outputs, without bias, in `reference`.
+    """Moments of layer `name`: its inputs are those in `stream`, its targets its outputs, without bias, in `reference`.
 
-    With `sum_at`, against the outputs that would give the sum that `reference` has: they make up for the shortcut, too.
+    With `sum_at`, the targets are the outputs that would give the sum that `reference` has, shortcut's errors and all.
+    `images`: how many both streams have.
     """
     layer: Any = stream.model.get_submodule(name)
     float_layer: Any = reference.model.get_submodule(name)
@@ -191,7 +192,7 @@ def observe(reference: Stream, stream: Stream, name: str, images: int, sum_at: R
 
 
 def _slope(norm: Any) -> Tensor:
-    """Of a batch norm's output in its input, (N,); infinite, so that nothing is made up for, where it is next to 0."""
+    """A batch norm's factor for each channel, (N,); ∞ where it is next to 0, so that nothing is made up for there."""
     slope_N = (1.0 if norm.weight is None else norm.weight) / (norm.running_var + norm.eps).sqrt()
     return slope_N.where(slope_N.abs() > SMALL_SLOPE, torch.inf)
 

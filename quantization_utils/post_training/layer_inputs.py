@@ -22,12 +22,12 @@ class _Reached(Exception):
     """Ends a forward pass at the module of interest."""
 
 
-@torch.inference_mode(False)  # its tensors do not count what is written to them
+@torch.inference_mode(False)  # tensors made in inference mode have no `_version`
 @torch.no_grad()
 def execution_order(model: nn.Module, image_1CHW: Tensor) -> dict[str, str | None]:
     """Name of layer → name of the batch norm that takes its output, or None; layers in the order in which they run."""
     order: dict[str, str | None] = {}
-    outputs: dict[str, tuple[Tensor, int]] = {}  # with the number of writes to it: a ReLU in place adds one
+    outputs: dict[str, tuple[Tensor, int]] = {}  # (output, its `_version`, which a ReLU in place would raise)
 
     def layer_ran(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
@@ -90,7 +90,7 @@ def residual_sums(model: nn.Module) -> dict[str, ResidualSum]:
 
 
 def sums_last(names: list[str], sums: dict[str, ResidualSum]) -> list[str]:
-    """The layers in the order in which they run, but for those of `sums`: behind the others that their sum adds."""
+    """The layers in the order in which they run, but those of `sums` come after the other layers of their sum."""
     order = list(names)
     for name in [name for name in names if name in sums]:
         place = max(order.index(other) for other in sums[name].layers if other in order)
@@ -131,9 +131,9 @@ def blocks(model: nn.Module, layers: list[str]) -> list[tuple[str, list[str]]]:
 
 @torch.no_grad()
 def replayable_blocks(model: nn.Module, layers: list[str], images: Tensor) -> list[tuple[str, list[str]]]:
-    """`blocks`, or the whole model (named "") as the only one if a `Stream` can't replay these.
+    """`blocks`, or, if a `Stream` can't replay these, the whole model (named "") as the only one.
 
-    It can where a block reads only what the last one before it has put out, and runs once.
+    A `Stream` can if each block runs once and reads only the output of the block before it.
     """
     found = blocks(model, layers)
     true_inputs: dict[str, Any] = {}
@@ -171,10 +171,10 @@ class Call:
 
 
 class Stream:
-    """A network on its way through the same images, standing at a block; blocks behind it are not computed again.
+    """A network that runs on the same images block by block, without computing earlier blocks again.
 
-    `enter` a block to have its inputs in `calls`, one for each batch; `leave` it, when its weights are what they shall
-    be, to have its outputs in `outputs`, which then stand for it. Blocks are entered in the order in which they run.
+    `enter` a block to get its inputs in `calls`, one for each batch. `leave` it when its weights are final: its outputs
+    go to `outputs`, and are what it returns from then on. Blocks are entered in the order in which they run.
     """
 
     def __init__(self, model: nn.Module, images: Tensor, batch_size: int) -> None:
@@ -194,7 +194,7 @@ class Stream:
             raise _Reached
 
         handle = self.block.register_forward_pre_hook(hook, with_kwargs=True)
-        own = [(block, vars(block).get("forward")) for block, _ in self._passed]  # a wrapper's, on the object itself
+        own = [(block, vars(block).get("forward")) for block, _ in self._passed]  # a wrapper may have set one
         try:
             for k, batch in enumerate(self.batches):
                 self._stand_in(previous[k] if previous else None, len(batch))
@@ -215,7 +215,7 @@ class Stream:
             self._passed.append((self.block, self.outputs[0].shape[1:]))
 
     def _stand_in(self, output: Tensor | None, count: int) -> None:
-        """Let the last block passed return what it has returned, and those before it zeros of the right shape."""
+        """Let the block left last return `output`, and those before it zeros of the right shape for `count` images."""
         for block, shape in self._passed[:-1]:
             # New ones every time: what reads them may write to them (a ReLU in place).
             zeros = partial(self.batches[0].new_zeros, (count, *shape))
@@ -224,16 +224,16 @@ class Stream:
             self._passed[-1][0].forward = lambda *args, **kwargs: output  # type: ignore[method-assign]
 
     def input_of(self, layer: nn.Module, call: Call) -> Tensor:
-        """What a layer of the block entered reads in one of its calls."""
+        """What a layer in the entered block reads when the block is called with `call`."""
         return self._until(call, lambda stop: layer.register_forward_pre_hook(lambda module, args: stop(args[0])))
 
     def output_of(self, layer: nn.Module, call: Call) -> Tensor:
-        """What a layer of the block entered puts out in one of its calls."""
+        """What a layer in the entered block returns when the block is called with `call`."""
         return self._until(call, lambda stop: layer.register_forward_hook(lambda module, args, output: stop(output)))
 
     @torch.no_grad()
     def _until(self, call: Call, register: Callable[[Callable[[Tensor], None]], Any]) -> Tensor:
-        """Run the block up to where the hook that `register` sets calls `stop`; return what it was called with."""
+        """Run the block until the hook that `register` sets calls `stop`; return the tensor that `stop` was given."""
         assert self.block is not None
         seen: list[Tensor] = []
 
