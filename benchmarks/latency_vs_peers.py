@@ -3,19 +3,22 @@
     python3 -m venv peers && peers/bin/pip install -r benchmarks/requirements.txt
     peers/bin/python benchmarks/latency_vs_peers.py [--cases alexnet resnet_18 vit fc] [--batches 1 32] [--passes 2]
 
-In every round each engine runs a few times, in a new order; a round's figure is the median of its runs, so slow spells
-of a shared machine meet all engines alike. A slow spell may last for minutes, longer than a table takes: with several
-passes, all tables are measured so many times, one after the other, and a table has the rounds of all passes. Ratios are
-medians of per-round ratios with a bootstrap interval of 95%, and times are medians of all runs, as of a machine in use;
-the tables of single layers (networks.py, kernels.py) take the second smallest of nine runs, near the best that the
-machine can do.
-"flushed": 64 MiB are written between runs, so weights come from memory. The direct limit counts the multiply-adds that
-our engine executes, by the plain algorithm and without padding taps, at the measured rate of the processor: all of the
-model's, but of a ViT's last layer the output of attention and the MLP for the class token only ("model_multiply_adds"
-counts them for all tokens, as other engines may). "ours" of convolution networks has 6-bit activations, "ours_8bit"
-as many bits as int8 engines have. Appends to results/latency/peers.jsonl, on a processor with AMX or without AVX-512
-VNNI, whose int8 engines are others, to peers_amx.jsonl or peers_avx2.jsonl, unless engines are left out or their
-packages are missing; of lines with the same case, batch and "flushed" the READMEs' tables show the last.
+In every round each engine runs a few times, in a new order. A round's figure is the median of its runs, so that slow
+spells of a shared machine meet all engines alike. A slow spell may last for minutes, longer than a table takes. So with
+several passes, all tables are measured that many times, one after the other, and a table has the rounds of all passes.
+Ratios are medians of per-round ratios, with a bootstrap interval of 95%. Times are medians of all runs, as on a machine
+in use; the tables of single layers (networks.py, kernels.py) take the second smallest of nine runs instead, which is
+near the best that the machine can do.
+
+"flushed": 64 MiB are written between runs, so that weights come from memory. The direct limit is the time of the
+multiply-adds that our engine executes, by the plain algorithm and without padding taps, at the measured rate of the
+processor. In a ViT's last layer, our engine computes the output of attention and the MLP for the class token only;
+"model_multiply_adds" counts them for all tokens, as other engines may. "ours" of convolution networks has 6-bit
+activations, "ours_8bit" as many bits as int8 engines have.
+
+Appends to results/latency/peers.jsonl. On a processor with AMX or without AVX-512 VNNI, where other int8 engines are
+used, it is peers_amx.jsonl or peers_avx2.jsonl. Nothing is recorded if engines are left out or their packages are
+missing. Of lines with the same case, batch and "flushed" the READMEs' tables show the last.
 """
 
 from __future__ import annotations
@@ -82,10 +85,10 @@ def packed_model(model: nn.Module, case: str, act_bits: int) -> nn.Module:
 
 
 def multiply_adds(model: nn.Module, x: Tensor) -> tuple[int, int]:
-    """Of one forward pass: executed by our engine in integers, and all of the model's.
+    """Multiply-adds of one forward pass: (those that our engine executes in integers, all of the model's).
 
-    Those of a ViT's attention and of its last layer's unread tokens are in the second only. Convolutions without the
-    taps that fall on padding.
+    Attention of a ViT and the unread tokens of its last layer count in the second only. Taps that fall on padding do
+    not count.
     """
     from models.vit import ViT
     from quantization_utils.packed_encoder import linear_layers
@@ -116,7 +119,7 @@ def multiply_adds(model: nn.Module, x: Tensor) -> tuple[int, int]:
 
 
 def build(builder: peers.Builder, case: str, model: nn.Module, x: Tensor, folder: Path) -> peers.Run:
-    """The engine, which has run once; PyTorch gets convolution networks in the layout that it is faster in."""
+    """Build an engine and run it once. PyTorch's get convolution networks in NHWC, in which they are faster."""
     channels_last = case in ("alexnet", "resnet_18") and "torch" in builder.__name__
     layout = torch.channels_last if channels_last else torch.contiguous_format
     if x.dim() == 4:
@@ -129,7 +132,7 @@ def build(builder: peers.Builder, case: str, model: nn.Module, x: Tensor, folder
 def prepare(
     case: str, batch: int, wanted: list[str], act_bits: int
 ) -> tuple[dict[str, peers.Run], dict[str, str], tuple[int, int]]:
-    """Engines that run here, why the others do not, `multiply_adds`."""
+    """(engines that run here, why each of the others does not, `multiply_adds`), by the engines' names."""
     torch._dynamo.reset()  # else, after the eighth shape and type, PyTorch would run a model as it is and only warn
     model = float_model(case)
     x = torch.rand(batch, 9216) if case == "fc" else torch.rand(batch, 3, 32, 32)
@@ -269,7 +272,7 @@ def main() -> None:
         if not complete:
             print("NOT RECORDED: that needs every engine of benchmarks/requirements.txt", flush=True)
         for flushed in [False] if args.no_flushed or batch > 1 else [False, True]:
-            # Warm is what lies in the outer cache again after all the others; a large batch has time for it itself.
+            # Ten runs bring the weights back into the outer cache, after other engines; a large batch does so itself.
             warm_ups, repetitions = (0, 5) if flushed else (10, 10) if batch == 1 else (1, 2)
             passes = measured.setdefault((case, batch, flushed), [])
             passes.append(measure(engines, args.rounds, warm_ups, repetitions, flushed, args.seconds))

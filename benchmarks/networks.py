@@ -6,15 +6,16 @@
     python3 benchmarks/networks.py overhead   a whole call beside that of its one operator: what Python and PyTorch add
     python3 benchmarks/networks.py pauses     calls after pauses in which threads go to sleep, on all threads and on one
 
-The direct limit of a node is its multiply-adds at the measured rate of the processor, or its 2-bit weights at the
-measured reading rate, whichever is longer; Winograd's algorithm takes the time of 2.25 times fewer (stride 2: 1.44;
-8-bit activations: 2) and may pass it. The time of a node is the second smallest of nine runs of the network, near the
-best that the machine can do; latency_vs_peers.py takes medians. Appends to results/latency/<the table's name>.jsonl;
-of lines that measure the same the tables show the last.
+The direct limit of a node is the time of its multiply-adds at the measured rate of the processor, or that of reading
+its 2-bit weights at the measured rate, whichever is longer. Winograd's algorithm takes the time of 2.25 times fewer
+multiply-adds (stride 2: 1.44; 8-bit activations: 2), so it can pass the limit. The time of a node is the second
+smallest of nine runs of the network, near the best that the machine can do; latency_vs_peers.py takes medians. Appends
+to results/latency/<the table's name>.jsonl; of lines that measure the same the tables show the last.
 
-A block is one input of as many output channels as a vector register has lanes: the least that a kernel can skip. Of
-each kind of layer, the one of a network with the most of them is shown. Weights are those of the networks in runs/
-where there are any, else untrained, and at the end zero blocks of 16 inputs made to measure.
+zero_blocks: a block is one input of as many output channels as a vector register has lanes, the least that a kernel can
+skip. Of each network, and for each way of pruning, the convolution and the linear layer with the most zero blocks are
+measured. Weights are those of the networks in runs/ where there are any, else untrained. In the last layers zero blocks
+of 16 inputs are made on purpose.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def untrained(name: str) -> nn.Module:
 
 
 def packed(name: str, removed: float = 0.0, act_bits: int = 6) -> nn.Module:
-    """Untrained: the time does not depend on what the weights are."""
+    """A packed network with untrained weights: the time does not depend on them. `removed`: fraction of the filters."""
     model = untrained(name)
     if removed:
         prune_(model, l2_filters, removed, only=nn.Conv2d)
@@ -164,14 +165,17 @@ def pauses(batch: int, limits: Limits, calls: int = 100) -> None:
 
 
 def zero_share(codes: Tensor) -> float:
-    """The fraction of zero blocks of (N, K) or (N, C, kh, kw)."""
+    """The fraction of zero blocks in codes (N, K) or (N, C, kh, kw)."""
     lanes = LANES[cpu.choose_isa("cpu")]
     used_NK = nn.functional.pad(codes.flatten(1).ne(0), (0, 0, 0, -len(codes) % lanes))
     return 1 - used_NK.view(-1, lanes, used_NK.shape[1]).any(1).float().mean().item()
 
 
 def pruned_layers(name: str) -> Iterator[tuple[dict[str, Any], Tensor, int]]:
-    """For each score and amount, the linear layer and the convolution with the most zero blocks: codes, input side."""
+    """For each score and amount, the linear layer and the convolution with most zero blocks: (figures, codes, side).
+
+    `side`: of the layer's input, in pixels.
+    """
     model = untrained(name)
     checkpoint = ROOT / "runs" / f"{name}-cifar10" / "float-seed0" / "checkpoint.safetensors"
     weights = "trained" if checkpoint.exists() else "untrained"
@@ -194,7 +198,7 @@ def pruned_layers(name: str) -> Iterator[tuple[dict[str, Any], Tensor, int]]:
 
 
 def made_layers() -> Iterator[tuple[dict[str, Any], Tensor, int]]:
-    """AlexNet's first linear layer with so many zero blocks of 16 inputs and 16 outputs."""
+    """As `pruned_layers`: AlexNet's first linear layer with several shares of zero blocks of 16 inputs and outputs."""
     for share in (0.25, 0.5, 0.75, 0.9):
         torch.manual_seed(0)
         block = torch.rand(4096 // 16, 9216 // 16).ge(share).to(torch.int8)
