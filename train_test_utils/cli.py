@@ -101,14 +101,12 @@ def parse_arguments(model_name: str, words: list[str], quick_budget: float = QUI
         device = pick_device(given.device)
         options = parse_options(given.options or [])
         check_options(model_name, options)
-        return Arguments(
-            dataset=tuple(dict.fromkeys(given.dataset or (["digits"] if given.quick else ["cifar10", "cifar100"]))),
-            data_dir=given.data_dir, only=tuple(given.only or ()), list=given.list, seeds=seeds,
-            quick=given.quick, budget=budget, holdout=given.holdout, measure_again=given.measure_again,
-            checkpoint_seconds=given.checkpoint_seconds, device=device,
-            precision=pick_precision(given.precision, device),
-            compile=can_compile(device), out=given.out, wandb=given.wandb, options=options,
-        )  # fmt: skip
+        dataset = given.dataset or (["digits"] if given.quick else ["cifar10", "cifar100"])
+        return Arguments(**vars(given) | {
+            "dataset": tuple(dict.fromkeys(dataset)), "only": tuple(given.only or ()), "seeds": seeds, "budget": budget,
+            "device": device, "precision": pick_precision(given.precision, device), "compile": can_compile(device),
+            "options": options,
+        })  # fmt: skip
     except (ValueError, OSError) as error:
         parser.error(sentence(error))
 
