@@ -191,6 +191,7 @@ class BitLinear(_BitLayer, nn.Linear):  # type: ignore[misc]
 
     @classmethod
     def from_float(cls, layer: nn.Linear, quantizer: Quantizer, act_bits: int | None) -> BitLinear:
+        """A layer with the same parameters, no copies. `act_bits`: of its inputs, scaled per token; None: float."""
         new = cls(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
         new._adopt(layer, quantizer, None if act_bits is None else DynamicQuantizer(act_bits, "token"))
         return new
@@ -204,6 +205,7 @@ class BitConv2d(_BitLayer, nn.Conv2d):  # type: ignore[misc]
 
     @classmethod
     def from_float(cls, layer: nn.Conv2d, quantizer: Quantizer, act_bits: int | None) -> BitConv2d:
+        """A layer with the same parameters, no copies. `act_bits`: of its inputs, scaled per image; None: float."""
         new = cls(
             layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding,  # type: ignore[arg-type]
             layer.dilation, layer.groups, layer.bias is not None, layer.padding_mode, device="meta",  # type: ignore[arg-type]
@@ -277,6 +279,7 @@ class PackedLinear(_PackedLayer):
 
     @classmethod
     def from_bit_layer(cls, layer: BitLinear, act_bits: int | None) -> PackedLinear:
+        """The codes and scales that the layer has now. `act_bits`: of its inputs, per token; None: float."""
         bias = None if layer.bias is None else layer.bias.detach().clone()
         return cls(*layer.quantized_weight(), bias, layer.weight_bits, act_bits)
 
@@ -305,6 +308,7 @@ class PackedConv2d(_PackedLayer):
 
     @classmethod
     def from_bit_layer(cls, layer: BitConv2d, act_bits: int | None) -> PackedConv2d:
+        """The codes and scales that the layer has now. `act_bits`: of its inputs, per image; None: float."""
         bias = None if layer.bias is None else layer.bias.detach().clone()
         geometry = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups")}
         return cls(*layer.quantized_weight(), bias, layer.weight_bits, act_bits, geometry=geometry)

@@ -48,6 +48,7 @@ class FileReport:
 
     @property
     def weights(self) -> int:
+        """How many codes the file has."""
         return sum(layer.weights for layer in self.layers)
 
     @property
@@ -57,6 +58,7 @@ class FileReport:
 
     @property
     def other_bytes(self) -> int:
+        """Bytes in the file of the tensors that are stored as they are."""
         return sum(layer.file_bytes for layer in self.others)
 
     @property
@@ -81,6 +83,7 @@ class FileReport:
 
     @property
     def float_bytes(self) -> int:
+        """Bytes of all tensors in float32."""
         return self.bytes_at(4, 4)
 
 

@@ -115,6 +115,7 @@ NO_MEMORY = "DefaultCPUAllocator: "  # begins what PyTorch says of it: on a CPU 
 
 
 def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory ran out: Python's, PyTorch's on the CPU, or a GPU's."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or NO_MEMORY in str(error)
 
 

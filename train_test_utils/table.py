@@ -39,6 +39,7 @@ class Line:
         return float(self.rows[-1].get("budget") or 1)
 
     def text(self, field: str) -> str:
+        """A field of the last seed's row as text; empty if it has none."""
         return str(self.rows[-1].get(field) or "")
 
     def values(self, field: str) -> list[float]:
@@ -52,6 +53,7 @@ class Line:
         return found
 
     def mean(self, field: str) -> float | None:
+        """Mean over the seeds that have the field (or quotient, as in `values`); None if none has."""
         values = self.values(field)
         return statistics.fmean(values) if values else None
 

@@ -207,6 +207,7 @@ class Encoder:
         return torch.ops.ternary.encoder_run(x, self._handle, [kept, self._width])
 
     def classify(self, x: Tensor) -> Tensor:
+        """Logits (B, classes) of images, with an `embedding`, or else of hidden states; needs a `head`."""
         return torch.ops.ternary.encoder_run(x, self._handle, [self.classes])
 
 

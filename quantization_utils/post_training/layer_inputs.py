@@ -186,6 +186,7 @@ class Stream:
 
     @torch.no_grad()
     def enter(self, name: str) -> None:
+        """Run the network from the block left last up to the block `name`, and keep the `calls` of the latter."""
         self.block = self.model.get_submodule(name)
         previous, self.calls = self.outputs, []
 
@@ -209,6 +210,7 @@ class Stream:
 
     @torch.no_grad()
     def leave(self) -> None:
+        """Run the entered block on its `calls`, with its weights as they are now, and keep its `outputs`."""
         assert self.block is not None
         self.outputs = [self.block(*call.args, **call.kwargs) for call in self.calls]
         if isinstance(self.outputs[0], Tensor):
