@@ -31,6 +31,8 @@ def _chosen(row: Mapping[str, Any]) -> tuple[tuple[str, ...], list[str]]:
     given = next((shlex.split(o)[1:] for o in options if o.startswith("--only ")), ["*"])
     name = str(row.get("row"))
     patterns = [p for p in given if "row" not in row or fnmatchcase(name, p)] or [name]  # a parent is not named
+    if "row" in row and any(o.startswith("--measure-again") for o in options):
+        patterns = [name]  # only what had been done was measured, whatever was named
     kept = sorted(o for o in options if not o.startswith(NOT_PART_OF_IT))
     quick_rows = "--quick" in kept and given == ["*"]  # fewer than --only '*' would name
     return (str(quick_rows), program, *kept), patterns

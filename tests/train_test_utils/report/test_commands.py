@@ -21,6 +21,11 @@ def test_commands_that_differ_in_the_rows_they_choose_are_one():
     ]
 
 
+def test_what_was_measured_again_is_named_row_by_row():
+    again = [row(name, command="python3 a.py --out b --measure-again") for name in ("float", "ptq_all")]
+    assert commands_of(again) == ["python3 a.py --out b --only float ptq_all"]
+
+
 def test_a_command_names_the_rows_that_it_made_and_the_seeds_that_have_them_all():
     made = [
         row("float", command="python3 a.py --seeds 0 1 --only 'ptq*' qat_all"),  # a parent, which nobody named
