@@ -154,8 +154,6 @@ def _table(lines: Sequence[Line]) -> str:
 def _what(line: Line) -> str:
     row = line.rows[-1]
     parts = [str(t) for t in row.get("transforms") or []]
-    if not parts and line.text("pruned"):
-        parts.append(line.text("pruned"))
     epochs = row.get("epochs")
     if epochs:
         parts.append(f"trained for {float(epochs) * line.budget:g} epochs")
