@@ -38,7 +38,7 @@ def rows(seeds=(0, 1), budget=0.02):
             "test_accuracy_pct": accuracy + seed, "file_bytes": size, "float_file_bytes": 44_800_000,
             "zero_fraction": 0.33,
             "latency_ms_p50_batch1": 2.0, "latency_ms_p90_batch1": 2.5, "float_latency_ms_p50_batch1": 5.0,
-            "device": "a <fast> CPU", "threads": 2, "command": "python3 resnet_18_experiments.py --quick",
+            "device": "a <fast> CPU", "threads": 2, "command": "python3 resnet_18_experiments.py --out '<fast>'",
         }
         for seed in seeds
         for name, (accuracy, size, bits) in figures.items()
@@ -84,7 +84,10 @@ def test_the_report_of_a_whole_table(tmp_path):
     assert "a &lt;fast&gt; CPU" in page and "<fast>" not in page
     assert "89.50%" in page and "float 90.50% (−1.00 points)" in page and "19.0× smaller" in page
     assert "Every weight at 1.58 bits: <b>qat_all</b>" in page
-    assert 'class="badge warn">budget 0.02' in page
+    assert re.findall(r'class="badge warn">([^<]*)', page) == ["budget 0.02 of the full recipe’s steps"]
+    assert "Each mark is a saved file" in page and "<b>file</b>: bytes on disk" in page
+    (size,) = re.findall(r'<td data-v="([^"]*)">2\.35 MB</td>', page)
+    assert float(size) == 2_350_000, "columns are sorted by numbers"
     assert page.count("<tr>") == 1 + 7
 
 
@@ -150,6 +153,21 @@ def test_a_pruned_row_is_not_the_headline():
     assert headline_line([pruned, lines[1]]) is lines[1] and headline_line([pruned]) is None
 
 
+def test_without_a_row_of_the_plain_names_the_headline_is_the_first_that_is_all_ternary():
+    bits = {"unknown": None, "float": 32, "qat_all_8bit_ends": 1.6, "qat_all_calibrated": 1.585, "ptq_all_twn": 1.585}
+    found = headline_line(lines_of([{"row": name, "weight_bits": bits[name]} for name in bits]))
+    assert found is not None and found.name == "qat_all_calibrated"
+
+
+def test_rows_have_the_colour_that_the_page_explains():
+    html = page(lines_of([*rows(), {"row": "float_finetuned"}]), [])
+    marks = re.findall(r'class="mark" style="background:(.*?)"></span>([\w ]+)', html)
+    colours = {text.strip(): colour for colour, text in marks}
+    told = ("float", "ternary after training", "ternary during training", "other")
+    made = ("float", "ptq_all", "qat_all", "float_finetuned")
+    assert [colours[name] for name in made] == [colours[name] for name in told] and len(set(colours.values())) == 4
+
+
 @pytest.fixture
 def figures(monkeypatch):
     """The figures that are drawn, by the names of their files."""
@@ -163,9 +181,12 @@ def points(axes):
 
 
 def test_pruning_curves_start_from_the_row_that_is_not_pruned(figures, tmp_path):
-    draw_pruning(lines_of(rows()), tmp_path)
+    draw_pruning(lines_of(rows()[::-1]), tmp_path)
     (axes,) = figures["accuracy_vs_pruned"].axes
     assert points(axes)[:2] == [((0, 30, 90), (89.5, 86.5, 80.5))] * 2  # l1, random
+    deviations = [(high - low) / 2 for (_, low), (_, high) in axes.containers[0].lines[2][0].get_segments()]
+    assert deviations == pytest.approx([0, 0.5**0.5, 0.5**0.5])
+    assert {(text.get_text(), text.xy) for text in axes.texts} == {("l1", (90, 80.5)), ("random", (90, 80.5))}
 
 
 def test_a_pruned_row_of_another_name_is_no_start_and_each_score_has_its_colour(figures, tmp_path):
@@ -173,6 +194,7 @@ def test_a_pruned_row_of_another_name_is_no_start_and_each_score_has_its_colour(
               for i, s in enumerate(("l1_global", "taylor", "fisher"))]  # fmt: skip
     draw_pruning(lines_of(pruned), tmp_path)
     drawn = [axes.lines for axes in figures["accuracy_vs_pruned"].axes]
+    assert len({axes.get_ylim() for axes in figures["accuracy_vs_pruned"].axes}) == 1, "panels can be compared"
     assert [[tuple(line.get_xdata()) for line in lines] for lines in drawn] == [[(50,)]] * 3
     assert len({(line.get_color(), line.get_marker()) for (line,) in drawn}) == 3
 
@@ -182,6 +204,7 @@ def test_latencies_are_drawn_beside_the_float_models(figures, tmp_path):
     (axes,) = figures["latency"].axes
     assert points(axes) == [((2, 5), (0, 0)), ((5,), (0,)), ((2, 2.5), (0, 0)), ((2,), (0,))]
     assert [text.get_text() for text in axes.texts] == ["2.00 ms   2.50×"]
+    assert axes.get_xlim()[0] == 0 and axes.yaxis_inverted(), "times have a common zero, and the first row is on top"
 
 
 def test_a_speed_of_several_seeds_is_the_tables(figures, tmp_path):
@@ -192,18 +215,22 @@ def test_a_speed_of_several_seeds_is_the_tables(figures, tmp_path):
     assert "5.50×" in format_table([row for line in lines for row in line.rows])
 
 
-@pytest.mark.parametrize("pruned, caption", [(23, "2 threads."), (24, "24 pruned rows are left out.")])
-def test_the_latency_picture_says_how_many_rows_it_leaves_out(pruned, caption, figures, tmp_path):
-    one = rows()[0]
-    lines = lines_of([one, *(one | {"row": f"float_l1_{percent}"} for percent in range(pruned))])
+@pytest.mark.parametrize("plain, pruned, caption", [
+    (1, 23, " it. a slow CPU, 2 threads."), (1, 24, " 24 pruned rows are left out."),
+    (0, 26, " 2 pruned rows are left out."),
+])  # fmt: skip
+def test_the_latency_picture_says_where_and_how_many_rows_it_leaves_out(plain, pruned, caption, figures, tmp_path):
+    one = rows()[0] | {"latency_device": "a slow CPU"}
+    lines = lines_of([one] * plain + [one | {"row": f"float_l1_{percent}"} for percent in range(pruned)])
     assert draw_latency(lines, tmp_path).caption.endswith(caption)
 
 
 def test_training_curves_have_a_panel_each_for_loss_and_accuracy(figures, tmp_path):
     curves = [[{"epoch": e, "train_loss": 1 / e, "train_accuracy_pct": 50 + e} for e in (1, 2, 4)]]
-    draw_curves(lines_of([{"row": "qat_all"}]), curves, tmp_path)
+    draw_curves(lines_of([{"row": "qat_all"}, {"row": "qat_all_l1_30"}]), curves * 2, tmp_path)
     loss, accuracy = figures["training_curves"].axes
-    assert points(loss) == [((1, 2, 4), (1, 0.5, 0.25))] and points(accuracy) == [((1, 2, 4), (51, 52, 54))]
+    assert points(loss) == [((1, 2, 4), (1, 0.5, 0.25))] * 2 and points(accuracy) == [((1, 2, 4), (51, 52, 54))] * 2
+    assert [text.get_text() for text in loss.texts] == ["qat_all"], "pruned rows would be too many names"
 
 
 def test_low_accuracies_and_all_sizes_are_inside_the_picture(figures, tmp_path):
@@ -211,6 +238,29 @@ def test_low_accuracies_and_all_sizes_are_inside_the_picture(figures, tmp_path):
     (axes,) = figures["accuracy_vs_size"].axes
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     assert left < 1_190_000 < 44_800_000 < right and bottom < 0.5 < 30.5 < top
+
+
+def test_a_mark_is_at_size_and_accuracy_and_without_a_name_and_hollow_if_pruned(figures, tmp_path):
+    lines = lines_of(rows())[::-1]
+    assert "Dashed: the float model." in draw_size(lines, tmp_path).caption
+    (axes,) = figures["accuracy_vs_size"].axes
+    marks = [container.lines[0] for container in axes.containers]
+    places = [(mark.get_xdata()[0], mark.get_ydata()[0]) for mark in marks]
+    assert places == [(line.mean("file_bytes"), line.mean("test_accuracy_pct")) for line in lines]
+    assert [mark.get_markerfacecolor() == "white" for mark in marks] == [line.is_pruned for line in lines]
+    assert all(container.has_yerr for container in axes.containers), "of two seeds there is a deviation"
+    assert {text.get_text() for text in axes.texts} == {"float", "ptq_all", "qat_all"}
+    assert [y for x, y in points(axes) if x == (0, 1)] == [(90.5, 90.5)], "the float model, from side to side"
+    assert axes.get_xscale() == "log"
+    two = draw_size(lines_of(rows() + rows(budget=1.0)), tmp_path)
+    assert "Dashed" not in two.caption, "there are two float models"
+
+
+def test_accuracies_that_are_next_to_equal_are_drawn_so(figures, tmp_path):
+    near = [rows()[0] | {"row": name, "test_accuracy_pct": y} for name, y in (("float", 90.0), ("qat_all", 90.01))]
+    draw_size(lines_of(near), tmp_path)
+    low, high = figures["accuracy_vs_size"].axes[0].get_ylim()
+    assert high - low > 1
 
 
 @pytest.mark.parametrize("budget, said", [(0.02, " · budget 0.02"), (1.0, "")])
@@ -236,17 +286,20 @@ def test_labels_are_moved_apart_and_no_further(wanted, low, high, expected):
 
 
 def test_what_is_shown_first_is_of_the_largest_budget(tmp_path):
-    lines = lines_of([*rows(budget=0.02), *rows(budget=1.0)])
+    full = [row | {"test_accuracy_pct": row["test_accuracy_pct"] + 2} for row in rows(budget=1.0)]
+    lines = lines_of([*rows(budget=0.02), *full])
     assert headline_line(lines).label == "qat_all (budget 1)"
     text = page(lines, [])
+    assert "float 92.50% (−1.00 points)" in text
     assert "<b>qat_all (budget 1)</b>" in text and 'qat_all <span class="badge">budget 0.02</span>' in text
 
 
-def test_pruned_rows_of_two_budgets_are_two_curves(tmp_path, monkeypatch):
-    curves = []
-    monkeypatch.setattr(Axes, "errorbar", lambda axes, xs, ys, *_, **__: curves.append((axes.get_title("left"), xs)))
-    draw_pruning(lines_of([*rows(budget=0.02), *rows(budget=1.0)]), tmp_path)
-    assert [xs for _, xs in curves] == [(0, 30, 90)] * 4
+def test_pruned_rows_of_two_budgets_are_two_curves(figures, tmp_path):
+    full = [row | {"test_accuracy_pct": row["test_accuracy_pct"] + 2} for row in rows(budget=1.0)]
+    draw_pruning(lines_of([*rows(budget=0.02), *full]), tmp_path)
+    panels = figures["accuracy_vs_pruned"].axes
+    assert [axes.get_title("left") for axes in panels] == ["qat_all\nbudget 0.02", "qat_all\nbudget 1"]
+    assert [points(axes)[0] for axes in panels] == [((0, 30, 90), (y, y - 3, y - 9)) for y in (89.5, 91.5)]
 
 
 def test_names_that_are_no_text(tmp_path):
@@ -269,12 +322,14 @@ def test_held_out_figures_are_not_called_test_accuracy(tmp_path, monkeypatch):
     assert titles and not [title for title in titles if "test" in title]
 
 
-@pytest.mark.parametrize("size", [2.1e6, 31e6, 44_760_208])
-def test_an_axis_of_one_size_has_a_tick(size):
+@pytest.mark.parametrize("size, ticks", [
+    (9e4, ["50 kB", "0.1 MB"]), (2.1e6, ["2 MB"]), (31e6, ["20 MB", "50 MB"]), (44_760_208, ["50 MB"]),
+])  # fmt: skip
+def test_an_axis_of_one_size_has_a_tick(size, ticks):
     axes = Figure().subplots()
     axes.set_xscale("log")
     _size_axis(axes, [size])
-    assert len(axes.get_xticks()) > 0
+    assert axes.xaxis.get_major_formatter().format_ticks(axes.get_xticks()) == ticks
 
 
 def test_check_is_for_a_markdown_file(tmp_path):
@@ -298,5 +353,6 @@ def test_epochs_are_whole_numbers_also_where_there_is_one(figures, tmp_path):
     curve = [{"epoch": 1, "train_loss": 1.0, "train_accuracy_pct": 50.0}]
     draw_curves(lines_of([{"row": "float"}]), [curve], tmp_path)
     (axes, _) = figures["training_curves"].axes
+    assert axes.lines[0].get_marker() == "D", "a line of one point is not seen"
     low, high = axes.get_xlim()
     assert [tick for tick in axes.get_xticks() if low <= tick <= high] == [1.0]
