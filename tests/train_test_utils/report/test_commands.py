@@ -31,8 +31,8 @@ def test_a_command_names_the_rows_that_it_made_and_the_seeds_that_have_them_all(
         row("float", command="python3 a.py --seeds 0 1 --only 'ptq*' qat_all"),  # a parent, which nobody named
         row("ptq_all", command="python3 a.py --seeds 0 1 --only 'ptq*' qat_all"),
         row("ptq_all", command="python3 a.py --only ptq_all --wandb offline"),
-        row("float", seed=1, command="python3 a.py --seeds 1 --only float"),
         row("ptq_all", seed=1, command="python3 a.py --seeds 0 1 --only 'ptq*' qat_all"),
+        row("float", seed=1, command="python3 a.py --seeds 1 --only float"),
         row("qat_all", seed=2, command="python3 a.py --seeds 0 1 2"),
     ]
     assert commands_of(made) == ["python3 a.py --seeds 0 1 --only float 'ptq*'", "python3 a.py --seeds 2"]

@@ -11,7 +11,8 @@ from train_test_utils.report.readme_tables import markdown, with_tables
 EXPERIMENTS = [
     {"model": "vit", "dataset": "cifar10", "row": name, "seed": 0, "budget": 0.02, "test_accuracy_pct": accuracy,
      "file_bytes": size,
-     "float_file_bytes": 1_000_000, "device": "some CPU", "command": "python3 vit_experiments.py --budget 0.02"}
+     "float_file_bytes": 1_000_000, "options": {"depth": 2}, "device": "some CPU",
+     "command": "python3 vit_experiments.py --budget 0.02"}
     for name, accuracy, size in (("float", 80.123, 1_000_000), ("qat_all", 79.0, 50_000))
 ]  # fmt: skip
 LATENCY = [
@@ -22,7 +23,8 @@ LATENCY = [
         "p50_ms": 0.5,
         "ratio": 2.0,
         "device": "some CPU",
-        "detail": {"p90": 0.7, "range": [1, 2]},
+        "detail": {"p90": 0.7, "range": [1, 2000]},
+        "finished_at": "2026-01-01T00:00:00+00:00",
     },
     {
         "model": "alexnet",
@@ -105,22 +107,21 @@ def test_any_other_lines_with_chosen_columns_and_only_the_last_of_repetitions(re
     assert table == ["| engine | p50 ms | ratio | p90 |", "| --- | ---: | ---: | ---: |",
                      "| ours | 0.400 | 2.50 | 0.600 |", r"| a\|b | 1.00 | – | 1.50 |"]  # fmt: skip
     assert "device some CPU" in text
-    assert (
-        len([line for line in with_tables(marked("latency/networks"), results).splitlines() if line.startswith("|")])
-        == 5
-    )
+    table = [line for line in with_tables(marked("latency/networks"), results).splitlines() if line.startswith("|")]
+    assert table[0] == "| model | batch | engine | p50 ms | ratio |" and len(table) == 5
 
 
 def test_titles_and_members_of_lists(results):
     text = with_tables(marked("latency/networks columns=engine:the_engine,detail.range.1:at_most"), results)
     assert [line for line in text.splitlines() if line.startswith("|")] == [
-        "| the engine | at most |", "| --- | ---: |", "| ours | 2 |", r"| a\|b | – |", "| ours | 4 |",
+        "| the engine | at most |", "| --- | ---: |", "| ours | 2,000 |", r"| a\|b | – |", "| ours | 4 |",
     ]  # fmt: skip
 
 
 def test_a_line_for_each_member_of_a_list(tmp_path):
     (tmp_path / "layers.jsonl").write_text(
-        '{"model": "a", "nodes": [{"shape": [64, 3], "us": 1.5}, {"shape": null, "us": null}]}\n{"model": "b"}\n'
+        '{"model": "a", "us": 9, "nodes": [{"shape": [64, 3], "us": 1.5}, {"shape": null, "us": null}]}\n'
+        '{"model": "b"}\n'
     )
     text = with_tables(marked("layers each=nodes columns=model,shape,us"), tmp_path)
     assert [line for line in text.splitlines() if line.startswith("| a")] == ["| a | 64×3 | 1.50 |", "| a | – | – |"]
@@ -130,17 +131,20 @@ def test_a_line_for_each_member_of_a_list(tmp_path):
 def test_a_line_for_each_member_of_a_mapping_with_intervals_percentages_versions_and_limits(tmp_path):
     rows = [
         {"case": "fc", "engines": {"ours": {"ratio": [1.0, 1.0, 1.0]}, "torch": {"ratio": [2.04, 1.5, 3.25]}},
-         "of_limit_pct": 129.5, "peak_multiply_adds_per_s": 471.4e9, "versions": {"torch": "2.11", "numpy": "2"}},
-        {"case": "vit", "engines": {}, "peak_multiply_adds_per_s": 473.0e9, "versions": {"torch": "2.12"}},
+         "of_limit_pct": 129.5, "peak_multiply_adds_per_s": 471.4e9, "versions": {"torch": "2.11", "numpy": "2"},
+         "commit": "abc"},
+        {"case": "vit", "engines": {}, "peak_multiply_adds_per_s": 473.0e9, "versions": {"torch": "2.12"},
+         "commit": "def", "read_13MiB_bytes_per_s": 12.4e9},
     ]  # fmt: skip
     (tmp_path / "peers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     text = with_tables(marked("peers each=engines columns=case,name:engine,ratio,of_limit_pct"), tmp_path)
     assert [line for line in text.splitlines() if line.startswith("| fc")] == [
         "| fc | ours | 1.00 (1.00–1.00) | 129.5 |", "| fc | torch | 2.04 (1.50–3.25) | 129.5 |",
     ]  # fmt: skip
-    assert "471 G multiply-adds/s at most · torch 2.11, numpy 2\n" in text
+    assert "471 G multiply-adds/s at most · torch 2.11, numpy 2 · commit abc\n" in text
     text = with_tables(marked("peers columns=case"), tmp_path)
-    assert "471–473 G multiply-adds/s at most · torch 2.11 and 2.12, numpy 2\n" in text
+    limits = "471–473 G multiply-adds/s at most · 12 GB/s read at most"
+    assert f"{limits} · torch 2.11 and 2.12, numpy 2 · commit abc, def\n" in text
 
 
 def test_a_second_time_changes_nothing(results):
@@ -152,6 +156,7 @@ def test_a_second_time_changes_nothing(results):
     (marked("cifar10/gone"), "gone.jsonl, which is not there"),
     (marked("cifar10/vit rows=float"), "not 'rows=float'"),
     (marked("cifar10/vit only=nothing"), "would be empty"),
+    (marked("cifar10/vit only="), "not 'only='"),
     (marked("latency/networks columns=speed"), "no line has the field 'speed'"),
     ("<!-- table:cifar10/vit -->\n", "needs a line <!-- /table -->"),
     ("<!-- table:cifar10/vit -->\n" + marked("cifar10/vit"), "before the next one"),
@@ -195,7 +200,7 @@ def test_agreement_in_float64_is_shown_where_it_is_asked_for(tmp_path):
 
 def test_any_columns_of_experiments_still_say_under_which_conditions(results):
     text = markdown("cifar10/vit", "columns=row,test_accuracy_pct", results)
-    assert "reduced budget" in text and "budget 0.02 · seeds 0 " in text
+    assert "reduced budget" in text and "budget 0.02 · seeds 0 · options depth=2 · device" in text
 
 
 @pytest.mark.parametrize("options", ["last=modle", "columns=held-out_accuracy,file"])
