@@ -1,5 +1,6 @@
 """Multiply-adds, zeros, bits and the shape of timings; no test depends on how fast anything is."""
 
+import copy
 import itertools
 import math
 from types import SimpleNamespace
@@ -91,7 +92,9 @@ def test_weight_bits():
     quantize_(model, only=nn.Linear)
     mixed = (160 * math.log2(3) + (216 + 1152) * 32) / (160 + 216 + 1152)
     assert measure.weight_bits(model) == round(mixed, 4) == measure.weight_bits(pack_(model))
-    assert measure.weight_bits(quantize_(small_network(), int8_absmax)) == 8
+    bytewise = quantize_(small_network(), int8_absmax)
+    assert measure.weight_bits(bytewise) == measure.weight_bits(pack_(copy.deepcopy(bytewise))) == 8
+    assert measure.weight_bits(pack_(calibrate_(bytewise, torch.rand(2, 3, 32, 32)))) == 8
 
 
 @pytest.mark.parametrize(
@@ -153,9 +156,14 @@ def test_calls_that_find_a_cold_machine_or_the_other_models_weights_are_not_meas
 
 @pytest.mark.parametrize("macs, batch", [(1, 256), (140_186_624, 128), (555_422_720, 32), (17_000_000_000, 4)])
 def test_the_large_batch_on_a_cpu(monkeypatch, macs, batch):
-    monkeypatch.setattr(measure, "count_macs", lambda model, image_size: macs)
-    model = nn.Flatten()
-    assert measure.latency_beside(model, model, seconds=0.0)["throughput_batch"] == batch
+    floating, packed = nn.Flatten(), nn.Flatten()
+    monkeypatch.setattr(measure, "count_macs", lambda model, image_size: macs if model is floating else 10**9)
+    assert measure.latency_beside(floating, packed, seconds=0.0)["throughput_batch"] == batch
+
+
+def test_the_large_batch_on_another_device(monkeypatch):
+    monkeypatch.setattr(measure, "_times", lambda *arguments: [[0.001], [0.001]])
+    assert measure.latency_beside(nn.Flatten(), nn.Flatten(), "meta")["throughput_batch"] == 256
 
 
 def test_few_calls_are_enough():
