@@ -69,6 +69,7 @@ def test_without_a_key_everything_is_kept_offline(tmp_path):
     assert trained["config"]["row"] == {"recipe": {"epochs": 2}}
     records = [json.loads(line) for line in inspect(folder).splitlines()]
     text = json.dumps(records)
+    assert trained["config"]["trained_versions"] == {"torch": "2"} and "trained_versions" not in trained["summary"]
     assert '"resnet_18-digits"' in text and '"train"' in text
     assert sum(record.get("type") == "history" for record in records) == 2
     (axis,) = (record["metric"] for record in records if record["type"] == "metric")
@@ -128,8 +129,8 @@ class Broken(types.ModuleType):
         return Run()
 
 
-@pytest.mark.parametrize("how", ["finish", "start"])
-def test_the_run_of_a_row_that_was_not_finished_is_a_failed_one(how, tmp_path, monkeypatch):
+@pytest.mark.parametrize("how, expected", [("finish", [1]), ("start", [1]), ("close", [1, 0]), ("end", [0])])
+def test_a_run_whose_row_was_not_finished_is_a_failed_one_and_others_are_not(how, expected, tmp_path, monkeypatch):
     codes = []
 
     class Working(Broken):
@@ -141,8 +142,49 @@ def test_the_run_of_a_row_that_was_not_finished_is_a_failed_one(how, tmp_path, m
     monkeypatch.setenv("WANDB_API_KEY", "k")
     mirror = wandb_mirror.Mirror("online", tmp_path, "project", "group")
     mirror.start("float-seed0", {}, "a")
-    mirror.finish() if how == "finish" else mirror.start("ptq_all-seed0", {}, "a")
-    assert mirror.mode == "offline" and codes == [1]
+    arguments = {"finish": (), "start": ("ptq_all-seed0", {}, "a"), "close": ([], [], []), "end": ({},)}[how]
+    getattr(mirror, how)(*arguments)
+    assert mirror.mode == "offline" and codes == expected
+
+
+class Recording(Broken):
+    """A wandb that takes everything and keeps it."""
+
+    def __init__(self, folder):
+        super().__init__("wandb")
+        self.folder, self.tables, self.patience, self.inits = folder, [], [], []
+        self.Table = lambda columns, data: self.tables.append((columns, data))
+        self.Settings = lambda finish_timeout=None: self.patience.append(finish_timeout)
+        self.Settings.model_fields = {"finish_timeout"}
+
+    def init(self, **settings):
+        self.inits.append(settings)
+        return types.SimpleNamespace(
+            finish=lambda exit_code=0: None, log=lambda record: None, define_metric=lambda *args, **kwargs: None,
+            url=f"https://my.host/{settings['name']}", dir=self.folder / "elsewhere" / "run-1" / "files",
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_each_run_is_a_new_one_in_the_project_of_the_environment_and_where_they_are_is_said(
+    mode, tmp_path, monkeypatch, capsys
+):
+    wandb = Recording(tmp_path)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    for name in ("PROJECT", "RUN_ID", "API_KEY"):
+        monkeypatch.setenv(f"WANDB_{name}", "mine")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    mirror = wandb_mirror.Mirror(mode, tmp_path, "project", "group")
+    mirror.start("float-seed0", {}, "train")
+    (tmp_path / "model.safetensors").touch()
+    os.truncate(tmp_path / "model.safetensors", 60 * wandb_mirror.BYTES_A_SECOND)
+    mirror.close([{"row": "float", "options": {}}, {"row": "x", "seed": 1}], [], [tmp_path / "model.safetensors"])
+    assert [(run["project"], run["group"], run["mode"]) for run in wandb.inits] == [("mine", "group", mode)] * 2
+    assert len({"mine", *(run["id"] for run in wandb.inits)}) == 3
+    assert wandb.tables == [(["row", "seed"], [["float", None], ["x", 1]])]
+    assert wandb.patience == [60, 120], "packed files have time for their bytes"
+    offline = f"2 runs offline. View them: wandb leet {tmp_path}/elsewhere\n"
+    assert (offline if mode == "offline" else "https://my.host/table\n") in capsys.readouterr().out
 
 
 def test_a_table_that_cannot_be_logged_leaves_no_run_open(tmp_path, monkeypatch):
@@ -166,14 +208,19 @@ def test_a_table_that_cannot_be_logged_leaves_no_run_open(tmp_path, monkeypatch)
     assert names == ["resnet_18-my-gr--te-images"] and codes == [0] and mirror._run is None
 
 
-def test_whatever_wandb_raises_is_said_once(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "wandb", Broken("wandb"))
+@pytest.mark.parametrize("at", ["init", "everything else"])
+def test_whatever_wandb_raises_is_said_once(at, tmp_path, monkeypatch, capsys):
+    wandb = Broken("wandb")
+    if at == "init":
+        wandb.init = lambda **settings: 1 / 0
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
     fill(tmp_path)
     assert capsys.readouterr().err.count("W&B") == 1
 
 
 @pytest.mark.parametrize("environment, found", [
-    ({}, False), ({"WANDB_API_KEY": "k"}, True), ({"NETRC": "api.wandb.ai"}, True), ({"NETRC": "elsewhere.org"}, False),
+    ({}, False), ({"WANDB_API_KEY": "k"}, True), ({"WANDB_IDENTITY_TOKEN_FILE": "f"}, True),
+    ({"NETRC": "api.wandb.ai"}, True), ({"NETRC": "elsewhere.org"}, False),
     ({"NETRC": "default.org"}, True), ({"NETRC": "api.wandb.ai", "WANDB_BASE_URL": "https://my.host:8080"}, False),
     ({"NETRC": "my.host", "WANDB_BASE_URL": "https://my.host:8080"}, True),
     ({"NETRC": "my.host:8080", "WANDB_BASE_URL": "https://my.host:8080"}, True),
@@ -189,6 +236,16 @@ def test_where_a_key_is_looked_for(tmp_path, monkeypatch, environment, found):
         monkeypatch.setenv(name, value)
     wandb = types.SimpleNamespace(Settings=lambda: types.SimpleNamespace(base_url="https://default.org"))
     assert wandb_mirror.has_key(wandb) is found
+
+
+@pytest.mark.parametrize("name", [".netrc", "_netrc"])
+def test_a_key_is_looked_for_in_the_home_folder(name, tmp_path, monkeypatch):
+    for variable in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "NETRC", "WANDB_BASE_URL"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / name).write_text("machine api.wandb.ai\n  login user\n  password key\n")
+    wandb = types.SimpleNamespace(Settings=lambda: types.SimpleNamespace(base_url="https://api.wandb.ai"))
+    assert wandb_mirror.has_key(wandb)
 
 
 def test_what_wandb_login_writes_is_found(tmp_path, monkeypatch):
@@ -252,3 +309,5 @@ def test_the_environment_may_disable_wandb(tmp_path, monkeypatch):
     mirror.start("float-seed0", {}, "train")
     mirror.end({"row": "float"})
     assert mirror.mode == "disabled" and list(tmp_path.iterdir()) == []
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert wandb_mirror.Mirror("disabled", tmp_path, "project", "group").mode == "disabled", "as was asked for"
