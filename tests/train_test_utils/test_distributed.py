@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
 import os
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -18,7 +21,7 @@ from train_test_utils.recipe import Recipe
 from train_test_utils.train import NonFiniteLoss, Setup, train
 
 CPU = torch.device("cpu")
-RECIPE = Recipe(epochs=2, lr=0.05, batch_size=8)
+RECIPE = Recipe(epochs=2, lr=0.05, batch_size=7)  # four images for one process, three for the other
 
 
 class Net(nn.Module):
@@ -44,8 +47,8 @@ def process(rank: int, folder: Path, steps: float) -> None:
         arrived = folder / "arrived"
         assert arrived.exists() == (rank > 0)
         arrived.touch()
-    pixels = torch.arange(16, dtype=torch.uint8).view(16, 1, 1, 1).expand(16, 3, 32, 32)  # a brightness each
-    data = ImageDataset("two", ("a", "b"), *[Split(pixels, torch.arange(16) % 2)] * 2)
+    pixels = torch.arange(14, dtype=torch.uint8).view(14, 1, 1, 1).expand(14, 3, 32, 32)  # a brightness each
+    data = ImageDataset("two", ("a", "b"), *[Split(pixels, torch.arange(14) % 2)] * 2)
     records, saved, losses = [], [], []
     loss_of = train_module._loss
 
@@ -57,13 +60,16 @@ def process(rank: int, folder: Path, steps: float) -> None:
     setup = Setup(CPU, checkpoint_seconds=-1)
     try:
         model = Net(steps if rank == 0 else math.inf)
-        train(model, data, RECIPE, setup, state_path=folder / "last.pt", on_epoch=records.append)
-        outcome = {"weights": [p.detach() for p in model.parameters()], "records": records, "saved": saved}
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            train(model, data, RECIPE, setup, state_path=folder / "last.pt", on_epoch=records.append)
+        outcome = {"weights": [p.detach() for p in model.parameters()], "records": records, "saved": saved,
+                   "progress": "images/s" in said.getvalue()}  # fmt: skip
         outcome |= {"seen": model.seen, "seeds": model.seeds, "losses": [value.item() for value in losses]}
     except NonFiniteLoss as error:
         outcome = {"error": str(error)}
     torch.save(outcome, folder / f"{rank}.pt")
     distributed.stop()
+    assert not dist.is_initialized()
 
 
 def outcomes(folder: Path, steps: float) -> list[dict]:
@@ -89,11 +95,12 @@ def test_two_processes_train_one_model_and_tell_the_same(trained):
 def test_each_image_of_an_epoch_is_seen_by_one_process_and_altered_by_numbers_of_its_own(trained):
     for epoch in (slice(0, 2), slice(2, 4)):
         seen = [image for outcome in trained for batch in outcome["seen"][epoch] for image in batch]
-        assert sorted(seen) == list(range(16))
+        assert sorted(seen) == list(range(14))
     assert len({seed for outcome in trained for seed in outcome["seeds"]}) == 8
 
 
-def test_the_first_process_alone_saves(trained):
+def test_the_first_process_alone_saves_and_shows_progress(trained):
+    assert [outcome["progress"] for outcome in trained] == [True, False]
     assert [bool(outcome["saved"]) for outcome in trained] == [True, False]
 
 
@@ -135,9 +142,11 @@ def test_a_rank_alone_makes_no_second_process(monkeypatch):
 
 
 def test_processes_join_a_group_of_their_kind_of_device(monkeypatch):
-    joined = []
+    joined, patience = [], []
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    monkeypatch.setattr(dist, "init_process_group", lambda backend, timeout: joined.append(backend))
+    monkeypatch.setattr(
+        dist, "init_process_group", lambda backend, timeout: patience.append(timeout) or joined.append(backend)
+    )
     monkeypatch.setattr(torch.cuda, "set_device", joined.append)
     assert distributed.start(CPU) == CPU and not joined
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -145,3 +154,15 @@ def test_processes_join_a_group_of_their_kind_of_device(monkeypatch):
     assert distributed.start(CPU) == CPU and joined == ["gloo"]
     gpu = torch.device("cuda", 1)
     assert distributed.start(torch.device("cuda")) == gpu and joined == ["gloo", gpu, "nccl"]
+    assert min(patience) > timedelta(hours=1), "the others wait while the first one packs and measures"
+
+
+def test_processes_wait_for_each_other_where_there_are_several(monkeypatch):
+    waited = []
+    monkeypatch.setattr(dist, "barrier", lambda: waited.append(True))
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    distributed.barrier()
+    assert not waited
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    distributed.barrier()
+    assert waited
