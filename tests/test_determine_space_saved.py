@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import zlib
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from transformers import ViTConfig
 import determine_space_saved
 from models import build
 from quantization_utils import pack_, quantize_
-from quantization_utils.inspection import FileReport, Layer, _by_number, gzip_float_bytes, inspect_file
+from quantization_utils.inspection import FileReport, Layer, gzip_float_bytes, inspect_file
 from quantization_utils.storage import save_model
 from train_test_utils import record
 
@@ -37,11 +38,17 @@ def test_report_of_a_file(tmp_path):
     assert report.zero_fraction == pytest.approx(zeros / weights)
     assert report.log2_3_bytes == pytest.approx(weights * math.log2(3) / 8 + report.other_bytes)
     assert report.other_bytes < report.ideal_bytes < report.log2_3_bytes < report.file_bytes
-    assert report.ideal_bytes < gzip_float_bytes(path) < report.float_bytes
+    assert all(other.bits * other.weights == other.ideal_bits == 8 * other.file_bytes for other in report.others)
+    dense = [m.codes * m.scale.view(-1, *[1] * (m.codes.dim() - 1)) for m in model.modules() if hasattr(m, "codes")]
+    others = [tensor for name, tensor in model.state_dict().items() if not name.endswith(".codes")]
+    numbers = [tensor.detach().float().numpy().tobytes() for tensor in (*dense, *others)]
+    assert gzip_float_bytes(path) == sum(len(zlib.compress(tensor, 6)) for tensor in numbers)
 
 
-def test_layers_are_in_the_order_of_their_numbers():
-    assert sorted(["l.10", "l.2"], key=_by_number) == ["l.2", "l.10"]
+def test_layers_of_a_network_are_in_the_order_of_their_numbers(tmp_path):
+    report = determine_space_saved.measure_model("resnet_18", {}, tmp_path)
+    numbers = [int(layer.name.split(".")[1]) for layer in report.layers]
+    assert report.kind == "network" and numbers == sorted(numbers) and numbers[-1] > 9
 
 
 def test_8_bit_codes_are_reckoned_as_bytes():
@@ -56,10 +63,14 @@ def test_weights_of_a_network_are_multiplied_out_too():
 
 def test_models_and_files(capsys, monkeypatch):
     monkeypatch.setattr(determine_space_saved, "MODELS", [TINY])
+    assert determine_space_saved.main([]) == 0
+    out = capsys.readouterr().out
+    assert "tiny" in out and "network.classifier" not in out
     assert determine_space_saved.main(["--layers"]) == 0
+    assert "network.classifier" in capsys.readouterr().out
     assert determine_space_saved.main([str(GOLDEN)]) == 0
     out = capsys.readouterr().out
-    assert "tiny" in out and "network.classifier" in out and "verified" in out and "gzip" in out
+    assert "network.classifier" in out and "verified" in out and "gzip" in out
     assert f"{GOLDEN.stat().st_size:,} bytes" in out
 
 
@@ -69,10 +80,40 @@ def test_recorded_sizes_are_those_that_are_printed(tmp_path, capsys, monkeypatch
     assert determine_space_saved.main(["--record"]) == 0
     (line,) = (tmp_path / "results" / "files" / "sizes.jsonl").read_text().splitlines()
     told = json.loads(line)
+    assert told["model"] == "tiny"
     assert told["saving"] == round(told["float_bytes"] / told["file_bytes"], 2) > 1
     assert told["file_over_ideal"] == round(told["file_bytes"] / told["ideal_bytes"], 4) > 1
     (printed,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("tiny")]
     assert printed.split()[-2:] == [f"{told['file_over_ideal']:.3f}", f"{told['saving']:.1f}×"]
+
+
+def test_untrained_models_are_the_same_at_every_call(tmp_path):
+    one, two = (determine_space_saved.measure_model(*TINY[1:], tmp_path) for _ in range(2))
+    assert one == two
+
+
+def test_printed_figures_by_hand(capsys, monkeypatch):
+    layer = Layer("fc", (4, 2_500_000), "ternary", "zstd", 10_000_000, 2_000_000, 2_500_000, 8e6)
+    bias = Layer("fc.bias", (50_000,), 16, "as it is", 50_000, 100_000, 0, 8e5)
+    report = FileReport("m", "network", 2_600_000, [layer], [bias])
+    monkeypatch.setattr(determine_space_saved, "MODELS", [TINY])
+    monkeypatch.setattr(determine_space_saved, "measure_model", lambda *arguments: report)
+    monkeypatch.setattr(determine_space_saved, "inspect_file", lambda path: report)
+    monkeypatch.setattr(determine_space_saved, "gzip_float_bytes", lambda path: 9_000_000)
+    assert determine_space_saved.main([]) == 0
+    printed = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert printed[1] == "tiny 10,000,000 40.200 MB 2.600 MB 2.081 MB 1.100 MB 2.364 15.5×"
+    assert determine_space_saved.main(["m"]) == 0
+    assert [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()] == [
+        "m: network, 2,600,000 bytes, SHA-256 of the file and of 2 tensors verified",
+        "layer shape encoding bytes bits/weight entropy zeros",
+        "fc 4×2500000 zstd 2,000,000 1.600 0.800 25.0%",
+        "1 tensors stored as they are, 50,000 numbers 100,000",
+        "10,000,000 packed weights, 25.0% zeros, 1.600 bits each; 500,000 bytes of header",
+        "this file 2.600 MB 1.00×", "ideal: entropy of the codes 1.100 MB 0.42×",
+        "ideal: log2(3) bits 2.081 MB 0.80×", "int8 10.200 MB 3.92×", "float16 20.100 MB 7.73×",
+        "float32, the network as it is 40.200 MB 15.46×", "float32, gzip 9.000 MB 3.46×", "",
+    ]  # fmt: skip
 
 
 def test_a_file_beside_what_it_would_be_in_other_encodings(capsys):
