@@ -230,14 +230,14 @@ def test_training_curves_have_a_panel_each_for_loss_and_accuracy(figures, tmp_pa
     draw_curves(lines_of([{"row": "qat_all"}, {"row": "qat_all_l1_30"}]), curves * 2, tmp_path)
     loss, accuracy = figures["training_curves"].axes
     assert points(loss) == [((1, 2, 4), (1, 0.5, 0.25))] * 2 and points(accuracy) == [((1, 2, 4), (51, 52, 54))] * 2
-    assert [text.get_text() for text in loss.texts] == ["qat_all"], "pruned rows would be too many names"
+    assert [text.get_text() for text in loss.texts] == ["qat_all"], "of pruned rows there are too many"
 
 
 def test_low_accuracies_and_all_sizes_are_inside_the_picture(figures, tmp_path):
     draw_size(lines_of([row | {"test_accuracy_pct": row["test_accuracy_pct"] - 60} for row in rows()]), tmp_path)
     (axes,) = figures["accuracy_vs_size"].axes
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
-    assert left < 1_190_000 < 44_800_000 < right and bottom < 0.5 < 30.5 < top
+    assert left < 1_190_000 < 44_800_000 < right and -2 <= bottom < 0.5 < 30.5 < top
 
 
 def test_a_mark_is_at_size_and_accuracy_and_without_a_name_and_hollow_if_pruned(figures, tmp_path):
@@ -353,6 +353,6 @@ def test_epochs_are_whole_numbers_also_where_there_is_one(figures, tmp_path):
     curve = [{"epoch": 1, "train_loss": 1.0, "train_accuracy_pct": 50.0}]
     draw_curves(lines_of([{"row": "float"}]), [curve], tmp_path)
     (axes, _) = figures["training_curves"].axes
-    assert axes.lines[0].get_marker() == "D", "a line of one point is not seen"
+    assert axes.lines[0].get_marker() == "D", "else a line of one point is not seen"
     low, high = axes.get_xlim()
     assert [tick for tick in axes.get_xticks() if low <= tick <= high] == [1.0]
