@@ -1,6 +1,5 @@
 """Multiply-adds, zeros, bits and the shape of timings; no test depends on how fast anything is."""
 
-import copy
 import itertools
 import math
 from types import SimpleNamespace
@@ -30,9 +29,9 @@ def small_network() -> nn.Module:
 SMALL_MACS = 16 * 16 * 8 * 27 + 16 * 16 * 16 * 72 + 160
 
 
-def packed_network() -> nn.Module:
+def packed_network(*quantizer) -> nn.Module:
     torch.manual_seed(0)
-    model = quantize_(build("resnet_18", 10, stem="maxpool").eval())
+    model = quantize_(build("resnet_18", 10, stem="maxpool").eval(), *quantizer)
     return pack_(calibrate_(model, torch.rand(2, 3, 32, 32)))
 
 
@@ -93,8 +92,8 @@ def test_weight_bits():
     mixed = (160 * math.log2(3) + (216 + 1152) * 32) / (160 + 216 + 1152)
     assert measure.weight_bits(model) == round(mixed, 4) == measure.weight_bits(pack_(model))
     bytewise = quantize_(small_network(), int8_absmax)
-    assert measure.weight_bits(bytewise) == measure.weight_bits(pack_(copy.deepcopy(bytewise))) == 8
-    assert measure.weight_bits(pack_(calibrate_(bytewise, torch.rand(2, 3, 32, 32)))) == 8
+    assert measure.weight_bits(bytewise) == measure.weight_bits(pack_(bytewise)) == 8
+    assert measure.weight_bits(packed_network(int8_absmax)) == 8
 
 
 @pytest.mark.parametrize(
