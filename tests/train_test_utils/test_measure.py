@@ -160,11 +160,6 @@ def test_the_large_batch_on_a_cpu(monkeypatch, macs, batch):
     assert measure.latency_beside(floating, packed, seconds=0.0)["throughput_batch"] == batch
 
 
-def test_the_large_batch_on_another_device(monkeypatch):
-    monkeypatch.setattr(measure, "_times", lambda *arguments: [[0.001], [0.001]])
-    assert measure.latency_beside(nn.Flatten(), nn.Flatten(), "meta")["throughput_batch"] == 256
-
-
 def test_few_calls_are_enough():
     batches = []
     model = nn.Identity()
