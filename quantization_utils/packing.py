@@ -62,6 +62,7 @@ Bits = int | str  # "ternary" or 8
 
 ENCODINGS = {"ternary": ("trits", "trits+zstd", "gaps", "gaps+zstd"), 8: ("bytes", "bytes+zstd", "gaps", "gaps+zstd")}
 CODES_PER_BYTE = 256  # at most, see above
+LONGEST_EMPTY_FRAME = 4 + 14 + 3 + 4  # magic number, header, last block, checksum
 CHUNK = 1 << 16  # codes (times 5) worked on at a time: stays in the cache, and keeps temporary memory small
 POWERS = np.array([1, 3, 9, 27, 81], np.uint8)
 # Bytes of five codes for every byte value; 2 marks the byte values that stand for nothing.
@@ -136,7 +137,7 @@ def entropy_bits(codes: Tensor) -> float:
     """Shannon's bound, in bits, for these codes as independent draws of one distribution: n · H(frequencies of the
     codes)."""
     counts = torch.bincount(codes.flatten().to(torch.uint8), minlength=256).double()
-    frequency = counts[counts > 0] / max(codes.numel(), 1)
+    frequency = counts[counts > 0] / codes.numel()
     return float(0 - (frequency * frequency.log2()).sum()) * codes.numel()
 
 
@@ -194,7 +195,7 @@ def _from_gaps(payload: bytes | bytearray | memoryview, count: int, bits: Bits, 
     if len(view) < _GAP_HEADER.size:
         raise ValueError("the gaps are cut off")
     length, stored = _GAP_HEADER.unpack_from(view)
-    if length > count + 1 + count // 255 or stored > len(view) - _GAP_HEADER.size:
+    if length > count + 1 or stored > len(view) - _GAP_HEADER.size:
         raise ValueError("the gaps are longer than there is room for")
     gap_part, value_part = view[8 : 8 + stored], view[8 + stored :]
     gaps = _unzstd(gap_part, length) if squeezed else np.frombuffer(gap_part, np.uint8)
@@ -247,11 +248,16 @@ def _unzstd(frame: bytes | bytearray | memoryview, size: int) -> np.ndarray:
     """The `size` bytes of a frame; what the frame claims of its own size is checked before memory is taken."""
     try:
         header = zstandard.get_frame_parameters(frame)
-        if header.content_size != size or header.dict_id or header.window_size > max(size, 1 << 20):
+        if header.content_size != size or header.window_size > max(size, 1 << 20):
             raise ValueError(f"a zstd frame that does not hold {size} bytes")
-        plain = zstandard.ZstdDecompressor().decompress(frame, max_output_size=size, allow_extra_data=False)
+        if size:
+            plain = zstandard.ZstdDecompressor().decompress(frame, max_output_size=size, allow_extra_data=False)
+            return np.frombuffer(plain, np.uint8)
+        reader = zstandard.ZstdDecompressor().decompressobj()  # `decompress` does not look into a frame of nothing
+        if len(frame) <= LONGEST_EMPTY_FRAME:
+            reader.decompress(frame)
+        if not reader.eof or reader.unused_data:
+            raise ValueError("a zstd frame that does not hold 0 bytes")
+        return np.empty(0, np.uint8)
     except zstandard.ZstdError as error:
         raise ValueError(f"a damaged zstd frame ({error})") from error
-    if len(plain) != size:
-        raise ValueError(f"a zstd frame that does not hold {size} bytes")
-    return np.frombuffer(plain, np.uint8)

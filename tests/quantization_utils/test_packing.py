@@ -123,6 +123,7 @@ def gaps_payload(gaps: bytes, values: bytes, length=None, stored=None) -> bytes:
     )
 
 
+MAGIC, ZEROS = bytes.fromhex("28b52ffd"), bytes.fromhex("a3000000")  # a last block that is 20 times the byte 0
 WRONG = {
     "unknown encoding": (b"\x00", "nibbles", (5,), "ternary"),
     "encoding of other codes": (b"\x00", "bytes", (1,), "ternary"),
@@ -136,11 +137,18 @@ WRONG = {
     "frame cut off": (frame(bytes(range(200)))[:-1], "trits+zstd", (1000,), "ternary"),
     "frame without size": (frame(bytes(20), write_content_size=False), "trits+zstd", (100,), "ternary"),
     "frame with a bad byte": (frame(b"\xf3" * 20), "trits+zstd", (100,), "ternary"),
+    "frame of a dictionary": (MAGIC + b"\x21\x07\x14" + ZEROS, "trits+zstd", (100,), "ternary"),
+    "frame of a large window": (MAGIC + b"\x80\x70\x14\0\0\0" + ZEROS, "trits+zstd", (100,), "ternary"),
+    "frame of nothing and more": (frame(b"") + b"x", "trits+zstd", (0,), "ternary"),
+    "frame of nothing cut off": (frame(b"")[:-1], "trits+zstd", (0,), "ternary"),
+    "frame of nothing that is long": (frame(b"")[:6] + b"\0\0\0" * 6 + b"\1\0\0", "trits+zstd", (0,), "ternary"),
+    "values of nothing and more": (gaps_payload(frame(b"\5"), frame(b"") + b"x", length=1), "gaps+zstd", (5,), 8),
     "no gap header": (b"\x00" * 7, "gaps", (5,), "ternary"),
     "no gaps": (gaps_payload(b"", b""), "gaps", (0,), "ternary"),
     "gaps too few": (gaps_payload(b"\x03", b""), "gaps", (5,), "ternary"),
     "gaps too many": (gaps_payload(b"\x06", b""), "gaps", (5,), "ternary"),
-    "gaps end in a run": (gaps_payload(b"\xff", b""), "gaps", (255,), "ternary"),
+    "gaps end in a run": (gaps_payload(b"\xff", b""), "gaps", (254,), "ternary"),
+    "gap length of fewer": (gaps_payload(b"\x01\x03", b"\x01", length=1), "gaps", (5,), "ternary"),
     "gap length forged": (gaps_payload(b"\x05", b"", length=2**32 - 1), "gaps", (5,), "ternary"),
     "gap bytes forged": (gaps_payload(b"\x05", b"", stored=2**32 - 1), "gaps", (5,), "ternary"),
     "signs missing": (gaps_payload(b"\x01\x03", b""), "gaps", (5,), "ternary"),
@@ -151,9 +159,12 @@ WRONG = {
 }
 
 
-def test_the_gap_payloads_above_are_one_step_from_a_good_one():
+def test_the_payloads_above_are_one_step_from_a_good_one():
     assert unpack_codes(gaps_payload(b"\x01\x03", b"\x01"), "gaps", (5,), "ternary").tolist() == [0, -1, 0, 0, 0]
     assert unpack_codes(gaps_payload(b"\x01\x03", b"\x81"), "gaps", (5,), 8).tolist() == [0, -127, 0, 0, 0]
+    assert not unpack_codes(MAGIC + b"\x20\x14" + ZEROS, "trits+zstd", (100,), "ternary").any()
+    nothing = gaps_payload(frame(b"\5"), frame(b""), length=1)
+    assert not unpack_codes(nothing, "gaps+zstd", (5,), 8).any()
 
 
 @pytest.mark.parametrize("case", WRONG)
