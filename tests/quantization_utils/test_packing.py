@@ -70,6 +70,16 @@ def test_round_trip_of_gaps_that_end_with_a_chunk():
     assert "gaps" in encoding and torch.equal(unpack_codes(payload, encoding, codes.shape, "ternary"), codes)
 
 
+@pytest.mark.parametrize("bits", ["ternary", 8])
+@pytest.mark.parametrize("zero_fraction", [0.3, 0.9, 0.999])
+def test_chunks_change_nothing(bits, zero_fraction, monkeypatch):
+    codes = random_codes(20_000, zero_fraction, bits)
+    packed = pack_codes(codes, bits)
+    monkeypatch.setattr("quantization_utils.packing.CHUNK", 2)
+    assert pack_codes(codes, bits) == packed
+    assert torch.equal(unpack_codes(packed[1], packed[0], codes.shape, bits), codes)
+
+
 def test_every_encoding_is_chosen_somewhere():
     chosen = {
         bits: {pack_codes(random_codes(200_000, f, bits), bits)[0] for f in (0.33, 0.5, 0.9, 1)} for bits in ENCODINGS
@@ -155,6 +165,7 @@ WRONG = {
     "sign padding": (gaps_payload(b"\x01\x03", b"\x02"), "gaps", (5,), "ternary"),
     "value zero": (gaps_payload(b"\x01\x03", b"\x00"), "gaps", (5,), 8),
     "value -128": (gaps_payload(b"\x01\x03", b"\x80"), "gaps", (5,), 8),
+    "values missing": (gaps_payload(b"\x01\x03", b""), "gaps", (5,), 8),
     "values too many": (gaps_payload(b"\x01\x03", b"\x01\x01"), "gaps", (5,), 8),
 }
 
