@@ -18,13 +18,12 @@ from torch import Tensor
 
 from .nodes import IMAGE, Node
 
-IMAGE_CHANNELS = 3
-
 
 def remove_dead_channels(nodes: Sequence[Node]) -> list[Node]:
     """Return nodes that compute the same logits, bit for bit, without channels that are always 0 or never used.
 
-    The nodes given are not changed; tensors that lose nothing are shared with them.
+    The nodes given, of which only convolutions read the image (`network.to_nodes`), are not changed; tensors that lose
+    nothing are shared with them.
     """
     slim = list(nodes)
     while True:
@@ -45,7 +44,7 @@ def _kept_channels(nodes: list[Node]) -> list[Tensor]:
         needed_N = used[i] & ~zero[i]
         kept[root] = kept[root] | needed_N if root in kept else needed_N
     for root, mask_N in kept.items():
-        if group[len(nodes) - 1] == root or root == IMAGE:
+        if group[-1] == root:
             mask_N.fill_(True)
         elif not mask_N.any():
             mask_N[0] = True
@@ -57,7 +56,7 @@ def _always_zero(nodes: list[Node]) -> list[Tensor]:
     zero: list[Tensor] = []
     for node in nodes:
         if node.op in ("max_pool", "avg_pool"):
-            zero.append(torch.zeros(IMAGE_CHANNELS, dtype=torch.bool) if node.input == IMAGE else zero[node.input])
+            zero.append(zero[node.input])
             continue
         assert node.codes is not None and node.gain is not None and node.bias is not None
         value_N = node.bias.cpu()  # where all codes are 0, y = 0 · gain + bias
@@ -65,7 +64,7 @@ def _always_zero(nodes: list[Node]) -> list[Tensor]:
         value_N = value_N if node.out_max is None else value_N.round().clamp(0, node.out_max)
         zero_N = ~node.codes.flatten(1).any(1).cpu() & (value_N == 0) & node.gain.cpu().isfinite()
         if node.residual is not None:
-            zero_N &= zero[node.residual] if node.residual != IMAGE else False
+            zero_N &= zero[node.residual]
         zero.append(zero_N)
     return zero
 
@@ -84,13 +83,13 @@ def _used(nodes: list[Node], zero: list[Tensor]) -> list[Tensor]:
 
 
 def _joined(nodes: list[Node]) -> list[int]:
-    """For each node, the smallest index of the nodes (or IMAGE) that must keep the same channels as it."""
+    """For each node, the smallest index of the nodes that must keep the same channels as it."""
     group = list(range(len(nodes)))
     for i, node in enumerate(nodes):
         partners = [node.residual] if node.residual is not None else []
         partners += [node.input] if node.codes is None else []
         for partner in partners:
-            old = {group[i], IMAGE if partner == IMAGE else group[partner]}
+            old = {group[i], group[partner]}
             group = [min(old) if g in old else g for g in group]
     return group
 
