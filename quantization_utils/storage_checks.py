@@ -181,10 +181,7 @@ def check_network(network: Any, records: Mapping[str, Record], classes: int | No
         nodes.append(node)
     require(used == set(records), f"its network has no place for tensor {min(set(records) - used, default='')!r}")
     last = shapes[len(nodes) - 1]
-    require(
-        len(last) == 1 and nodes[-1].out_max is None and nodes[-1].op != "max_pool",
-        "its network does not end in logits",
-    )
+    require(len(last) == 1 and nodes[-1].out_max is None, "its network does not end in logits")
     require(classes is None or last[0] == classes, f"its network puts out {last[0]} logits for {classes} classes")
     return nodes
 
@@ -202,8 +199,8 @@ def _node_of(members: Any, index: int, where: str) -> Node:
         fits = isinstance(pair, (list, tuple)) and len(pair) == 2 and all(whole(n, low, MAX_SIDE) for n in pair)
         require(fits, f"{where} has a {name} that is none")
         values[name] = tuple(pair)
-    require(all(p < k for p, k in zip(values["padding"], values["kernel"], strict=True)) or values["padding"] == (0, 0),
-            f"{where} has more padding than kernel")  # fmt: skip
+    fits = all(p < k for p, k in zip(values["padding"], values["kernel"], strict=True))
+    require(fits, f"{where} has more padding than kernel")
     gain = values["residual_gain"]
     require(type(gain) in (int, float) and abs(gain) < 3e38, f"{where} has a residual gain that is not finite")
     values["residual_gain"] = float(gain)
@@ -255,6 +252,5 @@ def _output_shape(node: Node, held: dict[str, tuple[int, ...]], source: tuple[in
 def _sides(node: Node, source: tuple[int, ...], where: str) -> list[int]:
     sides = [(n + 2 * p - k) // s + 1 for n, p, k, s in
              zip(source[1:], node.padding, node.kernel, node.stride, strict=True)]  # fmt: skip
-    fits = all(n + 2 * p >= k for n, p, k in zip(source[1:], node.padding, node.kernel, strict=True))
-    require(min(sides) >= 1 and fits, f"{where} has a kernel larger than its input")  # fmt: skip
+    require(min(sides) >= 1, f"{where} has a kernel larger than its input")
     return sides
