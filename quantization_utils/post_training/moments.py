@@ -31,8 +31,8 @@ class Moments:
         return weight_NK @ self.mean_K
 
     def output_variance(self, weight_NK: Tensor) -> Tensor:
-        """Var[w·x] for each output channel, (N,)."""
-        return (((weight_NK @ self.inputs_KK) * weight_NK).sum(1) - self.output_mean(weight_NK).square()).clamp_min(0)
+        """Var[w·x] for each output channel, (N,); rounding may leave a little less than 0."""
+        return ((weight_NK @ self.inputs_KK) * weight_NK).sum(1) - self.output_mean(weight_NK).square()
 
     def covariance(self, weight_NK: Tensor) -> Tensor:
         """Cov[w·x, t] for each output channel, (N,)."""
