@@ -26,7 +26,7 @@ from .quantizers import TERNARY, Quantizer, as_is, dequantize, in_blocks, int8_a
 
 
 class DynamicQuantizer(nn.Module):
-    """Signed activations with a scale from the data: q = clip(round(x · Q / a)), a = max |x|, Q = 2^(bits-1) - 1.
+    """Signed activations with a scale from the data: q = round(x · Q / a), a = max |x|, Q = 2^(bits-1) - 1.
 
     The maximum is over the last dimension (`per="token"`) or over all but the first (`per="image"`). Straight-through.
 

@@ -127,7 +127,7 @@ def int8_absmax(weight: Tensor) -> tuple[Tensor, Tensor]:
     weight_NK = weight.flatten(1).float()
     scale_N = weight_NK.abs().amax(1) / 127
     scale_N = scale_N.clamp_min(TINY).where(scale_N != 0, 1.0)  # what is no number stays visible
-    return (weight_NK / scale_N[:, None]).round().clamp(-127, 127).to(torch.int8).view_as(weight), scale_N
+    return (weight_NK / scale_N[:, None]).round().to(torch.int8).view_as(weight), scale_N
 
 
 TERNARY = (absmean, absmean_per_tensor, absmean_fitted, absmedian, twn, mse_optimal)

@@ -44,7 +44,7 @@ def quantize_dynamic(x: Tensor, bits: int, per: str) -> tuple[Tensor, Tensor]:
     dims = (-1,) if per == "token" else (-3, -2, -1)
     absmax = x.abs().amax(dims, keepdim=True).clamp_min(SMALLEST_ABSMAX)
     inverse = torch.full_like(absmax, code_max) / absmax  # of a number PyTorch would take the reciprocal first
-    return (x * inverse).round().clamp(-code_max - 1, code_max), absmax / code_max
+    return (x * inverse).round(), absmax / code_max
 
 
 def multiply_add(a: Tensor, b: Tensor | float, c: Tensor) -> Tensor:
