@@ -25,15 +25,18 @@ class _Reached(Exception):
 @torch.inference_mode(False)  # tensors made in inference mode have no `_version`
 @torch.no_grad()
 def execution_order(model: nn.Module, image_1CHW: Tensor) -> dict[str, str | None]:
-    """Name of layer → name of the batch norm that takes its output, or None; layers in the order in which they run."""
+    """Name of layer → name of the batch norm that takes its output, or None; layers in the order in which they run.
+
+    Of a layer that runs more than once the first run counts, as in `Stream.input_of`.
+    """
     order: dict[str, str | None] = {}
     outputs: dict[str, tuple[Tensor, int]] = {}  # (output, its `_version`, which a ReLU in place would raise)
 
     def layer_ran(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            if name not in order and (isinstance(module, nn.Conv2d) or output.dim() == 2):
+                outputs[name] = output, output._version  # a batch norm's channels are in dimension 1
             order.setdefault(name, None)
-            if isinstance(module, nn.Conv2d) or output.dim() == 2:  # a batch norm's channels are in dimension 1
-                outputs[name] = output, output._version
 
         return hook
 

@@ -128,6 +128,7 @@ class Joint(nn.Module):
     def __init__(self, join: Callable[[Any, Tensor], Tensor]) -> None:
         super().__init__()
         self.conv, self.relu, self.join = nn.Conv2d(3, 3, 1), nn.ReLU(), join
+        self.first, self.last = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.relu(self.join(self, x))
@@ -145,6 +146,22 @@ class Joint(nn.Module):
 )
 def test_only_plain_sums_are_aimed_at(join: Callable[[Any, Tensor], Tensor], found: dict[str, ResidualSum]) -> None:
     assert residual_sums(Joint(join)) == found
+
+
+@pytest.mark.parametrize(
+    "join, norm",
+    [
+        (lambda m, x: m.first(input=m.conv(x)), "first"),
+        (lambda m, x: m.conv(m.first(m.conv(x))), "first"),
+        (lambda m, x: m.last(m.conv(m.first(m.conv(x)))), "first"),
+        (lambda m, x: m.last(m.conv(m.conv(x))), None),
+    ],
+    ids=["called by name", "behind the first run", "behind both runs", "behind the second run"],
+)
+def test_the_batch_norm_of_a_layer_is_the_one_behind_its_first_run(
+    join: Callable[[Any, Tensor], Tensor], norm: str | None
+) -> None:
+    assert execution_order(Joint(join).eval(), networks.images(1)) == {"conv": norm}
 
 
 class Dense(nn.Module):
@@ -219,6 +236,17 @@ def test_containers_of_pytorch_are_no_blocks() -> None:
     assert blocks(model, ["0.0", "1.0"]) == [("0.0", ["0.0"]), ("1.0", ["1.0"])]
 
 
+class Outer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = Holder(), Holder()
+
+
+def test_of_blocks_in_blocks_the_outermost_count() -> None:
+    names = ["0.one.layer", "0.two.layer", "1.one.layer", "1.two.layer"]
+    assert blocks(nn.Sequential(Outer(), Outer()), names) == [("0", names[:2]), ("1", names[2:])]
+
+
 @pytest.mark.parametrize("kind", networks.KINDS)
 def test_blocks_of_the_study_can_be_replayed(kind: str) -> None:
     model, images = networks.make(kind), networks.images(2)
@@ -236,7 +264,7 @@ def test_a_forward_of_a_module_itself_comes_back() -> None:
 
 
 def test_what_closes_a_sum_follows_what_else_it_adds() -> None:
-    sums = {"b": ResidualSum("r", None, ("a", "b")), "c": ResidualSum("s", None, ("c", "shortcut"))}
+    sums = {"b": ResidualSum("r", None, ("a", "b")), "c": ResidualSum("s", None, ("c", "shortcut", "kept as it is"))}
     assert sums_last(["a", "b", "c", "d", "shortcut", "e"], sums) == ["a", "b", "d", "shortcut", "c", "e"]
 
 
