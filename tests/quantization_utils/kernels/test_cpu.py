@@ -331,6 +331,10 @@ def test_environment_and_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERNARY_ISA", "sse9")
     with pytest.raises(ValueError, match="cannot run here"):
         kernels.make_executor([conv(-1, 4, 3)], "cpu")
+    assert kernels.make_executor([conv(-1, 4, 3)], "cpu-portable").backend == "cpu-portable"  # what is asked for counts
     with pytest.raises(ValueError, match="unknown backend"):
         kernels.make_executor([conv(-1, 4, 3)], "gpu")
     assert kernels.make_executor([conv(-1, 4, 3)], "reference").backend == "reference"
+    monkeypatch.setenv("TERNARY_ALGORITHM", "fast")
+    with pytest.raises(ValueError, match="TERNARY_ALGORITHM is 'fast': choose one of auto, direct, winograd, skipping"):
+        kernels.make_executor([conv(-1, 4, 3)], "cpu-portable")

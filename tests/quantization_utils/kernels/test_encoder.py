@@ -1,7 +1,9 @@
 """The fused encoder against the modules it stands for."""
 
+import gc
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -221,10 +223,25 @@ def test_what_is_not_finite_reaches_its_whole_image(backend: str, bad: float) ->
     assert found[0].isnan().all() and torch.equal(found[1], wanted[1])
 
 
-def test_what_does_not_fit_together_is_refused() -> None:
-    def dense(n: int, k: int) -> cpu.Dense:
-        return torch.ones(n, k, dtype=torch.int8), torch.ones(n), None
+def dense(n: int, k: int) -> cpu.Dense:
+    return torch.ones(n, k, dtype=torch.int8), torch.ones(n), None
 
+
+def test_an_encoder_and_its_layers_are_freed_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    operators, made, freed = torch.ops.ternary, [], []
+    for kind in ("linear", "encoder"):
+        create, free = getattr(operators, f"{kind}_create"), getattr(operators, f"{kind}_free")
+        create = partial(lambda kind, create, *args: made.append((kind, create(*args))) or made[-1][1], kind, create)
+        free = partial(lambda kind, free, handle: freed.append((kind, handle)) or free(handle), kind, free)
+        monkeypatch.setattr(operators, f"{kind}_create", create)
+        monkeypatch.setattr(operators, f"{kind}_free", free)
+    layer = cpu.EncoderLayer(dense(96, 32), dense(32, 32), dense(64, 32), dense(32, 64), [torch.ones(32)] * 4)
+    cpu.Encoder([layer], 2, 1e-6, 8)
+    gc.collect()
+    assert len(made) == 5 and sorted(made) == sorted(freed)
+
+
+def test_what_does_not_fit_together_is_refused() -> None:
     norms = [torch.ones(32)] * 4
     good = cpu.EncoderLayer(dense(96, 32), dense(32, 32), dense(64, 32), dense(32, 64), norms)
     hidden = torch.randn(1, 3, 32)

@@ -160,6 +160,9 @@ def test_nodes_whose_tensors_do_not_fit_are_refused(changes: dict[str, object], 
 def test_linear_layers_whose_tensors_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="one scale and one bias for each channel"):
         kernels.make_linear(codes_of((9, 37)), torch.ones(1), None, 8, "cpu")
+    for bits in (1, 9):
+        with pytest.raises(ValueError, match=f"activations of {bits} bits are not supported: choose 2 to 8"):
+            kernels.make_linear(codes_of((9, 37)), torch.ones(9), None, bits, "cpu")
 
 
 def test_wrong_shapes_are_named() -> None:

@@ -88,6 +88,12 @@ def test_dynamic_linear(backend: str, bits: int | str, rows: int, k: int, n: int
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_codes_far_below_zero_alone_are_not_taken_for_ternary_ones(backend: str) -> None:
+    layer, x = (-codes_of((21, 70), 8).abs(), torch.rand(21), None, 8), torch.randn(3, 70)
+    assert torch.equal(kernels.make_linear(*layer, backend)(x), reference.Linear(*layer)(x))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_scales_are_rounded_once(backend: str) -> None:
     """127 / 4.0919943 times the second activation is half-way between two codes; by way of the reciprocal it is not."""
     layer = (torch.eye(2, dtype=torch.int8), torch.ones(2), None, 8)
