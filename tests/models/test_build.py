@@ -90,8 +90,9 @@ def test_every_parameter_learns(name):
     ],
 )
 def test_mistakes_are_told_in_a_sentence(arguments, options, sentence):
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(ValueError, match=sentence) as caught:
         build(*arguments, **options)
+    assert "\n" not in str(caught.value)
 
 
 def test_normalize_against_its_formula():
@@ -100,7 +101,10 @@ def test_normalize_against_its_formula():
     constants = zip((125, 123, 114), (63, 60, 58), strict=True)
     expected = torch.stack([(pixels[:, c] - m) / s for c, (m, s) in enumerate(constants)], 1)
     torch.testing.assert_close(normalize(pixels / 255), expected.float())
-    with pytest.raises(ValueError, match="images have 3 channels"):
-        normalize(pixels[:, :1] / 255)
+    for wrong in (pixels[:, :1] / 255, torch.rand(4, 4)):
+        with pytest.raises(ValueError, match="images have 3 channels"):
+            normalize(wrong)
+    with pytest.raises(ValueError, match="a mean and a deviation above 0 are wanted for each channel"):
+        Normalize((125, 123, 114), (63,))
     assert Normalize().mean == (125, 123, 114) and Normalize().std == (63, 63, 63)
     assert not nn.Module.state_dict(normalize), "its constants are arguments of the constructor, not weights"

@@ -15,6 +15,7 @@ from tests.networks import CHAINS, KINDS, make
 @pytest.mark.parametrize("kind", KINDS)
 def test_chains_are_those_with_relu_modules(kind):
     assert (trace(make(kind)) is not None) == (kind in CHAINS)
+    assert trace(nn.Sequential(make(kind), nn.ReLU(), nn.LayerNorm(10))) is None
 
 
 @pytest.mark.parametrize("kind", CHAINS)
