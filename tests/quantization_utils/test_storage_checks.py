@@ -70,7 +70,22 @@ def a_kernel_of_eleven(network: Any, records: dict[str, Record]) -> None:
     records.update(layer(0, (4, 3, 11, 3)))
 
 
+def padding_values_inside(network: Any, records: dict[str, Record]) -> None:
+    network["nodes"].insert(1, {"op": "conv", "input": 0, "relu": True, "out_max": 255})
+    network["nodes"][2]["input"] = 1
+    pads = {"nodes.1.pad_values": Record(Stored("", (), b""), (4,), "uint8")}
+    records.update(layer(1, (4, 4, 1, 1)) | layer(2, (5, 4 * 8 * 8)) | pads)
+
+
+def a_convolution_of_a_linear_layer(network: Any, records: dict[str, Record]) -> None:
+    network["nodes"][1].update(out_max=255)
+    network["nodes"].append({"op": "conv", "input": 1})
+    records.update(layer(2, (5, 5, 1, 1)))
+
+
 CHANGES = {
+    "a list for a node": (lambda n, r: n["nodes"].insert(0, ["op", "input"]), "node 0 is none"),
+    "no input": (lambda n, r: n["nodes"][1].pop("input"), "node 1 is none"),
     "reads itself": (node(0, input=0), "reads a node that does not come before"),
     "adds the image": (node(0, residual=-1), "adds a node that does not come before"),
     "no stride": (node(0, stride=[0, 1]), "a stride that is none"),
@@ -78,6 +93,7 @@ CHANGES = {
     "a kernel of three": (node(0, kernel=[3, 3, 3]), "a kernel that is none"),
     "a kernel larger than the image": (a_kernel_of_eleven, "a kernel larger than its input"),
     "no residual gain": (node(0, residual_gain=1e39), "residual gain that is not finite"),
+    "a residual gain that is true": (node(0, residual_gain=True), "residual gain that is not finite"),
     "a ReLU that is a number": (node(0, relu=1), "a relu that is none"),
     "no power of two of codes": (node(0, out_max=100), "no such out_max"),
     "one bit": (node(0, out_max=1), "no such out_max"),
@@ -96,6 +112,11 @@ CHANGES = {
         lambda n, r: vars(r["nodes.0.gain"]).update(shape=(3,)), "tensors missing, left over or misshaped",
     ),
     "no outputs": (lambda n, r: r.update(layer(0, (4, 0, 3, 3))), "no codes of 4 dimensions"),
+    "codes of a linear layer like a convolution's": (
+        lambda n, r: r.update(layer(1, (5, 256, 1, 1))), "no codes of 2 dimensions",
+    ),
+    "padding values inside": (padding_values_inside, "node 1 has tensors missing, left over or misshaped"),
+    "a convolution of a linear layer": (a_convolution_of_a_linear_layer, "takes 5 channels and gets shape"),
     "other channels": (lambda n, r: r.update(layer(0, (4, 2, 3, 3))), "takes 2 channels"),
     "other inputs": (lambda n, r: r.update(layer(1, (5, 100))), "takes 100 inputs and gets 256"),
     "a layer left over": (lambda n, r: r.update(layer(2, (5, 5))), "no place for tensor 'nodes.2.bias'"),
@@ -105,6 +126,7 @@ CHANGES = {
     "nothing": (lambda n, r: (n.update(nodes=[]), r.clear()), "no nodes"),
     "too much": (lambda n, r: n["nodes"].extend(n["nodes"][1:] * 999), "more than 1000"),
     "an image that is too wide": (lambda n, r: n.update(image=[3, 8, 5000]), "no image shape"),
+    "an image of four dimensions": (lambda n, r: n.update(image=[3, 8, 8, 8]), "no image shape"),
     "no image": (lambda n, r: n.update(image=[3, 0, 8]), "no image shape"),
     "gains of another type": (lambda n, r: vars(r["nodes.0.gain"]).update(dtype="float64"), "is float64"),
     "a float output that is read": (lambda n, r: n["nodes"][0].update(out_max=None), "puts out no codes"),
@@ -186,7 +208,8 @@ def test_a_description_that_is_none_is_refused(own, sentence):
 
 @pytest.mark.parametrize(
     "change",
-    [{"num_classes": 1}, {"num_classes": True}, {"more": 1}, {"options": {"config": {"name": "../x"}}},
+    [{"num_classes": 1}, {"num_classes": True}, {"num_classes": 2**17}, {"name": 3}, {"more": 1},
+     {"options": {"checkpoint": "plain"}}, {"options": {"config": {"name": "../x"}}},
      *({"options": {"config": {"sizes": value}}}
        for value in (["https://example.org/x"], [{"_private": 1}], -(2**17), [2**17]))],
 )  # fmt: skip
@@ -209,6 +232,7 @@ def test_what_a_constructor_makes_is_bounded_in_its_own_thread():
     assert made
     with bounded_construction(1), pytest.raises(ModelFileError, match="more modules than"):
         nn.Sequential(*(nn.ReLU() for _ in range(16 + 257)))
+    nn.Sequential(*(nn.Linear(1, 1) for _ in range(300)))  # afterwards it is not
 
 
 def hidden(of: int) -> Change:

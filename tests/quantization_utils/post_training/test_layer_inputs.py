@@ -102,10 +102,12 @@ def test_positions_are_thinned_out_and_stay_together(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("quantization_utils.post_training.moments.MAX_COLUMNS", 60)
     monkeypatch.setattr("quantization_utils.post_training.moments.LEAST_OF_AN_IMAGE", 1)
     layer, inputs = nn.Conv2d(2, 3, 1, bias=False), torch.randn(10, 2, 8, 8)
-    total = MomentSum(layer, images=10)
-    total.add(inputs, F.conv2d(inputs, layer.weight.detach()))
-    moments = total.result()
+    totals = [MomentSum(layer, images=10) for _ in range(2)]
+    for total in totals:
+        total.add(inputs, F.conv2d(inputs, layer.weight.detach()))
+    moments = totals[0].result()
     assert moments.columns == 60  # 6 of 64 positions of each image
+    assert torch.equal(totals[1].result().inputs_KK, moments.inputs_KK)  # the same ones every time
     torch.testing.assert_close(moments.cross_NK, layer.weight.detach().flatten(1) @ moments.inputs_KK)
 
 

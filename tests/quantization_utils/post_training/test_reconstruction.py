@@ -43,6 +43,11 @@ def test_latent_codes_start_from_the_given_ternary_weight() -> None:
     assert torch.equal(LatentCodes(ternary, wanted).weight(), ternary)
 
 
+def test_latent_codes_start_half_way_to_the_weight_but_for_the_border_of_their_code() -> None:
+    codes = LatentCodes(torch.tensor([[0.5, 0.0, -0.5, 0.5]]), torch.tensor([[0.4, 0.1, -0.3, -2.0]]))
+    torch.testing.assert_close(codes.latent.detach(), torch.tensor([[0.9, 0.1, -0.8, 0.51]]))
+
+
 def test_the_gradient_passes_straight_through_the_rounding() -> None:
     codes = LatentCodes(torch.tensor([[0.5, 0.0, -0.5]]), torch.tensor([[0.4, 0.0, -0.3]]))  # the second is pruned
     codes.weight().backward(torch.tensor([[3.0, 5.0, 7.0]]))

@@ -94,6 +94,7 @@ def test_ternarize_comes_near_to_the_best_of_all_codes() -> None:
     moment_KK = moment(x_PK)
     kept_NK = torch.ones(40, 7, dtype=torch.bool)
     codes_NK, scale_N = ternarize(weight_NK, moment_KK, 0.0, kept_NK)
+    torch.testing.assert_close(scale_N, fit_scale(codes_NK, weight_NK, moment_KK, scale_N))
     codes_CK = every_code(7)
     best = []
     for n in range(40):
@@ -158,9 +159,12 @@ def test_the_scale_stays_where_codes_do_not_say_a_better_one() -> None:
 def test_of_several_scales_to_start_from_the_best_is_taken() -> None:
     weight_NK, x_PK = problem(40, 7)
     kept_NK = torch.ones(40, 7, dtype=torch.bool)
-    found = [ternarize(weight_NK, moment(x_PK), 0.0, kept_NK, sweeps=0, **f) for f in ({}, {"factors": (1.0,)})]
-    best_N, one_N = (output_error(codes, weight_NK, moment(x_PK), scale) for codes, scale in found)
-    assert (best_N <= one_N * (1 + 1e-9)).all() and best_N.sum() < 0.99 * one_N.sum()
+    factors = ((0.8, 1.0, 1.25), (0.8,), (1.0,), (1.25,))
+    found = [ternarize(weight_NK, moment(x_PK), 0.0, kept_NK, tried, sweeps=0) for tried in factors]
+    best_N, *others = (output_error(codes, weight_NK, moment(x_PK), scale) for codes, scale in found)
+    torch.testing.assert_close(best_N, torch.stack(others).amin(0))
+    torch.testing.assert_close(found[0][1], fit_scale(found[0][0], weight_NK, moment(x_PK), found[0][1]))
+    assert all(best_N.sum() < 0.99 * one_N.sum() for one_N in others)
 
 
 def test_pruned_weights_do_not_enter_the_scale_to_start_from() -> None:
