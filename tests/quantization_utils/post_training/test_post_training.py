@@ -173,6 +173,16 @@ def test_a_batch_norm_outside_of_a_block_follows_what_reconstruction_learned(eve
         torch.testing.assert_close(found.mean(1), wanted.mean(1), rtol=1e-3, atol=1e-3)
 
 
+def test_means_and_slopes_stay_where_they_are_not_to_be_corrected() -> None:
+    model = networks.make("alexnet_like")
+    ternary = ternarize_(copy.deepcopy(model), networks.images(32), Settings(correct=False),
+                         reconstruction=Reconstruction(20, lr=0.01))  # fmt: skip
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            assert torch.equal(ternary.get_submodule(name).running_mean, module.running_mean)
+            assert torch.equal(ternary.get_submodule(name).running_var, module.running_var)
+
+
 def test_biases_give_the_mean_of_the_float_network(every_position: None) -> None:
     model, images = networks.make("alexnet_like_without_batch_norm"), networks.images(64)
     ternary = ternarize_(copy.deepcopy(model), images)
@@ -305,6 +315,18 @@ def test_a_model_that_is_refused_half_way_is_as_it_was() -> None:
         ternarize_(model, networks.images(32))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert [m for m in model.modules() if not m.training] == [first]
+
+
+def test_a_model_that_is_interrupted_half_way_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("quantization_utils.post_training.correct_", interrupt)
+    model = networks.make("alexnet_like")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(KeyboardInterrupt):
+        ternarize_(model, networks.images(16))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize(("act_bits", "sentence"), [(16, "2 to 8 bits"), (8, "relu runs more than once")])

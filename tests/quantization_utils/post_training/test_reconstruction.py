@@ -104,6 +104,35 @@ def test_what_is_no_better_is_not_taken() -> None:
     assert reconstruct_block(reference, stream, "5", ["5.conv1"], Reconstruction(3, lr=30.0)) == {}
 
 
+class WithFeatures(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.layer(x), x
+
+
+def test_of_several_outputs_the_first_counts() -> None:
+    layer, inputs = nn.Linear(8, 6), torch.randn(64, 8)
+    alone = nn.Sequential()
+    alone.layer = layer
+    learned = [
+        reconstruct_block(*streams(model, inputs, "", ["layer"]), "", ["layer"], Reconstruction(20, lr=0.01))["layer"]
+        for model in (WithFeatures(layer), alone)
+    ]
+    assert torch.equal(*learned)
+
+
+def test_every_batch_has_its_turn_before_one_has_another() -> None:
+    reference, stream = streams(networks.make("resnet_like"), networks.images(64), "5", ["5.conv1"])
+    seen: list[Tensor] = []
+    stream.block.register_forward_pre_hook(lambda m, args: seen.append(args[0]) if torch.is_grad_enabled() else None)
+    reconstruct_block(reference, stream, "5", ["5.conv1"], Reconstruction(8))
+    wanted = sorted(id(call.args[0]) for call in stream.calls)
+    assert sorted(map(id, seen[:4])) == sorted(map(id, seen[4:])) == wanted
+
+
 def test_the_order_of_batches_depends_on_the_seed_alone() -> None:
     model, images = networks.make("resnet_like"), networks.images(64)
 
