@@ -118,12 +118,15 @@ def test_a_slope_next_to_zero_makes_up_for_nothing() -> None:
     assert _slope(norm).isinf().tolist() == [True, False]
 
 
-def test_a_slope_is_at_most_doubled() -> None:
-    """What is wanted is a hundred times the output."""
+@pytest.mark.parametrize("weight, wanted, slope", [(1, 100, 2), (1, 0.01, 0.5), (1, -9, 0.5), (0, 9, 1)])
+def test_a_slope_is_at_most_doubled_or_halved_and_stays_where_nothing_changes(
+    weight: float, wanted: float, slope: float
+) -> None:
+    """`wanted`: what is wanted is so many times the output."""
     norm = nn.BatchNorm1d(1)
-    moments = Moments(torch.eye(2), torch.zeros(2), torch.tensor([[100.0, 0.0]]), torch.zeros(1), 9)
-    correct_batch_norm_(norm, copy.deepcopy(norm), moments, torch.tensor([[1.0, 0.0]]))
-    assert float(norm.running_var) == pytest.approx(0.25, abs=1e-4)
+    moments = Moments(torch.eye(2), torch.zeros(2), torch.tensor([[wanted, 0.0]]), torch.zeros(1), 9)
+    correct_batch_norm_(norm, copy.deepcopy(norm), moments, torch.tensor([[weight, 0.0]]))
+    assert float(norm.running_var) == pytest.approx(1 / slope**2, abs=1e-4)
 
 
 class Body(nn.Sequential):
