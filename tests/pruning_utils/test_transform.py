@@ -255,8 +255,16 @@ def test_prune_deepcopy_quantize_and_train_keeps_the_zeros():
     assert any(not torch.equal(m.quantized_weight()[0] == 0, b) for m, b in zip(layers(model), before, strict=True))
 
 
+def test_filters_of_equal_scores_go_by_their_magnitude():
+    model = network()
+    magnitude_N = model[0].weight.abs().sum((1, 2, 3))
+    prune_(model, scoring(granularity="filter")(lambda w: torch.ones(len(w))), 0.3, only="0")
+    gone_N = (model[0].weight == 0).flatten(1).all(1)
+    assert gone_N.sum() == 3 and magnitude_N[gone_N].max() < magnitude_N[~gone_N][1:].min()  # the first stays
+
+
 def test_own_scores():
-    by_position = prune_(network(), lambda w: torch.arange(w.numel(), dtype=torch.float32).view_as(w), 0.5)
+    by_position = prune_(network(), lambda w: torch.arange(w.numel()).view_as(w), 0.5)
     assert all((m.weight.flatten()[: m.weight.numel() // 2] == 0).all() for m in layers(by_position))
     with pytest.raises(ValueError, match="has shape"):
         prune_(network(), lambda w: w.sum(), 0.5)
