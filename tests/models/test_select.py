@@ -50,5 +50,7 @@ def test_what_is_neither_a_type_nor_a_pattern_is_told(model, how):
 def test_models_that_cannot_be_changed_yet_or_any_more(model):
     with pytest.raises(ValueError, match="the model is compiled: give what was compiled"):
         select_layers(torch.compile(model, backend="eager"))
+    model[0].to("meta")
+    assert len(select_layers(model, keep="0")) == 3
     with pytest.raises(ValueError, match="0 has no values, it is on the device meta"):
         select_layers(model.to("meta"))

@@ -16,7 +16,7 @@ from quantization_utils import load_model, save_model
 
 TINY = {
     "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64, "image_size": 48,
-    "patch_size": 16, "layer_norm_eps": 1e-5,
+    "patch_size": 16, "layer_norm_eps": 1e-5, "hidden_act": "relu",
 }  # fmt: skip
 
 
@@ -89,10 +89,10 @@ def test_config_rebuilds_a_checkpoint_without_the_folder(folder):
 def test_no_hub_is_one_sentence_that_names_two_ways_on(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    before = hub_logging.get_verbosity()
+    hub_logging.set_verbosity_warning()
     with pytest.raises(FileNotFoundError) as caught:
         build("vit", 10, checkpoint="nobody/no-such-checkpoint")
-    assert hub_logging.get_verbosity() == before, "it was quiet for that time alone"
+    assert hub_logging.get_verbosity() == hub_logging.WARNING, "it was quiet for that time alone"
     sentence = str(caught.value)
     assert "nobody/no-such-checkpoint" in sentence and "\n" not in sentence
     assert "checkpoint=FOLDER" in sentence and "checkpoint=none" in sentence
@@ -199,7 +199,7 @@ def test_checkpoints_of_other_shapes_are_refused_before_they_are_trained(config,
 def test_a_side_may_be_given_twice(tmp_path):
     model = build("vit", 6, checkpoint=save(tmp_path, image_size=[48, 48]))
     assert model.network.config.image_size == 48 and model(torch.rand(1, 3, 32, 32)).shape == (1, 6)
-    model = build("vit", 6, config={**TINY, "image_size": [48, 48]})
+    model = build("vit", 6, config={**TINY, "image_size": [48, 48], "num_labels": 3})  # as many as there are classes
     assert model.network.config.image_size == 48 and model(torch.rand(1, 3, 32, 32)).shape == (1, 6)
 
 
