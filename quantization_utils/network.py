@@ -100,6 +100,8 @@ class NotANetwork(Exception):
 def to_nodes(model: nn.Module, image_shape: tuple[int, ...] = IMAGE_SHAPE) -> list[Node]:
     """Return the nodes of a calibrated chain network in evaluation mode, for images of `image_shape` (C, H, W).
 
+    Convolutions that can't be packed at all are refused before (`transform.pack_`).
+
     Raises:
         NotANetwork: some layer is not quantized, or its input has no static scale.
     """
@@ -210,10 +212,8 @@ class _Builder:
         bias_N = torch.zeros_like(gain_N) if module.bias is None else module.bias.detach().double()
         node = Node("linear", value.index, codes=codes, weight_bits=module.weight_bits)
         if isinstance(module, BitConv2d):
-            if module.groups != 1 or _pair(module.dilation) != (1, 1) or module.padding_mode != "zeros":
+            if module.groups != 1 or _pair(module.dilation) != (1, 1):
                 raise NotANetwork("a grouped or dilated convolution")
-            if isinstance(module.padding, str):
-                raise NotANetwork("a convolution whose padding is a word")
             if any(p >= k for p, k in zip(_pair(module.padding), _pair(module.kernel_size), strict=True)):
                 raise NotANetwork("a convolution with places that see nothing but padding")
             node = replace(node, op="conv", kernel=_pair(module.kernel_size), stride=_pair(module.stride),

@@ -25,9 +25,6 @@ def assert_packed_layer_by_layer(model: nn.Module, batch: Tensor) -> None:
 def spoil(which: str) -> nn.Module:
     """A calibrated chain that cannot be a list of nodes."""
     model = make("alexnet_like")
-    if which == "reflected padding":
-        model[5] = nn.Conv2d(8, 13, 3, padding=1, bias=False, padding_mode="reflect")
-        model.eval()
     if which == "a float layer":
         return calibrate_(quantize_(model, keep=["1"]), images(8))
     if which == "no calibration":
@@ -41,15 +38,13 @@ def spoil(which: str) -> nn.Module:
 
 @pytest.mark.parametrize(
     "which",
-    ["a float layer", "no calibration", "a normalisation that is not in whole pixels", "reflected padding",
-     "a weight-only layer"],
-)  # fmt: skip
+    ["a float layer", "no calibration", "a normalisation that is not in whole pixels", "a weight-only layer"],
+)
 def test_what_is_not_a_network_is_packed_layer_by_layer(which):
     model = spoil(which)
     with pytest.raises(NotANetwork):
         to_nodes(model)
-    if which != "reflected padding":  # which cannot be packed at all
-        assert not isinstance(pack_(model), PackedNetwork)
+    assert not isinstance(pack_(model), PackedNetwork)
 
 
 JOINTS = {
@@ -157,9 +152,12 @@ def small(*middle: nn.Module) -> nn.Module:
     return nn.Sequential(*layers, nn.Linear(4 * 28 * 28, 5))
 
 
-def hooked() -> nn.Module:
+def hooked(before: bool) -> nn.Module:
     model = small()
-    model[2].register_forward_hook(lambda module, args, output: 2 * output)
+    if before:
+        model[2].register_forward_pre_hook(lambda module, args: (2 * args[0],))
+    else:
+        model[2].register_forward_hook(lambda module, args, output: 2 * output)
     return model
 
 
@@ -167,9 +165,10 @@ def hooked() -> nn.Module:
     "make_model",
     [
         *(partial(Broadcasting, channels, pool) for channels, pool in ((1, False), (8, True), (1, True))),
-        Reshaping, Preactivated, hooked, partial(small, Doubled()), partial(small, nn.Conv2d(8, 8, 1), Steeper()),
+        Reshaping, Preactivated, partial(hooked, False), partial(hooked, True), partial(small, Doubled()),
+        partial(small, nn.Conv2d(8, 8, 1), Steeper()),
     ],
-    ids=["one channel", "one pixel", "one number", "view", "in place", "hook", "own identity", "own ReLU"],
+    ids=["one channel", "one pixel", "one number", "view", "in place", "hook", "pre-hook", "own identity", "own ReLU"],
 )  # fmt: skip
 def test_what_nodes_do_not_say_is_packed_layer_by_layer(make_model):
     torch.manual_seed(0)
@@ -248,18 +247,21 @@ class BehindAPool(nn.Module):
         self.norm, self.conv, self.relu, self.pool = Normalize(), nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1)
         self.one, self.two, self.relu2 = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1), nn.ReLU()
         self.last, self.flat, self.fc, self.behind = nn.MaxPool2d(1), nn.Flatten(), nn.Linear(8, 5), behind
+        self.whole = nn.Conv2d(8, 8, 30)
 
     def forward(self, images):
-        return self.fc(self.flat(self.behind(self, self.pool(self.relu(self.conv(self.norm(images)))))))
+        image = self.relu(self.conv(self.norm(images)))
+        return self.fc(self.flat(self.behind(self, self.pool(image), image)))
 
 
 @pytest.mark.parametrize(
     "behind",
     [
-        lambda m, x: m.relu2(m.one(x)),
-        lambda m, x: m.last(x),
-        lambda m, x: m.relu2(m.one(x) + m.two(x)),
-        lambda m, x: m.relu2(m.one(x) + x),
+        lambda m, x, _: m.relu2(m.one(x)),
+        lambda m, x, _: m.last(x),
+        lambda m, x, _: m.relu2(m.one(x) + m.two(x)),
+        lambda m, x, _: m.relu2(m.one(x) + x),
+        lambda m, x, image: m.relu2(m.whole(image) + x),
     ],
 )
 @pytest.mark.parametrize("backend", ["auto", "reference"])

@@ -106,6 +106,13 @@ def test_batch_norm_and_normalisation_fold_exactly(quantizer, bias, padding):
     torch.testing.assert_close(y * step, real, rtol=1e-5, atol=1e-5 * float(real.abs().max()))
 
 
+def test_a_step_that_training_brought_to_zero_is_the_smallest_there_is():
+    model, batch = calibrate_(quantize_(make("alexnet_like"), absmean_fitted), images(8)), images(4)
+    next(m for m in model.modules() if isinstance(m, Quantized)).quantizer.step.data.zero_()
+    expected = model(batch).detach()
+    torch.testing.assert_close(pack_(model)(batch), expected, rtol=0, atol=0.02 * float(expected.abs().max()))
+
+
 def test_average_pool_by_its_formula():
     model = calibrate_(quantize_(make("resnet_like"), absmean_fitted), images(32))
     nodes, batch = to_nodes(model), images(3)
@@ -178,10 +185,17 @@ def test_an_unknown_backend_is_told(packed):
         packed(images(1))
 
 
-@pytest.mark.parametrize("size", [16, 40])
-def test_images_of_another_size(size):
+class BlockInPlace(BasicBlock):
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        out = self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(x_NCHW)))))
+        out += self.shortcut(x_NCHW)
+        return self.relu2(out)
+
+
+@pytest.mark.parametrize("size, kind", [(16, BasicBlock), (40, BlockInPlace)])
+def test_images_of_another_size(size, kind):
     """An average pool over the whole image knows its side, so a network is packed for one size."""
-    block = nn.Sequential(Normalize(), nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), BasicBlock(4, 4, 1).eval())
+    block = nn.Sequential(Normalize(), nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), kind(4, 4, 1).eval())
     model = nn.Sequential(block, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, CLASSES)).eval()
     batch = torch.randint(0, 256, (4, 3, size, size)).float() / 255
     calibrate_(quantize_(model, absmean_fitted), batch)
