@@ -16,8 +16,18 @@ ADDITIONS = (operator.add, operator.iadd, torch.add)
 PASSES = (nn.Identity, nn.Dropout, nn.Dropout2d)  # in evaluation they put out what they read
 
 
+class _Traced(fx.Proxy):
+    """Tells `a += b`, which changes what `a` is under all its names, from the `a + b` that torch.fx takes it for."""
+
+    def __iadd__(self, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
+
+
 class ChainTracer(fx.Tracer):
     """Makes one node of a module without children (a parametrization is no child) or with `fx_leaf = True`."""
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Traced(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         children = [name for name, _ in m.named_children() if name != "parametrizations"]

@@ -197,10 +197,14 @@ class _Builder:
     def refuse_if_read_again(self, fx_node: Any) -> None:
         """What is changed in place is another tensor for its later readers; a node's value never changes."""
         while isinstance(fx_node, fx.Node):
-            if len(fx_node.users) > 1:
+            before = [u for u in fx_node.users if u in self.values and not self.passes_on(u)]  # have read it already
+            if len(fx_node.users) > len(before) + 1:
                 raise NotANetwork(f"{fx_node} is changed in place and read again")
-            passes_on = isinstance(module_of(self.model, fx_node), (nn.Flatten, *PASSES))
-            fx_node = fx_node.args[0] if passes_on else None
+            fx_node = fx_node.args[0] if self.passes_on(fx_node) else None
+
+    def passes_on(self, fx_node: fx.Node) -> bool:
+        """Whether a node puts out the tensor that it reads."""
+        return isinstance(module_of(self.model, fx_node), (nn.Flatten, *PASSES))
 
     def layer(self, name: str, module: BitConv2d | BitLinear, value: _Value) -> _Value:
         if value.index is None or module.input_quantizer is not None:
