@@ -7,12 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from pruning_utils import l1, prune_
-from quantization_utils import load_model, mse_optimal, pack_, quantize_, save_model
+from quantization_utils import int8_absmax, load_model, mse_optimal, pack_, quantize_, save_model
 from quantization_utils.bit_layers import BitConv2d, BitLinear
 from quantization_utils.post_training import Settings, _slope, correct_batch_norm_, ternarize_
 from quantization_utils.post_training.layer_inputs import residual_sums
 from quantization_utils.post_training.moments import Moments, MomentSum
 from quantization_utils.post_training.reconstruction import Reconstruction
+from quantization_utils.quantizers import dequantize
 from tests import networks
 from train_test_utils.dataset import ImageDataset, Split
 from train_test_utils.rows import Row
@@ -230,7 +231,9 @@ def test_pruned_weights_stay_pruned(reconstruction: Reconstruction | None) -> No
     zero = {n: m.weight == 0 for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
     ternarize_(model, networks.images(32), reconstruction=reconstruction)
     for name, pruned in zero.items():
-        assert pruned.any() and not model.get_submodule(name).weight[pruned].any()
+        layer = model.get_submodule(name)
+        assert pruned.any() and not layer.weight[pruned].any()
+        assert torch.equal(dequantize(*layer.quantized_weight()), layer.weight)
 
 
 def test_only_the_chosen_layers_change_and_no_mode() -> None:
@@ -241,6 +244,13 @@ def test_only_the_chosen_layers_change_and_no_mode() -> None:
     for name in ("1", "9"):
         assert type(model.get_submodule(name)) in (nn.Conv2d, nn.Linear)
         assert torch.equal(model.get_submodule(name).weight, before[f"{name}.weight"])
+
+
+def test_layers_that_are_quantized_already_stay_as_they_are() -> None:
+    model = quantize_(networks.make("resnet_like"), int8_absmax, None, only="1")
+    before = model[1].weight.clone()
+    ternarize_(model, networks.images(16))
+    assert model[1].weight_bits == 8 and torch.equal(model[1].weight, before) and model[9].weight_bits == "ternary"
 
 
 @pytest.mark.parametrize("kind", ["resnet_like", "vit_like"])
