@@ -124,11 +124,9 @@ class Mirror:
         except Exception as error:  # wandb raises many kinds, and none is worth a result
             if self.mode == "offline":
                 self._complain(error)
-                return
-            self._go_offline(f"no connection: {first_line(error)}")
-            again = self._init
-            self._guarded(lambda: setattr(self, "_run", again(name, config, job_type, upload_seconds)), open_run=False)
-        if self._run is None:
+            else:
+                self._go_offline(f"no connection: {first_line(error)}")
+                self._open(name, config, job_type, upload_seconds)
             return
         if self.mode == "offline":
             self._runs_offline += 1
@@ -152,9 +150,9 @@ class Mirror:
             settings=self._wandb.Settings(**known),
         )  # fmt: skip
 
-    def _guarded(self, action: Callable[[], Any], open_run: bool = True) -> None:
+    def _guarded(self, action: Callable[[], Any]) -> None:
         """Do something with the open run, if any; what goes wrong is said."""
-        if self._wandb is None or (open_run and self._run is None):
+        if self._run is None:
             return
         try:
             action()
