@@ -124,7 +124,7 @@ def run_table(
     """
     folder = folder_of(model_name, dataset, arguments.out)
     folder.mkdir(parents=True, exist_ok=True)
-    logbook = Logbook(folder / "rows.jsonl", wandb_mode=arguments.wandb, group=folder.name)
+    logbook = Logbook(folder / "rows.jsonl", arguments.wandb)
     data = dataset.to(arguments.device)
     table: list[dict[str, Any]] = []
     code = 0

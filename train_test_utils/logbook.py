@@ -103,14 +103,8 @@ def mend(path: Path) -> None:
 class Logbook:
     """`rows.jsonl` of one table, and its mirror. In a run of several processes only the first writes; all can read."""
 
-    def __init__(
-        self, path: str | os.PathLike[str], wandb_mode: str | None = "online", project: str = "ternary-vision",
-        group: str | None = None,
-    ) -> None:  # fmt: skip
-        """`wandb_mode`: "online" (goes offline by itself without a key or a network), "offline", "disabled".
-
-        `group`: name of the table in W&B, `<model>-<dataset>`; by default the name of the folder.
-        """
+    def __init__(self, path: str | os.PathLike[str], wandb_mode: str) -> None:
+        """`wandb_mode`: "online" (goes offline by itself without a key or a network), "offline", "disabled"."""
         self.path = Path(path)
         self.folder = self.path.parent
         self._row_name = ""
@@ -120,7 +114,7 @@ class Logbook:
             self.folder.mkdir(parents=True, exist_ok=True)
             mend(self.path)
             read_rows(self.path)  # says once what it leaves out
-            self._mirror = Mirror(wandb_mode or "online", self.folder, project, group or self.folder.name)
+            self._mirror = Mirror(wandb_mode, self.folder)
 
     def rows(self) -> list[dict[str, Any]]:
         """Every row in the file, oldest first."""

@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 
 from .output import first_line, say
 
+PROJECT = "ternary-vision"  # unless WANDB_PROJECT says otherwise
 CONNECT_SECONDS = 15.0
 UPLOAD_SECONDS = 60.0
 BYTES_A_SECOND = 250_000  # of packed files: they may take longer
@@ -29,10 +30,10 @@ NESTED = ("versions", "trained_versions", "latency_versions", "options", "transf
 
 
 class Mirror:
-    """One W&B run for each row, and a closing one for the table, all in one group."""
+    """One W&B run for each row, and a closing one for the table, all in one group that is called after its folder."""
 
-    def __init__(self, mode: str, folder: Path, project: str, group: str) -> None:
-        self.folder, self.project, self.group = folder, project, group
+    def __init__(self, mode: str, folder: Path) -> None:
+        self.folder = folder
         self._run: Any = None
         self._wandb: Any = None
         self._urls: list[str] = []
@@ -86,7 +87,7 @@ class Mirror:
         self._open("table", {"rows": len(table)}, "table", seconds)
 
         def write_files() -> None:
-            name = re.sub(r"[^\w.-]", "-", self.group, flags=re.ASCII)  # a data set's folder may have any
+            name = re.sub(r"[^\w.-]", "-", self.folder.name, flags=re.ASCII)  # a data set's folder may have any
             artifact = self._wandb.Artifact(name, type="table")
             for file in held:
                 # "mutable" copies a file: until it is synced, others may have taken its place.
@@ -144,7 +145,7 @@ class Mirror:
         }  # fmt: skip
         known = {k: v for k, v in wanted.items() if k in self._wandb.Settings.model_fields}  # they differ by version
         return self._wandb.init(
-            project=os.environ.get("WANDB_PROJECT", self.project), group=self.group, job_type=job_type, name=name,
+            project=os.environ.get("WANDB_PROJECT", PROJECT), group=self.folder.name, job_type=job_type, name=name,
             config=config, mode=self.mode, dir=str(self.folder), save_code=False,
             id=secrets.token_hex(4),  # whatever WANDB_RUN_ID says: a row has a run of its own
             settings=self._wandb.Settings(**known),

@@ -26,8 +26,8 @@ def table(monkeypatch, tmp_path):
                 return line_of(self.row.name, self.seed)
 
         class Logbook:
-            def __init__(self, path, wandb_mode, group):
-                told.append(("group", group))
+            def __init__(self, path, wandb_mode):
+                told.append(("in", path.parent.name))
 
             def rows(self):
                 return ["of before"]
@@ -57,14 +57,14 @@ def test_every_seed_of_every_row_is_reported_and_mirrored(table):
     code, told = table(lambda name, seed: f"{name} {seed}")
     lines = ["float 0", "other 0", "float 1", "other 1"]
     assert code == 0
-    assert told == [("group", "small-bright"), ("report", ["of before", *lines]), ("close", lines, ["page"]), "finish"]
+    assert told == [("in", "small-bright"), ("report", ["of before", *lines]), ("close", lines, ["page"]), "finish"]
 
 
 def test_the_worst_exit_code_of_a_row_is_the_tables(table):
     def line_of(name, seed):
         raise ValueError("a mistake") if seed == 0 else MemoryError
 
-    assert table(line_of) == (2, [("group", "small-bright"), "finish"])
+    assert table(line_of) == (2, [("in", "small-bright"), "finish"])
 
 
 def test_rows_from_before_there_were_fingerprints_are_taken_for_those_of_these_images(tmp_path):

@@ -15,8 +15,8 @@ from train_test_utils import logbook
 from train_test_utils.logbook import Logbook, append_line, read_curves, read_rows
 
 
-def book(folder, **options):
-    return Logbook(folder / "rows.jsonl", wandb_mode="disabled", **options)
+def book(folder):
+    return Logbook(folder / "rows.jsonl", wandb_mode="disabled")
 
 
 def test_a_row_is_found_again_by_its_configuration(tmp_path):
@@ -171,7 +171,7 @@ def test_epochs_that_are_no_numbers_are_left_out(tmp_path):
 class Mirror:
     """Keeps what it is told, and how many rows the file had then."""
 
-    def __init__(self, mode, folder, project, group):
+    def __init__(self, mode, folder):
         self.folder, self.told = folder, []
 
     def start(self, name, config, job_type):
@@ -197,14 +197,6 @@ def test_the_mirror_is_told_the_earlier_epochs_that_hold_and_the_rows_that_are_w
     again.row({"row": "qat"})
     again.close([{"row": "float", "seed": 0, "weight_bits": 32}, {"row": "qat", "seed": 0, "weight_bits": 1.6}])
     assert again._mirror.told == ["train qat-seed0", 1, 2, 3, 4, ("qat", 1), ["rows.jsonl", "qat-seed0"]]
-
-
-@pytest.mark.parametrize("group, name", [(None, "folder"), ("vit-digits", "vit-digits")])
-def test_the_mirrors_table_is_called_after_its_folder_unless_told_otherwise(group, name, tmp_path, monkeypatch):
-    made = []
-    monkeypatch.setattr(logbook, "Mirror", lambda *given: made.append(given))
-    Logbook(tmp_path / "folder" / "rows.jsonl", group=group)
-    assert made == [("online", tmp_path / "folder", "ternary-vision", name)]
 
 
 def test_curves_of_a_training_that_had_ended_before_its_row_was_written_are_mirrored(tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 from train_test_utils.logbook import Logbook
 folder, mode = Path(sys.argv[1]), sys.argv[2]
-book = Logbook(folder / "rows.jsonl", wandb_mode=mode, group="resnet_18-digits")
+book = Logbook(folder / "rows.jsonl", wandb_mode=mode)
 for name, recipe in (("float", {"epochs": 2}), ("ptq_all", None)):
     book.start_row(f"{name}-seed0", {"model": "resnet_18", "row": {"recipe": recipe}})
     for epoch in (1, 2) if recipe else ():
@@ -70,7 +70,7 @@ def test_without_a_key_everything_is_kept_offline(tmp_path):
     records = [json.loads(line) for line in inspect(folder).splitlines()]
     text = json.dumps(records)
     assert trained["config"]["trained_versions"] == {"torch": "2"} and "trained_versions" not in trained["summary"]
-    assert '"resnet_18-digits"' in text and '"train"' in text
+    assert f'"{tmp_path.name}"' in text and '"train"' in text
     assert sum(record.get("type") == "history" for record in records) == 2
     (axis,) = (record["metric"] for record in records if record["type"] == "metric")
     assert (axis["glob_name"], axis["step_metric"]) == ("*", "epoch")
@@ -140,7 +140,7 @@ def test_a_run_whose_row_was_not_finished_is_a_failed_one_and_others_are_not(how
     monkeypatch.setitem(sys.modules, "wandb", Working("wandb"))
     monkeypatch.setenv("WANDB_MODE", "dryrun")  # as offline was called
     monkeypatch.setenv("WANDB_API_KEY", "k")
-    mirror = wandb_mirror.Mirror("online", tmp_path, "project", "group")
+    mirror = wandb_mirror.Mirror("online", tmp_path)
     mirror.start("float-seed0", {}, "a")
     arguments = {"finish": (), "start": ("ptq_all-seed0", {}, "a"), "close": ([], [], []), "end": ({},)}[how]
     getattr(mirror, how)(*arguments)
@@ -174,12 +174,12 @@ def test_each_run_is_a_new_one_in_the_project_of_the_environment_and_where_they_
     for name in ("PROJECT", "RUN_ID", "API_KEY"):
         monkeypatch.setenv(f"WANDB_{name}", "mine")
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    mirror = wandb_mirror.Mirror(mode, tmp_path, "project", "group")
+    mirror = wandb_mirror.Mirror(mode, tmp_path)
     mirror.start("float-seed0", {}, "train")
     (tmp_path / "model.safetensors").touch()
     os.truncate(tmp_path / "model.safetensors", 60 * wandb_mirror.BYTES_A_SECOND)
     mirror.close([{"row": "float", "options": {}}, {"row": "x", "seed": 1}], [], [tmp_path / "model.safetensors"])
-    assert [(run["project"], run["group"], run["mode"]) for run in wandb.inits] == [("mine", "group", mode)] * 2
+    assert [(run["project"], run["group"], run["mode"]) for run in wandb.inits] == [("mine", tmp_path.name, mode)] * 2
     assert len({"mine", *(run["id"] for run in wandb.inits)}) == 3
     assert wandb.tables == [(["row", "seed"], [["float", None], ["x", 1]])]
     of_row, of_table = wandb.patience
@@ -203,7 +203,7 @@ def test_a_table_that_cannot_be_logged_leaves_no_run_open(tmp_path, monkeypatch)
             raise ValueError("no artifact today")
 
     monkeypatch.setitem(sys.modules, "wandb", Working("wandb"))
-    mirror = wandb_mirror.Mirror("offline", tmp_path, "project", "resnet_18-my größte images")
+    mirror = wandb_mirror.Mirror("offline", tmp_path / "resnet_18-my größte images")
     unreadable = tmp_path / ("x" * 300)  # no file system has a name so long: looking for it is an error
     mirror.close([], [unreadable], [unreadable])
     assert names == ["resnet_18-my-gr--te-images"] and codes == [0] and mirror._run is None
@@ -283,32 +283,33 @@ def test_an_upload_that_takes_too_long_is_the_last(tmp_path, monkeypatch, capsys
     modes = []
 
     class Slow(Broken):
-        def init(self, mode, **settings):
+        def init(self, mode, project, **settings):
             def finish(exit_code=0):
                 if mode == "online":
                     raise TimeoutError("Timed out finishing run.")
 
-            modes.append(mode)
+            modes.append((project, mode))
             return types.SimpleNamespace(finish=finish, define_metric=lambda *args, **kwargs: None, url="my.host",
                                          dir=tmp_path / "wandb" / "run-1" / "files")  # fmt: skip
 
     monkeypatch.setitem(sys.modules, "wandb", Slow("wandb"))
     monkeypatch.setenv("WANDB_API_KEY", "k")
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    mirror = wandb_mirror.Mirror("online", tmp_path, "project", "group")
+    for name in ("WANDB_MODE", "WANDB_PROJECT"):
+        monkeypatch.delenv(name, raising=False)
+    mirror = wandb_mirror.Mirror("online", tmp_path)
     for name in ("float-seed0", "ptq_all-seed0", "qat_all-seed0"):
         mirror.start(name, {}, "train")
         mirror.finish(0)
-    assert modes == ["online", "offline", "offline"]
+    assert modes == [("ternary-vision", mode) for mode in ("online", "offline", "offline")]
     assert f"wandb sync {tmp_path}/wandb/run-1)" in capsys.readouterr().err
 
 
 def test_the_environment_may_disable_wandb(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
     monkeypatch.setitem(sys.modules, "wandb", Broken("wandb"))  # would complain if it were touched
-    mirror = wandb_mirror.Mirror("online", tmp_path, "project", "group")
+    mirror = wandb_mirror.Mirror("online", tmp_path)
     mirror.start("float-seed0", {}, "train")
     mirror.end({"row": "float"})
     assert mirror.mode == "disabled" and list(tmp_path.iterdir()) == []
     monkeypatch.setenv("WANDB_MODE", "offline")
-    assert wandb_mirror.Mirror("disabled", tmp_path, "project", "group").mode == "disabled", "as was asked for"
+    assert wandb_mirror.Mirror("disabled", tmp_path).mode == "disabled", "as was asked for"
