@@ -30,6 +30,7 @@ from .evaluate import accuracy_pct, agreement_pct, predict
 from .logbook import Logbook
 from .measure import code_zero_fraction, count_macs, ideal_bytes, latency_beside, weight_bits
 from .output import say
+from .recipe import Recipe
 from .record import commit, device_name, versions
 from .row_folder import claim, locked, owner_of
 from .rows import Row, calibration_images, config_hash, describe, folder_hashes, is_named, pruned_text, transformed
@@ -147,28 +148,34 @@ class Run:
 
     def _train_and_record(self, logbook: Logbook, model: nn.Module, transform_seconds: float) -> dict[str, Any]:
         logbook.start_row(self.folder.name, self.config, "train" if self.row.recipe else "post-training")
-        seconds: float | None = 0.0
-        if self.row.recipe is not None:
-            args = self.arguments
-            compiled = args.compile and self.row.recipe.steps(len(self.data.train), args.budget) >= WORTH_COMPILING
-            setup = Setup(args.device, args.precision, compiled, args.checkpoint_seconds)
-            teacher = self.parent.trained() if self.parent and self.row.recipe.distill else None
-            seconds = None
-
-            def on_epoch(record: dict[str, Any]) -> None:
-                nonlocal seconds
-                seconds = record["train_seconds"]
-                logbook.epoch(record)
-
-            train(
-                model, self.data, self.row.recipe, setup, seed=self.seed, budget=args.budget, teacher=teacher,
-                state_path=self.folder / "last.pt", title=f"{self.row.name} seed {self.seed}", on_epoch=on_epoch,
-            )  # fmt: skip
-            if seconds is None:  # all epochs were done before an interruption; only the row's line was missing
-                seconds = (logbook.resume_at_the_end() or {}).get("train_seconds")
+        train_seconds = self._train(logbook, model, self.row.recipe) if self.row.recipe else 0.0
         if distributed.rank() == 0:
             save_weights(model, self.checkpoint, self.hash)
-        return self._record(logbook, model, {"train_seconds": seconds, "transform_seconds": transform_seconds})
+        return self._record(logbook, model, {"train_seconds": train_seconds, "transform_seconds": transform_seconds})
+
+    def _train(self, logbook: Logbook, model: nn.Module, recipe: Recipe) -> float | None:
+        """Train the model in place; return how many seconds that took, those before an interruption included.
+
+        None if the training had ended before an interruption, and its last epoch is in no file.
+        """
+        args = self.arguments
+        compiled = args.compile and recipe.steps(len(self.data.train), args.budget) >= WORTH_COMPILING
+        setup = Setup(args.device, args.precision, compiled, args.checkpoint_seconds)
+        teacher = self.parent.trained() if self.parent and recipe.distill else None
+        seconds: float | None = None
+
+        def on_epoch(record: dict[str, Any]) -> None:
+            nonlocal seconds
+            seconds = record["train_seconds"]
+            logbook.epoch(record)
+
+        train(
+            model, self.data, recipe, setup, seed=self.seed, budget=args.budget, teacher=teacher,
+            state_path=self.folder / "last.pt", title=f"{self.row.name} seed {self.seed}", on_epoch=on_epoch,
+        )  # fmt: skip
+        if seconds is None:  # all epochs were done before an interruption; only the row's line was missing
+            seconds = (logbook.resume_at_the_end() or {}).get("train_seconds")
+        return seconds
 
     def measure_again(self, logbook: Logbook, line: dict[str, Any]) -> dict[str, Any]:
         """A new line for a row that is done, without training; it counts in place of the former one.
