@@ -155,7 +155,7 @@ def train(
     if repeated:
         for group in optimizer.param_groups:
             group["lr"] = torch.empty((), device=device)
-    order, order_epoch, saved_at = None, -1, time.monotonic()
+    saved_at = time.monotonic()
     began = saved_at - seconds_before
     progress = tqdm(
         total=steps * batch_of_all, initial=start * batch_of_all, unit=" images", unit_scale=True, desc=title,
@@ -164,8 +164,8 @@ def train(
 
     for step in range(start, steps):
         epoch, position = divmod(step, steps_per_epoch)
-        if epoch != order_epoch:
-            order, order_epoch = epoch_order(len(train_split), seed, epoch, device), epoch
+        if position == 0 or step == start:
+            order = epoch_order(len(train_split), seed, epoch, device)
         batch.copy_(order[position * recipe.batch_size : (position + 1) * recipe.batch_size][rank::world])
         number.fill_(step)
         torch.manual_seed(hash((seed, step, rank)) & 0x7FFFFFFF)  # augmentation and dropout
