@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,7 +88,7 @@ class Recipe:
     def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """The optimizer, with weight decay on tensors of two and more dimensions only."""
         decayed = [p for p in model.parameters() if p.requires_grad and p.dim() >= 2]
-        steps = list(_activation_steps(model))
+        steps = [m.step for m in model.modules() if isinstance(m, StaticQuantizer)]  # of activations
         plain = [p for p in model.parameters() if p.requires_grad and p.dim() < 2 and all(p is not s for s in steps)]
         groups: ParameterGroups = [
             {"params": decayed, "weight_decay": self.weight_decay, "lr_factor": 1.0},
@@ -97,7 +97,3 @@ class Recipe:
             {"params": steps, "weight_decay": 0.0, "lr_factor": 0.01},
         ]
         return self.optimizer([g for g in groups if g["params"]], self.lr)
-
-
-def _activation_steps(model: nn.Module) -> Iterator[nn.Parameter]:
-    return (m.step for m in model.modules() if isinstance(m, StaticQuantizer))
