@@ -16,10 +16,10 @@ SCORES = ("random", "l1_global", "l1", "l2_filters")  # in names of rows, for th
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a table: the rows of all seeds that share model, data set, options, budget and name."""
+    """One line of a table: the rows of all seeds that share model, data set, options, budget, precision and name."""
 
     rows: tuple[Mapping[str, Any], ...]
-    conditions: str = ""  # budget and options, where the lines beside it have others
+    conditions: str = ""  # budget, options and precision, where the lines beside it have others
 
     @property
     def name(self) -> str:
@@ -37,6 +37,11 @@ class Line:
     @property
     def budget(self) -> float:
         return float(self.rows[-1].get("budget") or 1)
+
+    @property
+    def is_reduced(self) -> bool:
+        """Whether it was trained for less than its full recipe."""
+        return self.budget < 1
 
     def text(self, field: str) -> str:
         """A field of the last seed's row as text; empty if it has none."""
@@ -191,11 +196,6 @@ def circumstances(lines: Sequence[Line]) -> dict[str, str]:
         "latency on": [] if set(timed_on) <= set(device) else timed_on,
     }  # fmt: skip
     return {name: ", ".join(values) for name, values in found.items() if values}
-
-
-def is_reduced(line: Line) -> bool:
-    """Whether the line was trained for less than its full recipe."""
-    return line.budget < 1
 
 
 def _plain(value: Any) -> str:

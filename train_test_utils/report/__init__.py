@@ -12,7 +12,7 @@ from quantization_utils.file_format import replacing
 from ..logbook import read_curves
 from ..output import say
 from ..row_folder import place_of
-from ..table import Line, circumstances, columns_of, is_reduced, lines_of
+from ..table import Line, circumstances, columns_of, lines_of
 
 
 def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -29,7 +29,7 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
     titles = dict.fromkeys(f"{line.text('model')} on {line.text('dataset')}" for line in lines)
     rule = "─" * len(aligned(head))
     notes = [f"{k} {v}" for k, v in circumstances(lines).items() if k != "options"]
-    if any(is_reduced(line) for line in lines):
+    if any(line.is_reduced for line in lines):
         notes.append("trained for less than the full recipes (budget below 1)")
     width = max(shutil.get_terminal_size((120, 24)).columns, len(rule))
     return "\n".join([", ".join(titles), rule, aligned(head), rule, *map(aligned, body), rule, *_wrapped(notes, width)])

@@ -6,7 +6,7 @@ import base64
 from collections.abc import Sequence
 from html import escape
 
-from ..table import Line, circumstances, columns_of, float_line, is_reduced, megabytes, significant
+from ..table import Line, circumstances, columns_of, float_line, megabytes, significant
 from .commands import commands_of
 from .plots import FAMILIES, OTHER, Picture, family
 
@@ -115,7 +115,7 @@ def _headline(lines: Sequence[Line]) -> str:
 def _badges(lines: Sequence[Line]) -> str:
     badges = []
     for key, text in circumstances(lines).items():
-        reduced = key == "budget" and any(is_reduced(line) for line in lines)
+        reduced = key == "budget" and any(line.is_reduced for line in lines)
         note = " of the full recipe’s steps" if reduced else ""
         badges.append(f'<span class="badge{" warn" if reduced else ""}">{escape(f"{key} {text}")}{note}</span>')
     return f'<div class="badges">{"".join(badges)}</div>'

@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
-from ..table import Line, columns_of, float_line, is_reduced, significant
+from ..table import Line, columns_of, float_line, significant
 
 INK, FAINT = "#222222", "#8a8a8a"
 FAMILIES = {"float": (INK, "D"), "ptq": ("#D55E00", "s"), "qat": ("#0072B2", "o")}  # by the beginning of a row's name
@@ -315,7 +315,7 @@ def _annotate(axes: Axes, text: str, mark: Any, place: Any, coordinates: Any, si
 def _save(figure: Figure, lines: Sequence[Line], path: Path, title: str, caption: str) -> Picture:
     """Write the picture, headed by what it is about, so that it can stand alone."""
     heads = dict.fromkeys(f"{line.text('model')} on {line.text('dataset')}" for line in lines if line.text("model"))
-    budgets = dict.fromkeys(f"budget {line.budget:g}" for line in lines if is_reduced(line))
+    budgets = dict.fromkeys(f"budget {line.budget:g}" for line in lines if line.is_reduced)
     heading = " · ".join([title, *heads, *budgets]).encode(errors="replace").decode()  # a folder's name may be no text
     figure.suptitle(heading, x=0.01, ha="left", fontsize=10, color=FAINT,
                     parse_math=False)  # fmt: skip  # a folder's name may have a $

@@ -33,7 +33,6 @@ from ..table import (
     Line,
     circumstances,
     columns_of,
-    is_reduced,
     lines_of,
     significant,
 )
@@ -109,7 +108,7 @@ def _label(line: Line) -> str:
 
 
 def _reduced(lines: Sequence[Line]) -> list[str]:
-    reduced = any(is_reduced(line) for line in lines)
+    reduced = any(line.is_reduced for line in lines)
     return ["**reduced budget**: trained for that fraction of the full recipe's steps"] if reduced else []
 
 
