@@ -41,34 +41,20 @@ def ternary(*shape: int) -> torch.Tensor:
 
 def stem(channels: int, top: int = 63) -> Node:
     """Makes activations of 0 to `top`, of the wanted number of channels, from an image."""
-    return Node(
-        "conv",
-        -1,
-        codes=ternary(channels, 1, 1, 1),
-        gain=torch.rand(channels),
-        bias=torch.zeros(channels),
-        relu=True,
-        out_max=top,
-    )
+    codes, gain, bias = ternary(channels, 1, 1, 1), torch.rand(channels), torch.zeros(channels)
+    return Node("conv", -1, codes=codes, gain=gain, bias=bias, relu=True, out_max=top)
 
 
 def layer(shape: tuple[int, ...]) -> tuple[Node, int]:
+    """The node of a shape in `LINEAR` or `CONVOLUTIONS`, and how many pixels a side its input has."""
     if len(shape) == 3:
         c, side, n = shape
-        return Node(
-            "linear",
-            0,
-            codes=ternary(n, c * side * side),
-            gain=torch.rand(n),
-            bias=torch.rand(n),
-            relu=True,
-            out_max=63,
-        ), side
-    c, n, size, kernel, stride = shape
-    node = Node("conv", 0, codes=ternary(n, c, kernel, kernel), gain=torch.rand(n) / 100, bias=torch.rand(n),
-                relu=True, out_max=63,
-                kernel=(kernel, kernel), stride=(stride, stride), padding=(kernel // 2, kernel // 2))  # fmt: skip
-    return node, size
+        codes, gain, bias = ternary(n, c * side * side), torch.rand(n), torch.rand(n)
+        return Node("linear", 0, codes=codes, gain=gain, bias=bias, relu=True, out_max=63), side
+    c, n, side, kernel, stride = shape
+    codes, gain, bias = ternary(n, c, kernel, kernel), torch.rand(n) / 100, torch.rand(n)
+    geometry = {"kernel": (kernel, kernel), "stride": (stride, stride), "padding": (kernel // 2, kernel // 2)}
+    return Node("conv", 0, codes=codes, gain=gain, bias=bias, relu=True, out_max=63, **geometry), side
 
 
 def main() -> None:

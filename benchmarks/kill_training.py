@@ -27,14 +27,8 @@ from benchmarks.command_line import count, make_parser
 from train_test_utils.record import append_record
 
 ROWS = ("float", "ptq_all", "qat_all")
-TIMED = (
-    "latency",
-    "throughput",
-    "seconds",
-    "finished_at",
-    "command",
-    "commit",
-)  # parts of names of fields that may differ
+# Parts of names of fields that may differ:
+TIMED = ("latency", "throughput", "seconds", "finished_at", "command", "commit")
 
 
 def command(script: str, out: Path) -> list[str]:

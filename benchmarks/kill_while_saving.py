@@ -58,15 +58,8 @@ def kill_while_saving(kills: int, folder: Path, width: int) -> dict[str, Any]:
         save_model(model, path)
         seconds = time.perf_counter() - start
         contents.append(path.read_bytes())
-    figures = {
-        "kills": kills,
-        "file_bytes": len(contents[0]),
-        "first": 0,
-        "second": 0,
-        "broken": 0,
-        "mid_save": 0,
-        "leftovers": 0,
-    }
+    figures = {"kills": kills, "file_bytes": len(contents[0])}
+    figures |= dict.fromkeys(("first", "second", "broken", "mid_save", "leftovers"), 0)
     for _ in range(kills):
         child = os.fork()
         if child == 0:
@@ -126,7 +119,6 @@ def _little_room(folder: Path, room: int, mounted: bool) -> Iterator[None]:
         return
     filler, status = folder / "filler", os.statvfs(folder)
     with open(filler, "wb") as file:
-        file.truncate(0)
         os.posix_fallocate(file.fileno(), 0, max(1, status.f_bavail * status.f_frsize - room))
     try:
         yield
@@ -154,9 +146,7 @@ def main() -> int:
     parser.add_argument("--width", type=count, default=3072, help="of the model: width² weights and more")
     options = parser.parse_args()
     torch.set_num_threads(1)  # forked children must not wait for threads that stayed in the parent
-    with tempfile.TemporaryDirectory(
-        dir=Path(__file__).resolve().parent
-    ) as folder:  # a real disk, if the project is on one
+    with tempfile.TemporaryDirectory(dir=Path(__file__).resolve().parent) as folder:  # on a disk, if the project is
         killed = kill_while_saving(options.kills, Path(folder), options.width)
     print(f"{killed['kills']} kills while saving {killed['file_bytes'] / 1e6:.1f} MB: {killed['mid_save']} in the "
           "middle of a save; "
