@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import io
+import json
 import os
 import shutil
 import socket
@@ -185,8 +186,6 @@ def _decode(encoded: bytes) -> np.ndarray:
 
 def _class_names(path: Path, source: Source) -> tuple[str, ...]:
     """The names in the file's `huggingface` metadata, or the numbers where it has no such names."""
-    import json
-
     from pyarrow import parquet
 
     try:

@@ -35,10 +35,10 @@ def read_rows(path: str | os.PathLike[str], warn: bool = True) -> list[dict[str,
     for number, line in enumerate(lines, 1):
         if line.strip():
             row = _parsed(line)
-            if row is None and warn:
-                print(f"{path}: line {number} is not a row and is left out", file=sys.stderr)
             if row is not None:
                 rows.append(row)
+            elif warn:
+                print(f"{path}: line {number} is not a row and is left out", file=sys.stderr)
     return rows
 
 

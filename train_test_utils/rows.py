@@ -21,6 +21,7 @@ from pruning_utils import prune_
 from quantization_utils import absmean_fitted, calibrate_, quantize_
 from quantization_utils.quantizers import Quantizer, int8_absmax
 
+from .data import to_float
 from .recipe import Recipe, sgd
 
 CALIBRATION_IMAGES = 1024
@@ -219,4 +220,4 @@ def calibration_images(images_u8: Tensor, seed: int, count: int = CALIBRATION_IM
     """`count` unlabelled images of the training split, float32 in [0, 1], the same for a given seed."""
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(images_u8), generator=generator)[:count]
-    return images_u8[chosen.to(images_u8.device)].float() / 255
+    return to_float(images_u8[chosen.to(images_u8.device)])

@@ -229,12 +229,13 @@ class Run:
 
         Only the zero fraction is the trained model's: the file no longer has the channels that pruning has silenced.
         """
-        args, test = self.arguments, self.data.test
+        args, test, path = self.arguments, self.data.test, self.file
         trainable_logits = predict(model.to(args.device), test.images)
-        path = self.file
-        metadata = {"classes": list(self.data.class_names), "trained": self.config, "commit": commit()}
         packed = pack_(copy.deepcopy(model).cpu())
-        metadata["accuracy_of_trainable_pct"] = accuracy_pct(trainable_logits, test.labels)
+        metadata = {
+            "classes": list(self.data.class_names), "trained": self.config, "commit": commit(),
+            "accuracy_of_trainable_pct": accuracy_pct(trainable_logits, test.labels),
+        }  # fmt: skip
         save_model(packed, path, metadata, calibration_images(self.data.train.images, self.seed).cpu())
         packed, _ = load_model(path)
         logits = predict(packed if args.device.type == "cpu" else load_model(path, str(args.device))[0], test.images)
