@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import copy
 import json
 from dataclasses import fields, replace
 
@@ -11,10 +10,8 @@ from torch import nn
 from models import build
 from models.select import select_layers
 from pruning_utils import l1, l2_filters, random, zero_fraction
-from quantization_utils import absmean, int8_absmax, mse_optimal, quantize_
-from quantization_utils.bit_layers import BitLinear, Quantized
-from quantization_utils.post_training import Settings
-from quantization_utils.post_training.reconstruction import Reconstruction
+from quantization_utils import absmean, int8_absmax, mse_optimal
+from quantization_utils.bit_layers import Quantized
 from tests.networks import images, make
 from train_test_utils.recipe import Recipe, adamw, sgd
 from train_test_utils.rows import (
@@ -33,7 +30,7 @@ from train_test_utils.rows import (
     pruned_text,
     transformed,
 )
-from train_test_utils.transforms import CalibratedStart, CalibratedTernary, ReconstructedTernary, TernaryStart
+from train_test_utils.transforms import CalibratedTernary
 
 RECIPE = Recipe(epochs=3, lr=0.1)
 QAT = Ternary(absmean, act_bits=8)
@@ -63,40 +60,6 @@ def test_rows_are_chosen_with_their_parents_in_order(patterns, names):
 def test_a_pattern_that_matches_no_row():
     with pytest.raises(ValueError, match="no row matches 'qta': --list shows the rows"):
         choose(ROWS, ["float", "qta"])
-
-
-@pytest.mark.parametrize("kind", ["alexnet_like", "resnet_like"])
-def test_training_starts_with_scales_for_the_activations_that_it_will_see(kind):
-    """Where a network's statistics are not those of its ternary weights: as in a deep one, by every layer."""
-    x, model = images(64), make(kind)
-    for module in model.modules():
-        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
-            module.running_var *= 1000
-
-    def clipped(start: nn.Module) -> float:
-        """Share of what the last ReLU puts out in training that has no gradient."""
-        last = [m for m in start.modules() if isinstance(m, Quantized) and isinstance(m.module, nn.ReLU)][-1]
-        seen: list[torch.Tensor] = []
-        last.quantizer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-        start.train()(x)
-        top = last.quantizer.step * last.quantizer.code_max
-        return (seen[0] > top).sum().item() / (seen[0] > 0).sum().item()
-
-    start = TernaryStart(act_bits=8)(copy.deepcopy(model), x, 0)
-    assert not start.training
-    assert clipped(Ternary(act_bits=8)(copy.deepcopy(model), x, 0)) > 0.2
-    assert clipped(start) < 0.05
-
-
-@pytest.mark.parametrize("act_bits", [None, 8])
-def test_a_start_depends_on_the_seed_alone_and_its_structure_takes_its_weights(act_bits):
-    x, model = images(33), make("alexnet_like")  # with dropout
-    transform = TernaryStart(act_bits=act_bits)
-    start = transform(copy.deepcopy(model), x, 5)
-    torch.rand(3)  # whatever has been drawn before
-    again, rebuilt = transform(copy.deepcopy(model), x, 5), transform.structure(copy.deepcopy(model), x, 5)
-    rebuilt.load_state_dict(start.state_dict())
-    assert torch.equal(start(x), again(x)) and torch.equal(start(x), rebuilt(x))
 
 
 def test_layers_that_are_8_bit_already_stay_so():
@@ -129,15 +92,6 @@ def test_a_network_whose_weights_are_drawn_anew_has_the_same_options():
     fresh = Reinitialize()(model, images(1), 0)
     fresh.load_state_dict(model.state_dict())
     assert not fresh.training
-
-
-@pytest.mark.parametrize(
-    "kind, how", [(Ternary, "__call__"), (CalibratedTernary, "__call__"), (CalibratedTernary, "structure")]
-)
-def test_layers_that_are_kept_stay_float(kind, how):
-    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 4))
-    getattr(kind(keep=["1"]), how)(model, torch.rand(64, 3, 2, 2), 0)
-    assert [isinstance(layer, BitLinear) for _, layer in select_layers(model)] == [False, True]
 
 
 def test_a_transformation_gets_as_many_images_as_it_asks_for():
@@ -281,45 +235,6 @@ def test_texts_say_how_many_bits_and_images():
     assert str(Ternary(int8_absmax)).startswith("8-bit int8_absmax")
     assert str(Ternary(absmean)).startswith("ternary absmean")
     assert "from 4,096 images" in str(CalibratedTernary(images=4096)) and "images" not in str(CalibratedTernary())
-
-
-def test_a_calibrated_row_hands_on_what_it_was_given(monkeypatch):
-    seen = []
-    monkeypatch.setattr("train_test_utils.transforms.ternarize_", lambda *args: seen.append(args))
-    settings = Settings(correct=False)
-    CalibratedTernary(settings, 8, nn.Linear, ["1"])(None, None, 0)
-    assert seen == [(None, None, settings, 8, nn.Linear, ["1"])]
-
-
-def test_a_reconstructed_row_hands_on_what_it_was_given(monkeypatch):
-    seen = []
-    monkeypatch.setattr("train_test_utils.transforms.ternarize_", lambda *args, **more: seen.append((args, more)))
-    settings, reconstruction = Settings(correct=False), Reconstruction(steps=7)
-    ReconstructedTernary(settings, 8, nn.Linear, ["1"], reconstruction=reconstruction)(None, None, 0)
-    assert seen == [((None, None, settings, 8, nn.Linear, ["1"]), {"reconstruction": reconstruction})]
-
-
-@pytest.mark.filterwarnings("ignore:fewer positions")
-@pytest.mark.parametrize("kind", [CalibratedTernary, CalibratedStart])
-def test_the_structure_of_a_calibrated_row_takes_its_weights(kind):
-    x, model, transform = images(64), make("alexnet_like"), kind(act_bits=8)
-    whole, rebuilt = transform(copy.deepcopy(model), x, 5), transform.structure(copy.deepcopy(model), x, 5)
-    rebuilt.load_state_dict(whole.state_dict())
-    assert torch.equal(whole(x), rebuilt(x))
-
-
-@pytest.mark.parametrize("how", ["__call__", "structure"])
-def test_a_calibrated_start_is_trained_with_its_quantizer(how):
-    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 4))
-    getattr(CalibratedStart(quantizer=absmean), how)(model, torch.rand(64, 3, 2, 2), 0)
-    assert [layer.quantizer for _, layer in select_layers(model)] == [absmean, absmean]
-
-
-def test_a_calibrated_start_leaves_layers_of_8_bits():
-    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 4))
-    quantize_(model, int8_absmax, act_bits=None, only="1")
-    CalibratedStart()(model, torch.rand(64, 3, 2, 2), 0)
-    assert [layer.weight_bits for _, layer in select_layers(model)] == [8, "ternary"]
 
 
 def test_a_transformed_model_is_in_evaluation():

@@ -1,5 +1,4 @@
 import copy
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,13 +14,8 @@ from quantization_utils.post_training.moments import Moments, MomentSum
 from quantization_utils.post_training.reconstruction import Reconstruction
 from quantization_utils.quantizers import dequantize
 from tests import networks
-from train_test_utils.dataset import ImageDataset, Split
-from train_test_utils.rows import Row
-from train_test_utils.run import Run
-from train_test_utils.transforms import CalibratedStart, CalibratedTernary, ReconstructedTernary
 
-RANK = "ignore:fewer positions than weights:UserWarning"
-pytestmark = pytest.mark.filterwarnings(RANK)
+pytestmark = pytest.mark.filterwarnings("ignore:fewer positions than weights:UserWarning")
 
 
 def outputs_of(model: nn.Module, kinds: tuple[type, ...], images: Tensor) -> list[Tensor]:
@@ -251,55 +245,6 @@ def test_layers_that_are_quantized_already_stay_as_they_are() -> None:
     before = model[1].weight.clone()
     ternarize_(model, networks.images(16))
     assert model[1].weight_bits == 8 and torch.equal(model[1].weight, before) and model[9].weight_bits == "ternary"
-
-
-@pytest.mark.parametrize("kind", ["resnet_like", "vit_like"])
-@pytest.mark.parametrize("act_bits", [None, 8])
-def test_the_structure_alone_takes_the_weights_of_the_whole(kind: str, act_bits: int | None) -> None:
-    model, images = networks.make(kind), networks.images(32)
-    transform = ReconstructedTernary(act_bits=act_bits, reconstruction=Reconstruction(5, lr=0.1))
-    whole = transform(copy.deepcopy(model), images, 0)
-    rebuilt = transform.structure(copy.deepcopy(model), images, 0)
-    rebuilt.load_state_dict(whole.state_dict())
-    with torch.no_grad():
-        assert torch.equal(rebuilt(images), whole(images))
-
-
-@pytest.mark.parametrize("kind", ["alexnet_like", "vit_like"])
-def test_training_starts_from_the_calibrated_codes_and_moves_them(kind: str) -> None:
-    model, images = networks.make(kind), networks.images(32)
-    calibrated = CalibratedTernary(act_bits=8)(copy.deepcopy(model), images, 0)
-    start = CalibratedStart(act_bits=8)
-    trainable = start(copy.deepcopy(model), images, 0)
-    torch.testing.assert_close(trainable(images), calibrated(images))
-    layers = [m for m in trainable.modules() if isinstance(m, (BitConv2d, BitLinear))]
-    before = [layer.quantized_weight()[0] for layer in layers]
-    optimizer = torch.optim.SGD(trainable.parameters(), lr=0.5)
-    for _ in range(5):
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(trainable(images), torch.arange(32) % 10).backward()
-        optimizer.step()
-    assert any(not torch.equal(layer.quantized_weight()[0], codes) for layer, codes in zip(layers, before, strict=True))
-    rebuilt = start.structure(copy.deepcopy(model), images, 0)
-    rebuilt.load_state_dict(trainable.state_dict())
-    with torch.no_grad():
-        assert torch.equal(rebuilt(images), trainable(images))
-
-
-def test_calibration_sees_neither_labels_nor_test_images() -> None:
-    """Another test split and other labels: the same weights, bit for bit."""
-    train = Split((networks.images(40) * 255).to(torch.uint8), torch.arange(40) % 10)
-    names = tuple("0123456789")
-    data = ImageDataset("made_up", names, train, train)
-    other = replace(data, train=Split(train.images, train.labels.flip(0)), test=Split(255 - train.images, train.labels))
-    model = networks.make("alexnet_like")
-    row = Row("ptq_all_corrected", None, [CalibratedTernary(act_bits=8)], None)
-    states = []
-    for dataset in (data, other):
-        run = object.__new__(Run)
-        run.row, run.data, run.seed = row, dataset, 0
-        states.append(run.transformed(copy.deepcopy(model)).state_dict())
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
 class WithALayerThatNeverRuns(nn.Module):
