@@ -112,11 +112,10 @@ def test_a_second_run_computes_nothing_again(finished, monkeypatch, capsys):
 
 
 def test_a_changed_configuration_is_a_new_row_and_the_old_one_is_kept(finished, monkeypatch, tmp_path):
-    words = [w if w != "0.005" else "0.001" for w in TINY]
     out = shutil.copytree(finished[0], tmp_path / "out")
     old = lines_of(out)[0]
     before = (out / "vit-digits" / "float-seed3" / "checkpoint.safetensors").read_bytes()
-    assert start(monkeypatch, "vit", *words, "--only", "float", "--out", str(out)) == 0
+    assert start(monkeypatch, "vit", *TINY, "--budget", "0.001", "--only", "float", "--out", str(out)) == 0
     new = lines_of(out)[-1]
     assert new["row"] == "float" and new["config_hash"] != old["config_hash"] and lines_of(out)[0] == old
     kept = out / "vit-digits" / f"float-seed3.{old['config_hash']}" / "checkpoint.safetensors"
@@ -126,7 +125,7 @@ def test_a_changed_configuration_is_a_new_row_and_the_old_one_is_kept(finished, 
 def test_results_that_were_moved_aside_come_back_with_their_configuration(finished, monkeypatch, capsys):
     """To and fro between two configurations: neither is trained twice, and neither gets in the other's way."""
     out, _ = finished
-    other = [w if w != "0.005" else "0.002" for w in TINY]
+    other = [*TINY, "--budget", "0.002"]
     for words in (other, TINY, other, TINY):
         assert start(monkeypatch, "vit", *words, "--only", "float", "--out", str(out)) == 0
     assert capsys.readouterr().out.count("done before") == 3
@@ -223,8 +222,8 @@ def test_a_programs_own_error_is_no_sentence(monkeypatch, tmp_path):
 
 
 def test_nothing_is_left_of_what_could_not_begin(monkeypatch, capsys, tmp_path):
-    words = [w if w != "width=64" else "width=65" for w in TINY]
-    assert words != TINY and start(monkeypatch, "vit", *words, "--only", "float", "--out", str(tmp_path / "out")) == 2
+    words = [*TINY, "--options", "width=65", "--only", "float", "--out", str(tmp_path / "out")]
+    assert start(monkeypatch, "vit", *words) == 2
     assert "the width of the compact ViT is a multiple of 64" in capsys.readouterr().err
     assert not list((tmp_path / "out").iterdir())
 
@@ -326,10 +325,8 @@ def test_killed_and_started_again_ends_in_the_same_bytes(tmp_path):
     """A real SIGKILL in the middle of training."""
 
     def command(out: Path) -> list[str]:
-        words = [w if w != "0.005" else "0.03" for w in TINY]
-        return [sys.executable, str(ROOT / "vit_experiments.py"), *words,
-                "--only", "float", "--checkpoint-seconds", "0",
-                "--out", str(out)]  # fmt: skip
+        words = [*TINY, "--budget", "0.03", "--only", "float", "--checkpoint-seconds", "0", "--out", str(out)]
+        return [sys.executable, str(ROOT / "vit_experiments.py"), *words]
 
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     state = broken / "vit-digits" / "float-seed3" / "last.pt"
@@ -352,8 +349,7 @@ def test_killed_and_started_again_ends_in_the_same_bytes(tmp_path):
 
 def test_two_processes_do_not_work_in_one_folder(finished, monkeypatch, capsys, tmp_path):
     """Neither does one move aside what another is training, nor do two train the same."""
-    other = [w if w != "0.005" else "0.004" for w in TINY]
-    for out, words in ((finished[0], other), (tmp_path, TINY)):
+    for out, words in ((finished[0], [*TINY, "--budget", "0.004"]), (tmp_path, TINY)):
         folder = out / "vit-digits" / "float-seed3"
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder):
@@ -385,9 +381,9 @@ def test_a_row_is_not_held_against_results_that_another_process_has_put_in_place
 def test_what_is_not_done_is_not_measured_again(finished, monkeypatch, capsys):
     out, _ = finished
     before, folders = lines_of(out), sorted((out / "vit-digits").iterdir())
-    other = [w if w != "0.005" else "0.003" for w in TINY]
     monkeypatch.setattr(run, "train", None)
-    assert start(monkeypatch, "vit", *other, "--only", "qat_all", "--measure-again", "--out", str(out)) == 0
+    words = [*TINY, "--budget", "0.003", "--only", "qat_all", "--measure-again", "--out", str(out)]
+    assert start(monkeypatch, "vit", *words) == 0
     assert capsys.readouterr().err == "float, seed 3: not done with these options, so not measured\n"
     assert lines_of(out) == before and sorted((out / "vit-digits").iterdir()) == folders
 
