@@ -200,8 +200,7 @@ def train(
             totals.clear()
         if looks and rank == 0 and state_path and time.monotonic() - saved_at > setup.checkpoint_seconds:
             if _is_finite(model):  # else the next loss will say so, and the last good state stays
-                reached = {"step": step + 1, "sums": totals.tensor, "seconds": time.monotonic() - began}
-                save_state(reached | {k: v.state_dict() for k, v in parts.items()}, state_path)
+                _save(parts, totals, step + 1, time.monotonic() - began, state_path)
             saved_at = time.monotonic()
 
     progress.close()
@@ -214,6 +213,12 @@ def train(
     if not _is_finite(model):  # the last step, whose loss was finite, may have broken it
         raise _diverged("a weight was not finite at the end", state_path)
     return model.eval()
+
+
+def _save(parts: dict[str, Any], totals: Totals, step: int, seconds: float, path: Path) -> None:
+    """Save the state after so many steps, which took so many seconds, as `_resume` loads it."""
+    reached = {"step": step, "sums": totals.tensor, "seconds": seconds}
+    save_state(reached | {name: part.state_dict() for name, part in parts.items()}, path)
 
 
 def _resume(
