@@ -179,7 +179,6 @@ def test_mixed_precision_trains(precision):
     assert not same(whole, model())
 
 
-
 def test_a_first_step_that_loss_scaling_skips_leaves_no_trace():
     """Its gradients overflow in half precision: momentum begins at the next one, from zeros."""
     optimizers = []

@@ -131,11 +131,9 @@ def draw_latency(lines: Sequence[Line], folder: Path) -> Picture | None:
     timed = [line for line in lines if line.mean(field)]
     if not timed:
         return None
-    shown = (
-        timed
-        if len(timed) <= FULL_LATENCY_LINES
-        else [line for line in timed if not line.is_pruned] or timed[:FULL_LATENCY_LINES]
-    )
+    shown = timed
+    if len(timed) > FULL_LATENCY_LINES:
+        shown = [line for line in timed if not line.is_pruned] or timed[:FULL_LATENCY_LINES]
     figure, (axes,) = _figure(8.4, 1.3 + 0.34 * len(shown))
     for y, line in enumerate(shown):
         own, beside, p90 = line.mean(field) or 0.0, line.mean(f"float_{field}"), line.mean("latency_ms_p90_batch1")
