@@ -96,9 +96,7 @@ def test_reloaded_equals_packed_and_saves_to_the_same_bytes(name, tmp_path):
     size = save_model(model, tmp_path / "one", METADATA)
     assert size == (tmp_path / "one").stat().st_size
     loaded, metadata = load_model(tmp_path / "one", backend="reference")
-    for module in model.modules():
-        if hasattr(module, "backend"):
-            module.backend = "reference"
+    _set_backend(model, "reference")
     with torch.no_grad():
         assert torch.equal(loaded(images()), model(images()))
     assert {k: metadata[k] for k in METADATA} == METADATA and metadata["format_version"] == 1
