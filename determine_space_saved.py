@@ -25,6 +25,7 @@ from quantization_utils.inspection import FileReport, gzip_float_bytes, inspect_
 from quantization_utils.storage import ModelFileError, save_model
 from train_test_utils.cli import Parser, sentence
 from train_test_utils.output import prepare_output
+from train_test_utils.record import append_record
 
 VIT_B_16 = {
     "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072,
@@ -61,11 +62,11 @@ def print_models(show_layers: bool) -> dict[str, FileReport]:
         for title, name, options in MODELS:
             report = measure_model(name, options, folder)
             reports[title] = report
-            sizes = (report.float_bytes, report.file_bytes, report.log2_3_bytes, report.ideal_bytes)
-            print(f"{title:<13}{report.weights:>12,}{megabytes(sizes[0]):>15}"
-                  + "".join(f"{megabytes(s):>14}" for s in sizes[1:])
-                  + f"{report.file_bytes / report.ideal_bytes:>14.3f}"
-                  + f"{report.float_bytes / report.file_bytes:>8.1f}×")  # fmt: skip
+            sizes = (report.file_bytes, report.log2_3_bytes, report.ideal_bytes)
+            print(f"{title:<13}{report.weights:>12,}{megabytes(report.float_bytes):>15}"
+                  f"{''.join(f'{megabytes(size):>14}' for size in sizes)}"
+                  f"{report.file_bytes / report.ideal_bytes:>14.3f}"
+                  f"{report.float_bytes / report.file_bytes:>8.1f}×")  # fmt: skip
             if show_layers:
                 print_layers(report)
     print("log2(3) and entropy: the same codes at 1.585 bits, and at the entropy of a layer's codes; all sizes but "
@@ -75,8 +76,6 @@ def print_models(show_layers: bool) -> dict[str, FileReport]:
 
 def record(reports: dict[str, FileReport]) -> None:
     """Append the sizes to results/files/sizes.jsonl, where the README's table comes from."""
-    from train_test_utils.record import append_record
-
     for title, report in reports.items():
         sizes = ("weights", "float_bytes", "file_bytes", "log2_3_bytes", "ideal_bytes")
         figures = {"model": title} | {name: int(getattr(report, name)) for name in sizes}
