@@ -17,11 +17,11 @@ class Limits(TypedDict):
     read_13MiB_bytes_per_s: float
 
 
-def machine_limits(repeats: int = 10) -> Limits:
-    """The highest rates of `repeats` measurements, a tenth of a second apart: neighbours only take. Prints them."""
+def machine_limits() -> Limits:
+    """The highest rates of ten measurements, a tenth of a second apart: neighbours only take. Prints them."""
     isa = cpu.choose_isa("cpu")
     rates = []
-    for _ in range(repeats):
+    for _ in range(10):
         rates.append(torch.ops.ternary.machine_limits(isa, 13))
         time.sleep(0.1)
     peak, reading = (max(rate) for rate in zip(*rates, strict=True))

@@ -98,15 +98,15 @@ def layers(batch: int, limits: Limits) -> None:
         append_record("latency/layers", {"model": name, "act_bits": act_bits, "batch": batch, "nodes": rows, **limits})
 
 
-def pruned(batch: int, limits: Limits, rounds: int = 15) -> None:
+def pruned(batch: int, limits: Limits) -> None:
     for name in ("resnet_18", "alexnet"):
         networks = {fraction: packed(name, fraction) for fraction in FRACTIONS}
         images = torch.rand(batch, 3, 32, 32)
         times: dict[float, list[float]] = {fraction: [] for fraction in FRACTIONS}
-        for round_index in range(rounds + 1):
+        for round_index in range(16):
             for fraction, network in networks.items():
                 runs = [milliseconds(network, images) for _ in range(12 if batch == 1 else 3)]
-                if round_index:
+                if round_index:  # the first round warms up
                     times[fraction].append(float(np.median(runs)))
         print(f"\n{name}, batch {batch}")
         for fraction, network in networks.items():
@@ -125,13 +125,13 @@ def pruned(batch: int, limits: Limits, rounds: int = 15) -> None:
 
 
 @torch.no_grad()
-def overhead(batch: int, limits: Limits, rounds: int = 200) -> None:
+def overhead(batch: int, limits: Limits) -> None:
     for name in ("resnet_18", "alexnet", "vit"):
         model, images = packed(name), torch.rand(batch, 3, 32, 32)
         operator = model.encoder.classify if name == "vit" else model.executor
         pairs = [
             (1e3 * milliseconds(operator, images), 1e3 * milliseconds(model, images))
-            for _ in range(rounds if batch == 1 else rounds // 5)
+            for _ in range(200 if batch == 1 else 40)
         ][10:]  # the first ten warm up
         operator_us, whole_us = (median(micros) for micros in zip(*pairs, strict=True))
         outside_us = median(whole - operator for operator, whole in pairs)
@@ -144,7 +144,7 @@ def overhead(batch: int, limits: Limits, rounds: int = 200) -> None:
 
 
 @torch.no_grad()
-def pauses(batch: int, limits: Limits, calls: int = 100) -> None:
+def pauses(batch: int, limits: Limits) -> None:
     all_threads = torch.get_num_threads()
     for name in ("resnet_18", "alexnet", "vit"):
         model, images = packed(name), torch.rand(batch, 3, 32, 32)
@@ -152,7 +152,7 @@ def pauses(batch: int, limits: Limits, calls: int = 100) -> None:
             torch.set_num_threads(threads)
             model(images)
             times = []
-            for _ in range(calls):
+            for _ in range(100):
                 time.sleep(pause_ms / 1e3)
                 times.append(milliseconds(model, images))
             figures = {
