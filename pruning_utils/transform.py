@@ -63,10 +63,10 @@ def prune_(
         kept_out = " other than the classifier, whose filters are the classes," if granularity == "filter" else ""
         raise ValueError(f"no linear or convolution layer{kept_out} matches only={only!r}: nothing to prune")
     for name, layer in layers:
-        if "weight" not in layer._parameters and not is_parametrized(layer, "weight"):
-            raise ValueError(f"{name} computes its weight anew in every pass (weight_norm, torch.nn.utils.prune): "
-                             "make it a parameter first (remove_weight_norm, torch.nn.utils.prune.remove)")  # fmt: skip
-        if _holders(model, layer) > 1:
+        if (weight := _parameter_of(layer)) is None:
+            raise ValueError(f"{name} computes its weight anew in every pass (weight_norm, torch.nn.utils.prune): make "
+                             "it a parameter first (remove_parametrizations, torch.nn.utils.prune.remove)")  # fmt: skip
+        if _holders(model, weight) > 1:
             raise ValueError(f"{name} shares its weight with another layer, which a mask can't tell from it: give it "
                              "a copy, or leave it out (only)")  # fmt: skip
 
@@ -103,10 +103,15 @@ def _meaning(score: Any, granularity: str | None, scope: str | None) -> tuple[st
     return granularity, scope
 
 
-def _holders(model: nn.Module, layer: nn.Module) -> int:
-    """How many modules have the weight of a layer as their parameter, masked or not."""
-    parametrizations: Any = getattr(layer, "parametrizations", {})
-    weight = parametrizations["weight"].original if "weight" in parametrizations else layer.weight
+def _parameter_of(layer: nn.Module) -> nn.Parameter | None:
+    """The parameter that is a layer's weight, masked or not, or None: a weight that is computed from several."""
+    if is_parametrized(layer, "weight"):
+        return getattr(layer.parametrizations["weight"], "original", None)  # type: ignore[index, union-attr]
+    return layer._parameters.get("weight")
+
+
+def _holders(model: nn.Module, weight: nn.Parameter) -> int:
+    """How many modules have a parameter."""
     return sum(any(p is weight for p in module.parameters(recurse=False)) for module in model.modules())
 
 

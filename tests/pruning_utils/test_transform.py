@@ -1,4 +1,5 @@
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils import prune as torch_prune
+from torch.nn.utils.parametrizations import weight_norm
 
 from models import build
 from pruning_utils import l1, l1_global, l2, l2_filters, prune_, random, zero_fraction
@@ -307,13 +309,20 @@ def test_a_diverged_model_is_refused(score):
         prune_(model, score, 0.5)
 
 
-def test_a_weight_that_is_no_parameter_is_told_before_any_layer_is_masked():
+@pytest.mark.parametrize(
+    "compute, undo",
+    [
+        (partial(torch_prune.l1_unstructured, name="weight", amount=0.5), torch_prune.remove),
+        (weight_norm, parametrize.remove_parametrizations),
+    ],
+)
+def test_a_weight_that_is_no_parameter_is_told_before_any_layer_is_masked(compute, undo):
     model = network()
-    torch_prune.l1_unstructured(model[2], "weight", 0.5)
+    compute(model[2])
     with pytest.raises(ValueError, match="2 computes its weight anew .*: make it a parameter first"):
         prune_(model, l1, 0.5)
     assert not hasattr(model[0], "parametrizations")
-    torch_prune.remove(model[2], "weight")
+    undo(model[2], "weight")
     assert zeros(prune_(model, l1, 0.5))[0] == 135
 
 
