@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from models.normalize import require_pixels
 from models.select import Selection, select_layers
 from models.state import evaluating
 
@@ -83,11 +84,13 @@ def ternarize_(
         ValueError: too few images, a layer that does not run, a grouped convolution, activations that are not finite,
             and what `quantize_` and `calibrate_` refuse; the model is as it was.
     """
+    require_pixels(images)
     if len(images) < MIN_IMAGES:
         raise ValueError(f"calibration needs at least {MIN_IMAGES} images (1024 are usual), not {len(images)}")
-    reference = Stream(copy.deepcopy(model), images, batch_size)
-    followers = execution_order(reference.model, images[:2])
+    with evaluating(model):
+        followers = execution_order(model, images[:2])
     chosen = check_layers(model, followers, only, keep)
+    reference = Stream(copy.deepcopy(model), images, batch_size)
     trial = quantize_(copy.deepcopy(model), as_is, act_bits, only, keep)  # what is refused is refused before the work
     if act_bits is not None:
         calibrate_(trial, images[:2])

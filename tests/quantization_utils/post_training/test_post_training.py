@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.prune import l1_unstructured
 
 from pruning_utils import l1, prune_
 from quantization_utils import int8_absmax, load_model, mse_optimal, pack_, quantize_, save_model
@@ -322,6 +323,12 @@ def test_wrong_input_is_refused_in_a_sentence() -> None:
     images = networks.images(32)
     with pytest.raises(ValueError, match="at least 16 images .* not 3"):
         ternarize_(networks.make("alexnet_like"), images[:3])
+    with pytest.raises(ValueError, match="images are one tensor .*, not a list"):
+        ternarize_(networks.make("alexnet_like"), list(images))  # type: ignore[arg-type]
+    pruned = networks.alexnet_like()
+    l1_unstructured(pruned.get_submodule("1"), "weight", 0.5)
+    with pytest.raises(ValueError, match="1 computes its weight from other tensors"):
+        ternarize_(pruned, images)
     with pytest.raises(ValueError, match=r"1 has torch.float64 weights: post-training takes float32 \(model.float"):
         ternarize_(networks.make("alexnet_like").double(), images.double())
     no_statistics = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6, track_running_stats=False)).eval()
