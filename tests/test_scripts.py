@@ -111,13 +111,15 @@ def test_a_second_run_computes_nothing_again(finished, monkeypatch, capsys):
     assert capsys.readouterr().out.count("done before") == 4
 
 
-def test_a_changed_configuration_is_a_new_row_and_the_old_one_is_kept(finished, monkeypatch, tmp_path):
+def test_a_changed_configuration_is_a_new_row_and_the_old_one_is_kept(finished, monkeypatch, capsys, tmp_path):
     out = shutil.copytree(finished[0], tmp_path / "out")
     old = lines_of(out)[0]
     before = (out / "vit-digits" / "float-seed3" / "checkpoint.safetensors").read_bytes()
     assert start(monkeypatch, "vit", *TINY, "--budget", "0.001", "--only", "float", "--out", str(out)) == 0
     new = lines_of(out)[-1]
     assert new["row"] == "float" and new["config_hash"] != old["config_hash"] and lines_of(out)[0] == old
+    said = f"float, seed 3: started\nfloat, seed 3: {new['test_accuracy_pct']:.2f}%\n"
+    assert capsys.readouterr().out.startswith(said)
     kept = out / "vit-digits" / f"float-seed3.{old['config_hash']}" / "checkpoint.safetensors"
     assert kept.read_bytes() == before
 

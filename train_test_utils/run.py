@@ -111,6 +111,8 @@ class Run:
 
     def execute(self, logbook: Logbook) -> dict[str, Any]:
         """Do the row and append its line to the logbook."""
+        if distributed.rank() == 0:
+            say(f"{self.row.name}, seed {self.seed}: started")
         with self._ancestors_kept():
             model = self.start()
             began = time.monotonic()
@@ -203,7 +205,9 @@ class Run:
     def _record(self, logbook: Logbook, model: nn.Module, more: dict[str, Any]) -> dict[str, Any]:
         """Measure the model, append the figures and `more` to the logbook as the row's line, and return it."""
         if distributed.rank() == 0:
-            logbook.row(self.measured(model) | more)
+            line = self.measured(model) | more
+            logbook.row(line)
+            say(f"{self.row.name}, seed {self.seed}: {line['test_accuracy_pct']:.2f}%")
             (self.folder / "last.pt").unlink(missing_ok=True)
         distributed.barrier()
         return logbook.done(self.hash) or {}
