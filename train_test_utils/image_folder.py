@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def _read(folder: Path) -> tuple[Split, tuple[str, ...]]:
     files = [
         (path, label)
         for label, c in enumerate(classes)
-        for path in sorted(c.rglob("*"))
+        for path in sorted(Path(at, name) for at, _, names in os.walk(c, followlinks=True) for name in names)
         if path.suffix.lower() in EXTENSIONS and path.is_file() and not _is_hidden(path.relative_to(c))
     ]
     missing = [c.name for label, c in enumerate(classes) if all(at != label for _, at in files)]

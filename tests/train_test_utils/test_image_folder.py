@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,8 @@ def test_images_in_subfolders_are_cut_to_their_middle_and_hidden_folders_are_no_
         (tmp_path / name / "sub").mkdir(parents=True)
         for i in range(5):
             striped.save(tmp_path / name / "sub" / f"{i}.{ending}")
+    shutil.move(tmp_path / "b" / "sub", tmp_path / ".elsewhere")
+    (tmp_path / "b" / "sub").symlink_to(tmp_path / ".elsewhere")
     data = load_dataset(str(tmp_path))
     assert data.class_names == ("a", "b") and (len(data.train), len(data.test)) == (8, 2)
     assert data.train.images.unique().tolist() == [0, 255] and data.train.images[:, 0].all()
