@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
 from quantization_utils import kernels
-from quantization_utils.kernels import reference
+from quantization_utils.kernels import cpu, reference
 from quantization_utils.nodes import Node
 from tests.nodes import BACKENDS, assert_equals_reference, codes_of, conv, images_of
 
@@ -48,11 +51,24 @@ def test_convolution(
 ])  # fmt: skip
 @pytest.mark.parametrize("batch", [1, 4])
 def test_kernels_that_are_not_square(
-    backend: str, kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int], batch: int
-) -> None:
+    backend: str, kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int], batch: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     codes = codes_of((33, 19, *kernel))
     node = replace(conv(0, 33, 19), codes=codes, kernel=kernel, stride=stride, padding=padding, out_max=None)
-    assert_equals_reference([conv(-1, 19, 3), node], images_of(batch, 11, 14), backend)
+    for algorithm in ("direct", "winograd"):  # which takes one of them, and not one of the others
+        monkeypatch.setenv("TERNARY_ALGORITHM", algorithm)
+        assert_equals_reference([conv(-1, 19, 3), node], images_of(batch, 11, 14), backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_surrounds_a_value_is_its_own(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Codes beyond those of the value itself, for which Winograd's bytes have no room; zeros around the value that is
+    alike and comes after it in the same memory."""
+    monkeypatch.setenv("TERNARY_ALGORITHM", "winograd")
+    around = torch.full((16,), 255, dtype=torch.uint8)
+    nodes = [conv(-1, 16, 3), conv(0, 16, 16, pad_values=around), conv(1, 16, 16), conv(2, 16, 16, out_max=None)]
+    assert_equals_reference(nodes, images_of(2, 8, 6), backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -107,6 +123,24 @@ def test_winograd_equals_direct(
     whole_tiles = (size + 3) // 4 * 4
     algorithm = "winograd" if top == 63 or whole_tiles**2 < 2 * size**2 else "direct"
     assert [step["algorithm"] for step in executor.plan(1, size, size)] == ["direct", algorithm, algorithm]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("top", "stride"), [(63, 1), (63, 2), (255, 1)])
+def test_threads_share_the_channels_of_few_winograd_tiles(
+    backend: str, top: int, stride: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So many at a time that the last ones are fewer; with 7 threads also several groups of tiles."""
+    monkeypatch.setenv("TERNARY_ALGORITHM", "winograd")
+    nodes = [conv(-1, 64, 3, out_max=top), conv(0, 267, 64, 3, stride, out_max=None)]
+    before = torch.get_num_threads()
+    try:
+        for threads in (2, 7):
+            torch.set_num_threads(threads)
+            for size in ((3, 10), (2 * stride, 2 * stride)):
+                assert_equals_reference(nodes, images_of(1, *size), backend)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_large_winograd_tiles_are_left_out_where_they_are_few() -> None:
@@ -189,6 +223,15 @@ def test_a_whole_network(backend: str, bits: int | str, batch: int) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_pools_end_where_their_input_ends(backend: str) -> None:
+    """Also where a window reaches beyond the last row or column, into what surrounds the value for another reader."""
+    for size in ((7, 6), (6, 7)):
+        nodes = [conv(-1, 17, 3), conv(0, 1, 17, pad_values=torch.full((17,), 255, dtype=torch.uint8)),
+                 Node("max_pool", 0, kernel=(3, 3), stride=(2, 2), padding=(1, 1))]  # fmt: skip
+        assert_equals_reference(nodes, images_of(3, *size), backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("out_max", [None, 255])
 def test_average_pool(backend: str, out_max: int | None) -> None:
     nodes = [conv(-1, 21, 3, 3, 2), Node("avg_pool", 0, gain=torch.tensor([0.11]), out_max=out_max)]
@@ -232,6 +275,42 @@ def test_threads_take_more_images_at_a_time_where_weights_are_many() -> None:
                 assert at_a_time[0] == 1 < at_a_time[4] < at_a_time[6] and at_a_time[7:] in ([], [0])
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_shortcut_around_three_layers_stays_in_one_part() -> None:
+    """Though the first of them has so many more weights that it alone would have more images at a time."""
+    nodes = [conv(-1, 16, 3), conv(0, 96, 16, 3, 2), conv(1, 96, 96), conv(2, 4, 96, 1, 1, 0),
+             conv(3, 96, 4, residual=1, residual_gain=0.5), conv(4, 5, 96, out_max=None)]  # fmt: skip
+    images, before = images_of(32, 8, 8), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert_equals_reference(nodes, images, BACKENDS[0])
+        executor = kernels.make_executor(nodes, BACKENDS[0])
+        executor(images)
+        at_a_time = [step["images"] for step in executor.plan(32, 8, 8)]
+        assert at_a_time[1] < at_a_time[2] == at_a_time[4] > at_a_time[5]
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_calls_from_several_threads_do_not_disturb_each_other() -> None:
+    """Of one network, layer or encoder, whose memory is one call's at a time, and of all three."""
+
+    def dense(n: int, k: int) -> cpu.Dense:
+        return torch.ones(n, k, dtype=torch.int8), torch.ones(n), None
+
+    layer = cpu.EncoderLayer(dense(96, 32), dense(32, 32), dense(64, 32), dense(32, 64), [torch.rand(32)] * 4)
+    runs = [
+        (kernels.make_executor([conv(-1, 32, 3), conv(0, 40, 32, out_max=None)], "cpu"), images_of(16, 9, 9)),
+        (kernels.make_linear(codes_of((70, 500)), torch.rand(70), None, 8, "cpu"), torch.randn(16, 300, 500)),
+        (partial(cpu.Encoder([layer], 2, 1e-6, 8), kept=65), torch.randn(16, 65, 32)),
+    ]
+    calls = [[(run, item, run(item)) for item in items.split(1)] * 10 for run, items in runs]
+    calls.append(list(itertools.chain(*zip(*calls, strict=True))))
+    for threads in (1, 2):
+        with ThreadPoolExecutor(4, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
+            for some in calls:
+                assert all(pool.map(lambda call: torch.equal(call[0](call[1]), call[2]), some))
 
 
 def test_plans_of_the_last_sizes_are_kept_whatever_the_threads() -> None:
@@ -285,8 +364,11 @@ def test_what_makes_no_network_is_refused() -> None:
     for wrong in ({"padding": ()}, {"kernel": (3, 3, 7)}, {"stride": (2**32 + 1, 1)}):
         with pytest.raises(ValueError, match="a kernel, a stride and a padding are two numbers each"):
             kernels.make_executor([replace(conv(-1, 4, 3), **wrong)], "cpu")
-    with pytest.raises(ValueError, match="node 0 adds what is no earlier node"):
-        kernels.make_executor([replace(conv(-1, 3, 3), residual=-1)], "cpu")
+    for other in (-1, 0):
+        with pytest.raises(ValueError, match="node 0 adds what is no earlier node"):
+            kernels.make_executor([replace(conv(-1, 3, 3), residual=other)], "cpu")
+    with pytest.raises(ValueError, match="node 1 pads more than half of its kernel"):
+        kernels.make_executor([conv(-1, 4, 3), Node("max_pool", 0, kernel=(3, 3), padding=(1, 2))], "cpu")
 
 
 def test_a_network_that_is_refused_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
