@@ -88,6 +88,20 @@ def test_dynamic_linear(backend: str, bits: int | str, rows: int, k: int, n: int
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_more_rows_than_before_have_room(backend: str) -> None:
+    codes = codes_of((5, 300))
+    layer, x = kernels.make_linear(codes, torch.ones(5), None, 8, backend), torch.randn(3000, 300)
+    for rows in (1, 3000):
+        assert torch.equal(layer(x[:rows]), reference.Linear(codes, torch.ones(5), None, 8)(x[:rows]))
+
+
+def test_memory_of_many_rows_is_given_back() -> None:
+    layer, x = kernels.make_linear(codes_of((1, 4096)), torch.ones(1), None, 8, "cpu"), torch.randn(8200, 4096)
+    found = layer(x)  # more than 32 MB of codes
+    assert torch.equal(layer(x), found) and torch.equal(layer(x[:9]), found[:9])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_codes_far_below_zero_alone_are_not_taken_for_ternary_ones(backend: str) -> None:
     layer, x = (-codes_of((21, 70), 8).abs(), torch.rand(21), None, 8), torch.randn(3, 70)
     assert torch.equal(kernels.make_linear(*layer, backend)(x), reference.Linear(*layer)(x))
@@ -154,6 +168,18 @@ def test_patches_equal_the_reference(
     for patch in ([shape[2]], [0, 1]):
         with pytest.raises(ValueError, match="a patch has a height and a width"):
             torch.ops.ternary.patches_run(images, patches._handle, patch, shape[0])
+
+
+@pytest.mark.parametrize("algorithm", ["direct", "skipping"])
+def test_images_of_another_shape_and_as_many_pixels(algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose linear layers read their weights in another order."""
+    monkeypatch.setenv("TERNARY_ALGORITHM", algorithm)
+    nodes = [conv(-1, 7, 3),
+             Node("linear", 0, codes=codes_of((9, 7 * 24)), gain=torch.rand(9), bias=torch.randn(9))]  # fmt: skip
+    executor = kernels.make_executor(nodes, "cpu")
+    for size in ((4, 6), (6, 4), (4, 6)):
+        images = images_of(2, *size)
+        assert torch.equal(executor(images), reference.NetworkExecutor(nodes)(images))
 
 
 def test_skipping_does_not_depend_on_threads(monkeypatch: pytest.MonkeyPatch) -> None:
