@@ -3,8 +3,10 @@
 import gc
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -91,6 +93,15 @@ def test_from_images_to_logits(backend: str, options: dict[str, object]) -> None
             assert torch.equal(model(images[:batch]), found[:batch])
     images[1, 0, 3, 3] = float("nan")
     assert model(images)[1].isnan().all() and torch.equal(model(images)[2:], found[2:])
+
+
+@torch.no_grad()
+def test_images_one_after_the_other_are_each_their_own() -> None:
+    """Threads that share an image keep what they make of it for that call only."""
+    model, images = packed_vit(), torch.rand(2, 3, 32, 32)
+    expected = model(images)
+    torch.set_num_threads(2)
+    assert all(torch.equal(model(images[i : i + 1]), expected[i : i + 1]) for i in (0, 1, 0))
 
 
 @pytest.mark.parametrize("kept", ["*.projection", "*.classifier", ("*.projection", "*.classifier")], ids=str)
@@ -241,6 +252,15 @@ def test_an_encoder_and_its_layers_are_freed_with_it(monkeypatch: pytest.MonkeyP
     assert len(made) == 5 and sorted(made) == sorted(freed)
 
 
+def test_an_encoder_takes_more_tokens_than_before() -> None:
+    """As one that never had fewer."""
+    layer = cpu.EncoderLayer(dense(96, 32), dense(32, 32), dense(64, 32), dense(32, 64), [torch.rand(32)] * 4)
+    encoder, hidden = cpu.Encoder([layer], 2, 1e-6, 8), torch.randn(2, 700, 32)
+    for tokens in (3, 700, 40):
+        wanted = cpu.Encoder([layer], 2, 1e-6, 8)(hidden[:, :tokens], tokens)
+        assert torch.equal(encoder(hidden[:, :tokens], tokens), wanted)
+
+
 def test_what_does_not_fit_together_is_refused() -> None:
     norms = [torch.ones(32)] * 4
     good = cpu.EncoderLayer(dense(96, 32), dense(32, 32), dense(64, 32), dense(32, 64), norms)
@@ -276,3 +296,50 @@ def test_what_does_not_fit_together_is_refused() -> None:
             vit(**wrong)
     with pytest.raises(ValueError, match=r"images must be \(batch, 3, 8, 8\)"):
         vit().classify(torch.rand(2, 3, 8, 9))
+
+
+def test_encoders_that_are_not_whole_are_refused() -> None:
+    norm = torch.ones(32)
+    shapes = {"qkv": (96, 32), "out": (32, 32), "fc1": (64, 32), "fc2": (32, 64)}
+    parts: dict[str, Any] = {name: dense(*shape) for name, shape in shapes.items()} | {"norms": [norm] * 4}
+    good = cpu.EncoderLayer(**parts)
+    with pytest.raises(ValueError, match="heads are a multiple of 16"):
+        cpu.Encoder([good], 0, 1e-6, 8)
+    wrong = [{"qkv": dense(96, 48)}, {"qkv": dense(64, 32)}, {"out": dense(32, 48)}, {"out": dense(48, 32)},
+             {"fc1": dense(64, 48)}, {"fc2": dense(48, 64)}]  # fmt: skip
+    wrong += [{"norms": [norm] * i + [norm[1:]] + [norm] * (3 - i)} for i in range(4)]
+    for change in wrong:
+        with pytest.raises(ValueError, match="the layers of an encoder do not fit together"):
+            cpu.Encoder([good, cpu.EncoderLayer(**(parts | change))], 2, 1e-6, 8)
+    with pytest.raises(ValueError, match="a layer has four tensors and four linear layers"):
+        cpu.Encoder([cpu.EncoderLayer(**(parts | {"norms": [norm] * 3}))], 2, 1e-6, 8)
+    images, hidden, ops = torch.rand(2, 3, 8, 8), torch.randn(1, 3, 32), torch.ops.ternary
+    patches = torch.ones(32, 3, 4, 4, dtype=torch.int8), torch.ones(32), None
+    embedding = cpu.Embedding(patches, (8, 8), torch.zeros(3), torch.ones(3), torch.zeros(5, 32))
+    head = cpu.Head((norm, norm), dense(7, 32))
+
+    def vit(**options: Any) -> cpu.Encoder:
+        return cpu.Encoder([good], 2, 1e-6, 8, **{"embedding": embedding, "head": head} | options)
+
+    whole = vit()
+    for wrong in ({"embedding": replace(embedding, std=torch.ones(2))}, {"head": replace(head, norm=(norm, norm[1:]))},
+                  {"head": replace(head, norm=(norm[1:], norm))}, {"head": replace(head, classifier=dense(7, 48))}):
+        with pytest.raises(ValueError, match="of an encoder does not fit its layers"):
+            vit(**wrong)
+    with pytest.raises(ValueError, match="an embedding or a head is not complete"):
+        vit(head=replace(head, norm=(norm,)))
+    linears = [cpu.Linear(*dense(*shape), 8) for shape in (*shapes.values(), (32, 48))]
+    handles = [linear._handle for linear in linears]
+    create = partial(ops.encoder_create, cpu.choose_isa("cpu"), 2, 1e-6, [norm] * 4, handles[:4])
+    with pytest.raises(ValueError, match="a patch has a height and a width"):
+        create([torch.zeros(5, 32), torch.zeros(3), torch.ones(3)], [8, 8, -4, -4, handles[4]], [], [])
+    for tail, sentence in (([2, 31], "what comes out has another shape"), ([6], "what comes out has another shape"),
+                           ([2, 32, 0], "can't be kept"), ([], "can't be kept")):
+        with pytest.raises(ValueError, match=sentence):
+            ops.encoder_run(images, whole._handle, tail)
+    for x in (images[:, :, :, 1:], images[:, :, 1:], images[:, 1:]):
+        with pytest.raises(ValueError, match=r"images must be \(batch, 3, 8, 8\)"):
+            whole.classify(x)
+    for x in (hidden[0], hidden[..., 1:]):
+        with pytest.raises(ValueError, match=r"hidden states must be \(images, tokens, 32\)"):
+            whole(x, 1)
