@@ -79,15 +79,16 @@ def test_largest_products_of_winograd_do_not_overflow(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_sums_of_winograd_may_wrap_around(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the most channels that it takes, a tile of 4x4 outputs adds up to 576 times its result, beyond 32 bits."""
+@pytest.mark.parametrize("channels", [13999, 14700])  # the most that it takes, and so many that it would be wrong
+def test_sums_of_winograd_may_wrap_around(backend: str, channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tile of 4x4 outputs adds up to 576 times its result, beyond 32 bits."""
     monkeypatch.setenv("TERNARY_ALGORITHM", "winograd")
-    stem = Node("conv", -1, codes=torch.ones(13999, 1, 1, 1, dtype=torch.int8), gain=torch.ones(13999),
-                bias=torch.zeros(13999), out_max=255)  # fmt: skip
-    codes = torch.tensor([1, -1], dtype=torch.int8)[:, None, None, None].expand(2, 13999, 3, 3).contiguous()
+    stem = Node("conv", -1, codes=torch.ones(channels, 1, 1, 1, dtype=torch.int8), gain=torch.ones(channels),
+                bias=torch.zeros(channels), out_max=255)  # fmt: skip
+    codes = torch.tensor([1, -1], dtype=torch.int8)[:, None, None, None].expand(2, channels, 3, 3).contiguous()
     sums = Node("conv", 0, codes=codes, gain=torch.ones(2), bias=torch.zeros(2), kernel=(3, 3), padding=(1, 1))
     outputs = assert_equals_reference([stem, sums], torch.ones(1, 1, 4, 4), backend)
-    largest = float(torch.tensor(255 * 9 * 13999, dtype=torch.float32))
+    largest = float(torch.tensor(255 * 9 * channels, dtype=torch.float32))
     assert outputs[0, :, 1, 1].tolist() == [largest, -largest]
 
 
@@ -111,6 +112,14 @@ def test_the_average_of_a_large_plane_is_exact(backend: str) -> None:
     nodes = [stem, Node("avg_pool", 0, gain=torch.ones(1))]
     assert kernels.make_executor(nodes, backend)(image).item() == 255 * (300 * 301 - 8)
     assert reference.NetworkExecutor(nodes)(image).item() == 255 * (300 * 301 - 8)
+
+
+def test_a_plane_whose_sum_is_beyond_32_bits_is_refused() -> None:
+    executor = kernels.make_executor([conv(-1, 4, 3), Node("avg_pool", 0, gain=torch.ones(1))], "cpu")
+    shape = torch.ops.ternary.network_shape
+    assert shape(executor._handle, 1, 8421504, 1) == [1, 4]
+    with pytest.raises(ValueError, match="node 1 averages too many pixels for 32-bit sums"):
+        shape(executor._handle, 1, 8421505, 1)
 
 
 def test_networks_longer_than_a_parallel_region_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,6 +166,23 @@ def test_nodes_whose_tensors_do_not_fit_are_refused(changes: dict[str, object], 
         kernels.make_executor([replace(conv(-1, 8, 3), **changes)], "cpu")
 
 
+@pytest.mark.parametrize(
+    ("second", "sentence"),
+    [
+        (replace(conv(0, 4, 8), residual=0), "node 1 adds a value of another shape"),
+        (replace(conv(0, 8, 8, stride=2), residual=0), "node 1 adds a value of another shape"),
+        (conv(0, 4, 8, 11), "node 1 has a kernel larger than its input"),
+        (Node("linear", 0, codes=codes_of((5, 511)), gain=torch.ones(5), bias=torch.ones(5)),
+         "node 1 expects 511 inputs and reads 512"),
+    ],
+)  # fmt: skip
+def test_nodes_that_do_not_fit_what_they_read_are_refused(second: Node, sentence: str) -> None:
+    executor = kernels.make_executor([conv(-1, 8, 3), second], "cpu")
+    for _ in range(2):
+        with pytest.raises(ValueError, match=sentence):
+            executor(images_of(1, 8, 8))
+
+
 def test_linear_layers_whose_tensors_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="one scale and one bias for each channel"):
         kernels.make_linear(codes_of((9, 37)), torch.ones(1), None, 8, "cpu")
@@ -169,11 +195,37 @@ def test_wrong_shapes_are_named() -> None:
     executor = kernels.make_executor([conv(-1, 8, 3), conv(0, 8, 9)], "cpu")
     with pytest.raises(ValueError, match="expects 9 channels and reads 8"):
         executor(images_of(1, 8, 8))
+    with pytest.raises(ValueError, match="node 1 reads a float32 value"):
+        kernels.make_executor([conv(-1, 8, 3, out_max=None), conv(0, 5, 8)], "cpu")(images_of(1, 8, 8))
     with pytest.raises(ValueError, match="no batch of 1 images of 8 x 8 has run lately"):
         executor.plan(1, 8, 8)
     with pytest.raises(ValueError, match="images must be"):
         kernels.make_executor([conv(-1, 8, 3)], "cpu")(images_of(1, 8, 8, channels=4))
     assert kernels.make_executor([conv(-1, 8, 3)], "cpu")(images_of(0, 8, 8)[:0].reshape(0, 3, 8, 8)).shape[0] == 0
+
+
+def test_operators_that_are_called_with_other_shapes_refuse_them() -> None:
+    """Nothing is read or written beyond the end of a tensor, whoever calls them."""
+    ops, codes = torch.ops.ternary, codes_of((5, 12))
+    with pytest.raises(ValueError, match="codes are .channels, inputs. or"):
+        kernels.make_executor([conv(-1, 8, 3), replace(conv(0, 8, 8), codes=torch.ones(8, dtype=torch.int8))], "cpu")
+    executor = kernels.make_executor([conv(-1, 8, 3)], "cpu")
+    with pytest.raises(ValueError, match="images must be .batch, 3, height, width."):
+        ops.network_run(torch.rand(1, 3, 8), executor._handle, [8, 8, 8])
+    with pytest.raises(ValueError, match="another size than the network was prepared for"):
+        ops.network_run(torch.rand(1, 3, 8, 8), executor._handle, [8, 8, 7])
+    with pytest.raises(ValueError, match="codes .channels, inputs. and one scale and one bias"):
+        kernels.make_linear(codes, torch.ones(5), torch.ones(4), 8, "cpu")
+    with pytest.raises(ValueError, match="codes .channels, inputs. and one scale and one bias"):
+        kernels.make_linear(codes.view(5, 3, 4), torch.ones(5), None, 8, "cpu")
+    layer = kernels.make_linear(codes, torch.ones(5), None, 8, "cpu")
+    for x, n in ((torch.rand(2, 11), 5), (torch.rand(2, 12), 6)):
+        with pytest.raises(ValueError, match="the layer expects rows of 12 numbers"):
+            ops.linear_run(x, layer._handle, n)
+    with pytest.raises(ValueError, match="images must be .batch, 3, height, width."):
+        ops.patches_run(torch.rand(1, 3, 2, 2), layer._handle, [2, 2], 6)
+    with pytest.raises(ValueError, match="this processor has no sse9"):
+        ops.network_create("sse9", "auto", 3)
 
 
 @pytest.mark.parametrize("other", [None, torch.tensor([7, 7, 8], dtype=torch.uint8)])
