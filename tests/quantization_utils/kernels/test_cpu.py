@@ -6,6 +6,7 @@ import gc
 import itertools
 import os
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from quantization_utils import kernels
 from quantization_utils.kernels import cpu, reference
@@ -172,8 +174,9 @@ def test_pixels_that_are_no_numbers_make_logits_nan(backend: str, last: str, bat
     images[0, 1, 3, 2], images[-1, 0, 0, 0], images[-1, 2, 2, 1] = float("nan"), float("inf"), -float("inf")
     expected = reference.NetworkExecutor(nodes)(images)
     assert expected[0].isnan().all() and expected[1:].isfinite().all()
-    found = kernels.make_executor(nodes, backend)(images)
-    assert torch.equal(found.nan_to_num(7.0), expected.nan_to_num(7.0))
+    executor = kernels.make_executor(nodes, backend)
+    assert torch.equal(executor(images).nan_to_num(7.0), expected.nan_to_num(7.0))
+    assert torch.equal(executor(images.flip(0)).nan_to_num(7.0), expected.flip(0).nan_to_num(7.0))
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="Linux only")
@@ -229,6 +232,19 @@ def test_pools_end_where_their_input_ends(backend: str) -> None:
         nodes = [conv(-1, 17, 3), conv(0, 1, 17, pad_values=torch.full((17,), 255, dtype=torch.uint8)),
                  Node("max_pool", 0, kernel=(3, 3), stride=(2, 2), padding=(1, 1))]  # fmt: skip
         assert_equals_reference(nodes, images_of(3, *size), backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_pools_hand_on_codes_as_large_as_those_they_read(
+    backend: str, stride: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For which Winograd's bytes have no room."""
+    monkeypatch.setenv("TERNARY_ALGORITHM", "winograd")
+    nodes = [conv(-1, 16, 3, out_max=255), Node("max_pool", 0, kernel=(2, 2), stride=(2, 2)),
+             conv(1, 9, 16, 3, stride, out_max=None)]  # fmt: skip
+    nodes[0].gain[:9] = 100.0
+    assert_equals_reference(nodes, images_of(2, 16, 16), backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -293,17 +309,55 @@ def test_a_shortcut_around_three_layers_stays_in_one_part() -> None:
         torch.set_num_threads(before)
 
 
+def encoder_of(laid_out: Callable[[Tensor], Tensor]) -> cpu.Encoder:
+    """One layer, whose codes are laid out in some way; the same at every call."""
+    torch.manual_seed(0)
+    codes = [laid_out(codes_of(shape)) for shape in ((96, 32), (32, 32), (64, 32), (32, 64))]
+    layer = cpu.EncoderLayer(*((c, torch.ones(len(c)), None) for c in codes), norms=[torch.ones(32)] * 4)
+    return cpu.Encoder([layer], 2, 1e-6, 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_tensors_are_floats_of_any_width_and_lie_in_any_order(dtype: torch.dtype) -> None:
+    """What is run and, of what runs it, the codes."""
+
+    def turned(x: Tensor) -> Tensor:
+        return x.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+    convolution, patches, scale = conv(-1, 6, 3, out_max=None), codes_of((5, 3, 4, 2)), torch.ones(5)
+    geometry = {"stride": (4, 2), "padding": (0, 0), "dilation": (1, 1), "groups": 1}
+
+    def runs_of(laid_out: Callable[[Tensor], Tensor]) -> list[Callable[[Tensor], Tensor]]:
+        return [
+            kernels.make_executor([replace(convolution, codes=laid_out(convolution.codes))], "cpu"),
+            kernels.make_linear(laid_out(patches.flatten(1)), scale, None, 8, "cpu"),
+            kernels.make_conv(laid_out(patches), scale, None, 8, geometry, "cpu"),
+            partial(encoder_of(laid_out), kept=2),
+        ]
+
+    inputs = images_of(2, 8, 6), torch.randn(7, 24), torch.rand(2, 3, 8, 6), torch.randn(2, 3, 32)
+    for run, same, x in zip(runs_of(torch.clone), runs_of(turned), inputs, strict=True):
+        x = x.to(dtype)
+        assert torch.equal(run(turned(x)), run(x.float())) and torch.equal(same(x), run(x.float()))
+
+
+def test_what_is_freed_is_forgotten() -> None:
+    operators, images, x = torch.ops.ternary, images_of(1, 8, 8), torch.rand(2, 12)
+    executor = kernels.make_executor([conv(-1, 8, 3)], "cpu")
+    layer = kernels.make_linear(codes_of((5, 12)), torch.ones(5), None, 8, "cpu")
+    for run, free, some in ((executor, operators.network_free, images), (layer, operators.linear_free, x)):
+        run(some)
+        free(run._handle)
+        with pytest.raises(ValueError, match="no packed network or layer has the number"):
+            run(some)
+
+
 def test_calls_from_several_threads_do_not_disturb_each_other() -> None:
     """Of one network, layer or encoder, whose memory is one call's at a time, and of all three."""
-
-    def dense(n: int, k: int) -> cpu.Dense:
-        return torch.ones(n, k, dtype=torch.int8), torch.ones(n), None
-
-    layer = cpu.EncoderLayer(dense(96, 32), dense(32, 32), dense(64, 32), dense(32, 64), [torch.rand(32)] * 4)
     runs = [
         (kernels.make_executor([conv(-1, 32, 3), conv(0, 40, 32, out_max=None)], "cpu"), images_of(16, 9, 9)),
         (kernels.make_linear(codes_of((70, 500)), torch.rand(70), None, 8, "cpu"), torch.randn(16, 300, 500)),
-        (partial(cpu.Encoder([layer], 2, 1e-6, 8), kept=65), torch.randn(16, 65, 32)),
+        (partial(encoder_of(lambda codes: codes), kept=65), torch.randn(16, 65, 32)),
     ]
     calls = [[(run, item, run(item)) for item in items.split(1)] * 10 for run, items in runs]
     calls.append(list(itertools.chain(*zip(*calls, strict=True))))
