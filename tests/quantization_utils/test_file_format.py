@@ -149,12 +149,8 @@ def test_permissions_follow_the_umask(tmp_path):
 
 
 def test_kills_and_a_full_disk_leave_the_previous_file(tmp_path):
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    try:
-        killed = kill_while_saving(8, tmp_path, width=512)
-    finally:
-        torch.set_num_threads(threads)
+    killed = kill_while_saving(8, tmp_path, width=512)
     assert killed["broken"] == killed["leftovers"] == 0 and killed["first"] + killed["second"] == 8
     full = save_on_full_disk(5, tmp_path, width=512, mounted=False)
     assert full["refused"] == full["intact"] == 5 and full["leftovers"] == 0

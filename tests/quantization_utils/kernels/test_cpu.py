@@ -135,14 +135,10 @@ def test_threads_share_the_channels_of_few_winograd_tiles(
     """So many at a time that the last ones are fewer; with 7 threads also several groups of tiles."""
     monkeypatch.setenv("TERNARY_ALGORITHM", "winograd")
     nodes = [conv(-1, 64, 3, out_max=top), conv(0, 267, 64, 3, stride, out_max=None)]
-    before = torch.get_num_threads()
-    try:
-        for threads in (2, 7):
-            torch.set_num_threads(threads)
-            for size in ((3, 10), (2 * stride, 2 * stride)):
-                assert_equals_reference(nodes, images_of(1, *size), backend)
-    finally:
-        torch.set_num_threads(before)
+    for threads in (2, 7):
+        torch.set_num_threads(threads)
+        for size in ((3, 10), (2 * stride, 2 * stride)):
+            assert_equals_reference(nodes, images_of(1, *size), backend)
 
 
 def test_large_winograd_tiles_are_left_out_where_they_are_few() -> None:
@@ -184,15 +180,12 @@ def test_threads_that_were_asleep_may_still_run_everywhere() -> None:
     """Those that are woken on the processor of another one move away from it, and no more than once."""
 
     executor = kernels.make_executor([conv(-1, 64, 3), conv(0, 64, 64)], "cpu")
-    images, before = images_of(1, 32, 32), torch.get_num_threads()
+    images = images_of(1, 32, 32)
     torch.set_num_threads(2)
-    try:
-        expected = executor(images)
-        for _ in range(100):
-            time.sleep(0.03)  # OpenMP's threads have gone to sleep
-            assert torch.equal(executor(images), expected)
-    finally:
-        torch.set_num_threads(before)
+    expected = executor(images)
+    for _ in range(100):
+        time.sleep(0.03)  # OpenMP's threads have gone to sleep
+        assert torch.equal(executor(images), expected)
     allowed = {frozenset(os.sched_getaffinity(int(thread))) for thread in os.listdir("/proc/self/task")}
     assert allowed == {frozenset(os.sched_getaffinity(0))}
 
@@ -259,18 +252,15 @@ def test_average_pool(backend: str, out_max: int | None) -> None:
 
 def test_results_do_not_depend_on_threads() -> None:
     nodes = [conv(-1, 64, 3), conv(0, 128, 64, 3, 2), conv(1, 128, 128, out_max=None)]
-    images, before, results = images_of(15, 15, 15), torch.get_num_threads(), []
+    images, results = images_of(15, 15, 15), []
     reused = kernels.make_executor(nodes, "cpu")
-    try:
-        for threads in (1, 2, 5, 7):  # 7: layer by layer; the others share out images
-            torch.set_num_threads(threads)
-            executor = kernels.make_executor(nodes, "cpu")
-            results.append(executor(images))
-            assert torch.equal(executor(images), results[0]) and torch.equal(reused(images), results[0])
-            for batch in (1, 2, 11):
-                assert torch.equal(executor(images[:batch]), results[0][:batch])
-    finally:
-        torch.set_num_threads(before)
+    for threads in (1, 2, 5, 7):  # 7: layer by layer; the others share out images
+        torch.set_num_threads(threads)
+        executor = kernels.make_executor(nodes, "cpu")
+        results.append(executor(images))
+        assert torch.equal(executor(images), results[0]) and torch.equal(reused(images), results[0])
+        for batch in (1, 2, 11):
+            assert torch.equal(executor(images[:batch]), results[0][:batch])
 
 
 def test_threads_take_more_images_at_a_time_where_weights_are_many() -> None:
@@ -279,34 +269,28 @@ def test_threads_take_more_images_at_a_time_where_weights_are_many() -> None:
              conv(2, 96, 96, residual=2, residual_gain=0.5), conv(3, 96, 96, residual=3, residual_gain=0.5),
              conv(4, 320, 96, 3, 2), conv(5, 320, 320, 3, 2)]  # fmt: skip
     last = Node("linear", 6, codes=codes_of((5, 320)), gain=torch.rand(5), bias=torch.randn(5))
-    images, before = images_of(33, 16, 16), torch.get_num_threads()
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            for used in (nodes, [*nodes, last]):
-                executor = kernels.make_executor(used, "cpu")
-                found, expected = executor(images), reference.NetworkExecutor(used)(images)
-                assert torch.equal(found, expected) and torch.equal(executor(images), expected)
-                at_a_time = [step["images"] for step in executor.plan(33, 16, 16)]
-                assert at_a_time[0] == 1 < at_a_time[4] < at_a_time[6] and at_a_time[7:] in ([], [0])
-    finally:
-        torch.set_num_threads(before)
+    images = images_of(33, 16, 16)
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        for used in (nodes, [*nodes, last]):
+            executor = kernels.make_executor(used, "cpu")
+            found, expected = executor(images), reference.NetworkExecutor(used)(images)
+            assert torch.equal(found, expected) and torch.equal(executor(images), expected)
+            at_a_time = [step["images"] for step in executor.plan(33, 16, 16)]
+            assert at_a_time[0] == 1 < at_a_time[4] < at_a_time[6] and at_a_time[7:] in ([], [0])
 
 
 def test_a_shortcut_around_three_layers_stays_in_one_part() -> None:
     """Though the first of them has so many more weights that it alone would have more images at a time."""
     nodes = [conv(-1, 16, 3), conv(0, 96, 16, 3, 2), conv(1, 96, 96), conv(2, 4, 96, 1, 1, 0),
              conv(3, 96, 4, residual=1, residual_gain=0.5), conv(4, 5, 96, out_max=None)]  # fmt: skip
-    images, before = images_of(32, 8, 8), torch.get_num_threads()
+    images = images_of(32, 8, 8)
     torch.set_num_threads(1)
-    try:
-        assert_equals_reference(nodes, images, BACKENDS[0])
-        executor = kernels.make_executor(nodes, BACKENDS[0])
-        executor(images)
-        at_a_time = [step["images"] for step in executor.plan(32, 8, 8)]
-        assert at_a_time[1] < at_a_time[2] == at_a_time[4] > at_a_time[5]
-    finally:
-        torch.set_num_threads(before)
+    assert_equals_reference(nodes, images, BACKENDS[0])
+    executor = kernels.make_executor(nodes, BACKENDS[0])
+    executor(images)
+    at_a_time = [step["images"] for step in executor.plan(32, 8, 8)]
+    assert at_a_time[1] < at_a_time[2] == at_a_time[4] > at_a_time[5]
 
 
 def encoder_of(laid_out: Callable[[Tensor], Tensor]) -> cpu.Encoder:
@@ -369,13 +353,10 @@ def test_calls_from_several_threads_do_not_disturb_each_other() -> None:
 
 def test_plans_of_the_last_sizes_are_kept_whatever_the_threads() -> None:
     executor = kernels.make_executor([conv(-1, 8, 3), Node("avg_pool", 0, gain=torch.tensor([0.1]))], "cpu")
-    images, before = images_of(20, 8, 8), torch.get_num_threads()
-    try:
-        for batch, threads in ((2, 2), (1, 1)):
-            torch.set_num_threads(threads)
-            executor(images[:batch])
-    finally:
-        torch.set_num_threads(before)
+    images = images_of(20, 8, 8)
+    for batch, threads in ((2, 2), (1, 1)):
+        torch.set_num_threads(threads)
+        executor(images[:batch])
     assert executor.plan(2, 8, 8)[0]["direct_us"] > 0 < executor.plan(1, 8, 8)[0]["direct_us"]
     for batch in range(3, 20):
         executor(images[:batch])

@@ -2,7 +2,6 @@
 
 import gc
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,13 +18,6 @@ from quantization_utils.packed_encoder import linear_layers
 from tests.networks import assert_equal_but_for_rounding, packed_vit
 
 BACKENDS = [name for name in available_backends() if name.startswith("cpu-")]
-
-
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def use(model: nn.Module, backend: str) -> None:

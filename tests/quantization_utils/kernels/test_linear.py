@@ -144,17 +144,14 @@ def test_patches_equal_the_reference(
     """Also patches that leave a border over, whose pixels count for the scale; whatever the threads and the batch."""
     codes, scale, bias = codes_of(shape), torch.rand(shape[0]), torch.randn(shape[0])
     geometry = {"stride": shape[2:], "padding": (0, 0), "dilation": (1, 1), "groups": 1}
-    images, before = torch.randn(5, shape[1], *size), torch.get_num_threads()
+    images = torch.randn(5, shape[1], *size)
     images[1, :, -1, -1] = 9.0
     expected = reference.Conv2d(codes, scale, bias, act_bits, geometry)(images)
     patches = kernels.make_conv(codes, scale, bias, act_bits, geometry, backend)
     assert patches.backend == backend
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            assert torch.equal(patches(images), expected) and torch.equal(patches(images[1:2]), expected[1:2])
-    finally:
-        torch.set_num_threads(before)
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        assert torch.equal(patches(images), expected) and torch.equal(patches(images[1:2]), expected[1:2])
     assert patches(images[:0]).shape == (0, *expected.shape[1:])
     padded = geometry | {"padding": (1, 1)}
     assert kernels.make_conv(codes, scale, bias, act_bits, padded).backend == "reference"
@@ -187,15 +184,12 @@ def test_skipping_does_not_depend_on_threads(monkeypatch: pytest.MonkeyPatch) ->
     nodes = [conv(-1, 64, 3, out_max=255),
              Node("linear", 0, codes=pruned_codes(321, 64 * 9, "single"), gain=torch.rand(321) / 9,
                   bias=torch.randn(321))]  # fmt: skip
-    executor, before = kernels.make_executor(nodes, "cpu"), torch.get_num_threads()
-    try:
-        for threads in (1, 2, 7):
-            torch.set_num_threads(threads)
-            for batch in (1, 15):
-                images = images_of(batch, 3, 3)
-                assert torch.equal(executor(images), reference.NetworkExecutor(nodes)(images))
-    finally:
-        torch.set_num_threads(before)
+    executor = kernels.make_executor(nodes, "cpu")
+    for threads in (1, 2, 7):
+        torch.set_num_threads(threads)
+        for batch in (1, 15):
+            images = images_of(batch, 3, 3)
+            assert torch.equal(executor(images), reference.NetworkExecutor(nodes)(images))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

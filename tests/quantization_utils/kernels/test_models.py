@@ -40,20 +40,17 @@ def packed(name: str, act_bits: int, **options: object) -> nn.Module:
 def test_networks_equal_the_reference(
     name: str, options: dict[str, object], act_bits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, before = packed(name, act_bits, **options), torch.get_num_threads()
+    model = packed(name, act_bits, **options)
     images = torch.rand(2 if options else 1, 3, 32, 32)  # the larger networks take long in portable code
     expected = reference.NetworkExecutor(model.nodes)(images)
     assert expected.unique().numel() >= 10
-    try:
-        for backend in BACKENDS:
-            monkeypatch.setenv("TERNARY_ISA", backend.removeprefix("cpu-"))
-            executor = kernels.make_executor(model.nodes, "cpu")
-            assert executor.backend == backend
-            for threads, batch in ((1, len(images)), (2, 1)):
-                torch.set_num_threads(threads)
-                assert torch.equal(executor(images[:batch]), expected[:batch])
-    finally:
-        torch.set_num_threads(before)
+    for backend in BACKENDS:
+        monkeypatch.setenv("TERNARY_ISA", backend.removeprefix("cpu-"))
+        executor = kernels.make_executor(model.nodes, "cpu")
+        assert executor.backend == backend
+        for threads, batch in ((1, len(images)), (2, 1)):
+            torch.set_num_threads(threads)
+            assert torch.equal(executor(images[:batch]), expected[:batch])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
