@@ -46,14 +46,14 @@ def test_what_classes_hang_on_stays_as_it_was(scale, bias, scale_rounded, bias_r
     assert rounded[1].codes.data_ptr() == model[1].codes.data_ptr()
 
 
-@pytest.mark.parametrize("near", [0, 8, 9])
+@pytest.mark.parametrize("near", [0, 3, 4])
 def test_a_few_images_near_to_changing_are_allowed(near):
-    """Of `IMAGES`, `near` change when logits move 32 times as far; 1.6% may, for 0.05% that do when they do not."""
+    """Of `IMAGES`, `near` change when logits move 32 times as far; 0.64% may, for 0.02% that do when they do not."""
     model = two_classes([FINE, 1.0], [2.0**-10, 0.0])  # rounding takes a white pixel's 2^-13 from the lead of class 0
     x = torch.zeros(2 * IMAGES, 3, 32, 32)
     x[:near, 0, 0, 0] = x[IMAGES:, 0, 0, 0] = 1.0  # the second half is not looked at
     rounded = with_float16_scales(model, x)
-    assert is_float16(rounded[1].scale) == (near <= 8)
+    assert is_float16(rounded[1].scale) == (near <= 3)
 
 
 @pytest.mark.parametrize("kind", ["alexnet_like", "resnet_like"])
