@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from models.select import Selection, select_layers
 
@@ -105,9 +104,8 @@ def _meaning(score: Any, granularity: str | None, scope: str | None) -> tuple[st
 
 def _parameter_of(layer: nn.Module) -> nn.Parameter | None:
     """The parameter that is a layer's weight, masked or not, or None: a weight that is computed from several."""
-    if is_parametrized(layer, "weight"):
-        return getattr(layer.parametrizations["weight"], "original", None)  # type: ignore[index, union-attr]
-    return layer._parameters.get("weight")
+    own = dict(layer.named_parameters())
+    return own.get("weight", own.get("parametrizations.weight.original"))
 
 
 def _holders(model: nn.Module, weight: nn.Parameter) -> int:
