@@ -31,7 +31,8 @@ class ViT(nn.Module):
         require_pixels(images_NCHW)
         if images_NCHW.dim() != 4:
             raise ValueError(f"images are a batch (B, 3, H, W), and these are {tuple(images_NCHW.shape)}")
-        if images_NCHW.shape[0] == 0:  # attention could not tell its heads apart
+        # Attention could not tell its heads apart; `len`, a plain int, would be a constant of an exported network.
+        if images_NCHW.shape[0] == 0:
             return self.forward(images_NCHW.new_zeros(1, *images_NCHW.shape[1:]))[:0]
         side: Any = self.network.config.image_size  # type: ignore[union-attr]
         if images_NCHW.shape[-2:] != (side, side):
