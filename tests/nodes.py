@@ -1,12 +1,14 @@
-"""Small nodes of packed networks, and their C++ kernels held against the reference, bit for bit."""
+"""Small nodes of packed networks and a small encoder; C++ kernels held against the reference, bit for bit."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from quantization_utils import kernels
-from quantization_utils.kernels import reference
+from quantization_utils.kernels import cpu, reference
 from quantization_utils.nodes import Node
 
 BACKENDS = [b for b in kernels.available_backends() if b.startswith("cpu-")]
@@ -31,6 +33,14 @@ def conv(source: int, n: int, c: int, kernel: int = 3, stride: int = 1, padding:
         kernel=(kernel, kernel), stride=(stride, stride), padding=(padding, padding),
         **{"out_max": 63, "relu": True, **options},
     )  # fmt: skip
+
+
+def encoder_of(laid_out: Callable[[Tensor], Tensor] = lambda codes: codes) -> cpu.Encoder:
+    """One layer, whose codes are laid out in some way; the same at every call."""
+    torch.manual_seed(0)
+    codes = [laid_out(codes_of(shape)) for shape in ((96, 32), (32, 32), (64, 32), (32, 64))]
+    layer = cpu.EncoderLayer(*((c, torch.ones(len(c)), None) for c in codes), norms=[torch.ones(32)] * 4)
+    return cpu.Encoder([layer], 2, 1e-6, 8)
 
 
 def assert_equals_reference(nodes: list[Node], images: Tensor, backend: str) -> Tensor:

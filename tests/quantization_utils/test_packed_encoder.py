@@ -18,11 +18,6 @@ from quantization_utils.quantizers import Quantizer, int8_absmax
 from tests.networks import assert_equal_but_for_rounding, packed_vit
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 @torch.no_grad()
 def test_a_layer_without_a_bias_takes_none_from_the_others() -> None:
     model, images = packed_vit(), torch.rand(4, 3, 32, 32)

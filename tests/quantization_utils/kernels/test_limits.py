@@ -19,11 +19,6 @@ from tests.nodes import BACKENDS, assert_equals_reference, codes_of, conv, image
 pytestmark = pytest.mark.skipif("cpu" not in kernels.available_backends(), reason="no C++ compiler")
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists() or platform.machine() != "x86_64", reason="Linux on x86 only")
 def test_every_instruction_set_that_the_processor_has_can_be_chosen() -> None:
     """One that got lost in compiling would be missed by nobody: the next best runs."""

@@ -14,11 +14,6 @@ from tests.nodes import BACKENDS, assert_equals_reference, codes_of, conv, image
 pytestmark = pytest.mark.skipif("cpu" not in kernels.available_backends(), reason="no C++ compiler")
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 def pruned_codes(n: int, k: int, kind: str) -> Tensor:
     """Ternary codes whose zeros are: single, whole blocks, all of some channels' vectors, everything."""
     codes = codes_of((n, k)) | 1

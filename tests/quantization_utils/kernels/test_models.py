@@ -23,11 +23,6 @@ BACKENDS = [b for b in kernels.available_backends() if b.startswith("cpu-")]
 ROOT = Path(__file__).resolve().parents[3]
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 def packed(name: str, act_bits: int, **options: object) -> nn.Module:
     model = quantize_(models.build(name, 10, **options).eval(), act_bits=act_bits)
     return pack_(calibrate_(model, torch.rand(4, 3, 32, 32)))
