@@ -120,6 +120,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--layers", action="store_true", help="a line for each layer (always shown for files)")
     parser.add_argument("--record", action="store_true", help="append the sizes to results/files/sizes.jsonl")
     prepare_output()
+    torch.set_num_threads(1)  # one takes no longer: two would wait for one another, and beside other work for minutes
     options = parser.parse_args(arguments)
     if options.record and options.files:
         parser.error("--record is for the models of the study: leave the files out")

@@ -20,6 +20,7 @@ from quantization_utils.bit_layers import BitConv2d, BitLinear, fixed_weights
 
 from . import distributed
 from .checkpoint import load_state, save_state
+from .crowding import Crowding
 from .cuda_graph import Replayed
 from .data import augment, epoch_order, to_float
 from .dataset import ImageDataset
@@ -161,6 +162,7 @@ def train(
         total=steps * batch_of_all, initial=start * batch_of_all, unit=" images", unit_scale=True, desc=title,
         leave=False, disable=rank > 0, mininterval=1.0 if sys.stderr.isatty() else 60.0,
     )  # fmt: skip
+    crowding = Crowding() if device.type == "cpu" and rank == 0 else None
 
     for step in range(start, steps):
         epoch, position = divmod(step, steps_per_epoch)
@@ -194,6 +196,8 @@ def train(
                 raise _diverged(str(error), state_path) from None
             shown = {"loss": f"{record['train_loss']:.3f}", "acc": f"{record['train_accuracy_pct']:.1f}%"}
             progress.set_postfix(shown, refresh=False, lr=f"{lr:.2g}")
+            if crowding and (news := crowding.news()):
+                progress.write(news, file=sys.stderr)
         progress.update(batch_of_all)
         if last_of_epoch:
             on_epoch(record | {"step": step + 1, "train_seconds": round(time.monotonic() - began, 3)})
