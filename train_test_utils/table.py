@@ -99,7 +99,7 @@ def lines_of(rows: Sequence[Mapping[str, Any]]) -> list[Line]:
 
 
 def _conditions(row: Mapping[str, Any], fields: Iterable[str]) -> str:
-    texts = [f"budget {row.get('budget') or 1:g}" if f == "budget" else _plain(row.get(f) or "") for f in fields]
+    texts = [f"budget {row.get('budget') or 1:g}" if f == "budget" else plain(row.get(f) or "") for f in fields]
     return ", ".join(text for text in texts if text)
 
 
@@ -186,7 +186,7 @@ def circumstances(lines: Sequence[Line]) -> dict[str, str]:
 
     def distinct(*fields: str) -> list[str]:
         values = [row.get(field) for row in rows for field in fields]
-        return list(dict.fromkeys(_plain(value) for value in values if value not in (None, "", {}, [])))
+        return list(dict.fromkeys(plain(value) for value in values if value not in (None, "", {}, [])))
 
     device, timed_on = distinct("device"), distinct("latency_device")
     found = {
@@ -198,7 +198,8 @@ def circumstances(lines: Sequence[Line]) -> dict[str, str]:
     return {name: ", ".join(values) for name, values in found.items() if values}
 
 
-def _plain(value: Any) -> str:
+def plain(value: Any) -> str:
+    """A field's value as one writes it by hand; a mapping as on the command line: stem=maxpool width=128."""
     if isinstance(value, Mapping):
-        return " ".join(f"{k}={_plain(v)}" for k, v in value.items())
+        return " ".join(f"{k}={plain(v)}" for k, v in value.items())
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -12,6 +12,11 @@ rows of experiments also titles of `table.COLUMNS` and `IN_FLOAT64`, for the mea
 (of lines that agree in these fields the last counts), `each=nodes` (a line for each member of that list or mapping,
 which has its line's fields too; a mapping's key is the field `name`). Three floats are a value and its confidence
 interval.
+
+    <!-- table:cifar10/vit,cifar100/vit across=float,qat_all -->   a line for each network, a column for each row's name
+    <!-- /table -->
+
+has the accuracies of several files. Their commands, commits and devices stand below the tables of these.
 """
 
 from __future__ import annotations
@@ -34,6 +39,7 @@ from ..table import (
     circumstances,
     columns_of,
     lines_of,
+    plain,
     significant,
 )
 from .commands import commands_of
@@ -58,11 +64,10 @@ def with_tables(text: str, results: Path) -> str:
 
 def markdown(name: str, options: str, results: Path) -> str:
     """The table `name` with its circumstances, as Markdown that ends in a newline."""
-    path = results / f"{name}.jsonl"
-    if not path.exists():
-        raise FileNotFoundError(f"table:{name} needs {path}, which is not there")
     given = _options(name, options)
-    rows: Sequence[Mapping[str, Any]] = read_rows(path)
+    if "across" in given:
+        return _networks([row for part in name.split(",") for row in _read(part, results)], given["across"])
+    rows = _read(name, results)
     if "only" in given:
         groups = [[row for row in rows if _first(str(row.get("row")), given["only"]) == p] for p in given["only"]]
         rows = [row for group in groups for row in group]
@@ -77,6 +82,29 @@ def markdown(name: str, options: str, results: Path) -> str:
     if all("test_accuracy_pct" in row for row in rows) and TITLES.issuperset(columns or ()):
         return _experiments(rows, columns)
     return _anything(rows, columns)
+
+
+def _read(name: str, results: Path) -> Sequence[Mapping[str, Any]]:
+    path = results / f"{name}.jsonl"
+    if not path.exists():
+        raise FileNotFoundError(f"table:{name} needs {path}, which is not there")
+    return read_rows(path)
+
+
+def _networks(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
+    networks: dict[tuple[str, str, str], dict[str, Line]] = {}
+    for line in lines_of(rows):
+        options = plain(line.rows[-1].get("options") or {})
+        network = (f"`{line.text('model')}` {options}".rstrip(), line.text("dataset"), f"{line.budget:g}")
+        networks.setdefault(network, {})[line.name] = line
+    if unknown := sorted(set(names).difference(*networks.values())):
+        raise ValueError(f"no line is of the row {unknown[0]!r}")
+    accuracy = COLUMNS[0]
+    body = [
+        [*network, *(accuracy.cell(lines[name]) if name in lines else NOTHING for name in names)]
+        for network, lines in networks.items()
+    ]
+    return _table(["model", "data set", "budget", *(f"`{name}`" for name in names)], body, left=2)
 
 
 def _members(field: Any) -> list[dict[str, Any]]:
@@ -175,8 +203,8 @@ def _options(name: str, text: str) -> dict[str, list[str]]:
     given = {}
     for word in shlex.split(text):
         key, _, value = word.partition("=")
-        if key not in ("columns", "only", "last", "each") or not value:
-            raise ValueError(f"table:{name} has the options columns=, only=, last= and each=, not {word!r}")
+        if key not in ("columns", "only", "last", "each", "across") or not value:
+            raise ValueError(f"table:{name} has the options columns=, only=, last=, each= and across=, not {word!r}")
         given[key] = value.split(",")
     return given
 

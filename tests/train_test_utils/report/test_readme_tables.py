@@ -158,6 +158,8 @@ def test_a_second_time_changes_nothing(results):
     (marked("cifar10/vit only=nothing"), "would be empty"),
     (marked("cifar10/vit only="), "not 'only='"),
     (marked("latency/networks columns=speed"), "no line has the field 'speed'"),
+    (marked("cifar10/vit across=float,qat_alll"), "no line is of the row 'qat_alll'"),
+    (marked("cifar10/vit,cifar10/gone across=float"), "gone.jsonl, which is not there"),
     ("<!-- table:cifar10/vit -->\n", "needs a line <!-- /table -->"),
     ("<!-- table:cifar10/vit -->\n" + marked("cifar10/vit"), "before the next one"),
 ])  # fmt: skip
@@ -196,6 +198,18 @@ def test_agreement_in_float64_is_shown_where_it_is_asked_for(tmp_path):
     text = markdown("vit", "columns=same_class,same_in_float64", tmp_path)
     assert text.startswith("| row | same class | same in float64 |\n") and "| `float` | 99.64% | 100.00% |" in text
     assert "float64" not in markdown("vit", "", tmp_path)
+
+
+def test_accuracies_of_several_files_a_line_for_each_network(results):
+    other = EXPERIMENTS[0] | {"dataset": "cifar100", "budget": 1, "options": {}, "test_accuracy_pct": 50.0}
+    seeds = [EXPERIMENTS[0] | {"seed": 1, "test_accuracy_pct": 81.123}, other]
+    (results / "more.jsonl").write_text("".join(json.dumps(row) + "\n" for row in seeds))
+    assert markdown("cifar10/vit,more", "across=qat_all,float", results) == (
+        "| model | data set | budget | `qat_all` | `float` |\n"
+        "| --- | --- | ---: | ---: | ---: |\n"
+        "| `vit` depth=2 | cifar10 | 0.02 | 79.00% | 80.62% ± 0.71% |\n"
+        "| `vit` | cifar100 | 1 | – | 50.00% |\n"
+    )
 
 
 def test_any_columns_of_experiments_still_say_under_which_conditions(results):
