@@ -17,6 +17,7 @@ def clocks(monkeypatch):
     now = [0.0, 0.0]
     monkeypatch.setattr(crowding.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(crowding.time, "process_time", lambda: now[1])
+    monkeypatch.setattr(Crowding, "told", False)
     torch.set_num_threads(2)
     return now
 
@@ -26,6 +27,9 @@ def test_threads_that_had_half_of_their_cores_are_told_how_many_to_be_and_once(c
     clocks[:] = [20.0, 20.0]
     assert "threads 1.0 cores" in (news := seen.news() or "") and "OMP_NUM_THREADS=1 " in news
     assert seen.news() is None
+    later = Crowding()
+    clocks[:] = [40.0, 40.0]
+    assert later.news() is None
 
 
 @pytest.mark.parametrize(("seconds", "used", "threads"), [(20.0, 39.0, 2), (5.0, 5.0, 2), (20.0, 10.0, 1)])
