@@ -62,6 +62,7 @@ class Settings:
 DEFAULT = Settings()
 
 
+@torch.inference_mode(False)  # reconstruction takes gradients, and none pass through what is made there
 def ternarize_(
     model: nn.Module,
     images: Tensor,

@@ -309,6 +309,14 @@ def test_what_quantization_refuses_is_refused_before_the_work(act_bits: int, sen
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_rounding_is_learned_in_inference_mode_too() -> None:
+    model, images = networks.make("resnet_like"), networks.images(16)
+    with torch.inference_mode():
+        ternarize_(model, images, act_bits=8, reconstruction=Reconstruction(2))
+    model.train()(images).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
 def test_a_relu_in_place_changes_nothing() -> None:
     def ternary(inplace: bool) -> dict[str, Tensor]:
         torch.manual_seed(0)
