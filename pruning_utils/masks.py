@@ -97,8 +97,7 @@ def apply_mask_(module: nn.Module, tensor_name: str, mask: Tensor) -> None:
         return
     existing.mask &= mask
     if all(hasattr(p, "right_inverse") for p in module.parametrizations[tensor_name]):  # type: ignore[index, union-attr]
-        with torch.no_grad():
-            setattr(module, tensor_name, getattr(module, tensor_name))  # zero behind the mask too
+        setattr(module, tensor_name, getattr(module, tensor_name))  # zero behind the mask too
 
 
 def mask_of(module: nn.Module, tensor_name: str = "weight") -> Mask | None:
