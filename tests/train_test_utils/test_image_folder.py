@@ -23,6 +23,7 @@ def write_images(folder: Path, count: int, shade: int) -> None:
 def test_a_folder_of_class_folders(tmp_path, monkeypatch):
     for name, shade in (("cat", 10), ("dog", 200)):
         write_images(tmp_path / name, 10, shade)
+    (tmp_path / "README.md").touch()
     data = load_dataset(str(tmp_path))
     assert data.class_names == ("cat", "dog")
     assert (len(data.train), len(data.test)) == (16, 4)
@@ -85,6 +86,7 @@ def test_a_training_folder_alone_is_not_taken_for_a_class(tmp_path):
     for name in ("a", "b"):
         write_images(tmp_path / "train" / name, 5, 0)
     write_images(tmp_path / "holdout" / "a", 5, 0)
+    (tmp_path / "test").touch()  # a list of file names, say
     with pytest.raises(ValueError, match="train has folders of classes, and beside it is no test or testing or val"):
         load_dataset(str(tmp_path))
 
@@ -93,6 +95,7 @@ def test_splits_of_other_names_are_not_taken_for_classes(tmp_path):
     for split in ("first", "second"):
         for name in ("a", "b"):
             write_images(tmp_path / "odd" / split / name, 5, 0)
+    (tmp_path / "odd" / "second" / ".DS_Store").touch()
     with pytest.raises(ValueError, match="first and second in .*odd have the same folders: call them train and test"):
         load_dataset(str(tmp_path / "odd"))
     for split, name in (("first", "training_set"), ("second", "test_set")):
