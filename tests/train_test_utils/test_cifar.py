@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import http.server
 import io
 import json
@@ -79,8 +80,6 @@ def test_cifar100_has_a_hundred_classes_and_not_twenty(tmp_path):
 
 def write_torchvision_layout(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The layout of torchvision with two images in each of ten files; its checksums are those of these files."""
-    import hashlib
-
     from torchvision import datasets
 
     def batch(which: slice) -> bytes:
@@ -112,7 +111,7 @@ def write_torchvision_layout(root: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 def test_torchvisions_layout(tmp_path, monkeypatch, below):
     write_torchvision_layout(tmp_path / below, monkeypatch)
     data = load_cifar(TINY, tmp_path)
-    assert torch.equal(data.train.images, expected(slice(20)))
+    assert torch.equal(data.train.images, expected(slice(20))) and data.train.images.is_contiguous()
     assert data.class_names[3] == "class 3"
 
 
@@ -319,6 +318,12 @@ def test_files_are_read_in_the_order_of_their_names(tmp_path, monkeypatch):
     assert torch.equal(load_cifar(TINY, tmp_path).train.images, expected(slice(20)))
 
 
+def test_files_need_not_be_numbered(tmp_path):
+    for which, part in (("train", slice(20)), ("test", slice(20, 30))):
+        write_parquet(tmp_path / "cifar10" / f"{which}-all.parquet", PIXELS[part], LABELS[part])
+    assert torch.equal(load_cifar(TINY, tmp_path).train.images, expected(slice(20)))
+
+
 def test_what_is_wrong_with_parquet_files_is_said(tmp_path):
     write_hub_layout(tmp_path / "cifar10")
     folder = tmp_path / "cifar10" / "plain_text"
@@ -384,6 +389,21 @@ def test_class_names_are_those_of_the_metadata_if_it_has_them(names, taken, tmp_
     path = tmp_path / "cifar10" / "plain_text" / "train-00000-of-00002.parquet"
     write_parquet(path, PIXELS[:10], LABELS[:10], metadata=metadata)
     assert load_cifar(TINY, tmp_path).class_names[3] == taken
+
+
+def test_images_of_one_channel_are_grey(tmp_path):
+    write_hub_layout(tmp_path / "cifar10")
+    path = tmp_path / "cifar10" / "plain_text" / "test-00000-of-00001.parquet"
+    write_parquet(path, PIXELS[20:, :, :, 0], LABELS[20:])
+    grey = load_cifar(TINY, tmp_path).test.images
+    assert torch.equal(grey, expected(slice(20, 30))[:, :1].expand_as(grey))
+
+
+def test_the_digest_is_the_one_that_the_known_sums_were_made_with():
+    images = expected(slice(30))
+    pairs = [bytes([label]) + image.numpy().tobytes() for label, image in zip(LABELS, images, strict=True)]
+    total = sum(int(hashlib.sha256(pair).hexdigest(), 16) for pair in pairs)
+    assert cifar.digest(Split(images, torch.tensor(LABELS))) == f"{total:064x}"[-64:]
 
 
 def test_the_digest_forgets_order_but_not_which_label_an_image_has():
