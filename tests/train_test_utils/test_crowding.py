@@ -13,22 +13,23 @@ from train_test_utils.train import Setup, train
 
 @pytest.fixture
 def clocks(monkeypatch):
-    """Two threads, and [seconds that have passed, seconds that this process has had on cores]."""
+    """Two threads, and [seconds that have passed, seconds that this process has had on cores]: since a while ago."""
     now = [0.0, 0.0]
-    monkeypatch.setattr(crowding.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(crowding.time, "process_time", lambda: now[1])
-    monkeypatch.setattr(Crowding, "told", False)
+    monkeypatch.setattr(crowding.time, "monotonic", lambda: 100 + now[0])
+    monkeypatch.setattr(crowding.time, "process_time", lambda: 50 + now[1])
+    monkeypatch.setattr(Crowding, \"told\", False)
     torch.set_num_threads(2)
     return now
 
 
-def test_threads_that_had_half_of_their_cores_are_told_how_many_to_be_and_once(clocks):
+@pytest.mark.parametrize("used, cores", [(20.0, "1.0"), (8.0, "0.4")])
+def test_threads_that_had_half_of_their_cores_or_less_are_told_how_many_to_be_and_once(clocks, used, cores):
     seen = Crowding()
-    clocks[:] = [20.0, 20.0]
-    assert "threads 1.0 cores" in (news := seen.news() or "") and "OMP_NUM_THREADS=1 " in news
+    clocks[:] = [20.0, used]
+    assert f"threads {cores} cores" in (news := seen.news() or "") and "OMP_NUM_THREADS=1 " in news
     assert seen.news() is None
     later = Crowding()
-    clocks[:] = [40.0, 40.0]
+    clocks[:] = [40.0, used + 10.0]
     assert later.news() is None
 
 
