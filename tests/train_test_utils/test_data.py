@@ -128,6 +128,7 @@ TWO = Split(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.tensor([0, 1]))
     [
         (torch.zeros(2, 3, 32, 32), [0, 1], "not uint8"),
         (torch.zeros(2, 1, 32, 32, dtype=torch.uint8), [0, 1], "not uint8"),
+        (torch.zeros(2, 3, 32, dtype=torch.uint8), [0, 1], "not uint8"),
         (torch.zeros(2, 3, 32, 32, dtype=torch.uint8), [0, -1], "has the label -1"),
         (torch.zeros(2, 3, 32, 32, dtype=torch.uint8), [0], "2 images and 1 labels"),
         (torch.zeros(2, 3, 32, 32, dtype=torch.uint8), [0.0, 1.0], "labels of it are torch.float32, not int64"),
