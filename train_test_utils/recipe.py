@@ -70,7 +70,7 @@ class Recipe:
         warm = self.warmup * steps
         if step < warm:
             return self.lr * (step + 1) / (warm + 1)
-        return self.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1.0, steps - warm)))
+        return self.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm)))
 
     def quantized_part_at(self, step: int, steps: int) -> float:
         """The ramp from float (0) to quantized (1) weights, in quarters, so that few compiled steps are built."""
