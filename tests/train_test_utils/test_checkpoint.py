@@ -37,6 +37,13 @@ def test_the_same_weights_are_the_same_bytes(tmp_path):
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
+def test_a_layer_under_two_names_comes_back(tmp_path):
+    layer, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    save_weights(nn.Sequential(layer, layer), tmp_path / "a", "0123")
+    load_weights(nn.Sequential(other, other), tmp_path / "a", "0123")
+    assert torch.equal(layer.weight, other.weight)
+
+
 @pytest.mark.parametrize("save", [
     lambda width, path: save_weights(nn.Linear(width, 1), path, "0123"),
     lambda width, path: save_state({"weight": torch.ones(width)}, path),

@@ -33,7 +33,7 @@ def test_threads_that_had_half_of_their_cores_or_less_are_told_how_many_to_be_an
     assert later.news() is None
 
 
-@pytest.mark.parametrize(("seconds", "used", "threads"), [(20.0, 39.0, 2), (5.0, 5.0, 2), (20.0, 10.0, 1)])
+@pytest.mark.parametrize("seconds, used, threads", [(20.0, 39.0, 2), (0.0, 0.0, 2), (5.0, 5.0, 2), (20.0, 10.0, 1)])
 def test_nothing_is_said_when_alone_or_too_early_or_of_one_thread(clocks, seconds, used, threads):
     torch.set_num_threads(threads)
     seen = Crowding()

@@ -148,11 +148,23 @@ class AroundBodies(nn.Module):
         return x
 
 
-def test_a_sum_outside_of_its_layers_block_is_not_aimed_at() -> None:
-    model = AroundBodies()
-    assert list(residual_sums(model)) == ["bodies.0.0", "bodies.1.0"]
+class AroundALayer(nn.Module):
+    """The name of what reads the sum only begins as the layer's does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.conv_relu = nn.Conv2d(3, 3, 1), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv_relu(self.conv(x) + x)
+
+
+@pytest.mark.parametrize("kind, names", [(AroundBodies, ["bodies.0.0", "bodies.1.0"]), (AroundALayer, ["conv"])])
+def test_a_sum_outside_of_its_layers_block_is_not_aimed_at(kind: type[nn.Module], names: list[str]) -> None:
+    model = kind()
+    assert list(residual_sums(model)) == names
     ternarize_(model, networks.images(16))
-    assert all(isinstance(body[0], BitConv2d) for body in model.bodies)
+    assert all(isinstance(model.get_submodule(name), BitConv2d) for name in names)
 
 
 def test_a_sum_is_nearer_to_the_float_network_if_its_last_layer_makes_up_for_the_shortcut(
@@ -368,6 +380,11 @@ def test_wrong_input_is_refused_in_a_sentence() -> None:
 def test_fewer_images_than_weights_of_a_channel_are_said() -> None:
     with pytest.warns(UserWarning, match="fewer positions than weights per channel in 11: .* no full rank"):
         ternarize_(networks.make("alexnet_like"), networks.images(32))
+
+
+@pytest.mark.filterwarnings("error:fewer positions than weights")
+def test_as_many_images_as_weights_of_a_channel_are_not_too_few() -> None:
+    ternarize_(nn.Sequential(nn.Flatten(), nn.Linear(16, 4)), torch.rand(16, 4, 2, 2))
 
 
 def test_each_setting_reaches_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
