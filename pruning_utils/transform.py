@@ -16,7 +16,6 @@ from .structured import batch_norms_behind, mask_filters_, without_classifier
 
 
 @torch.inference_mode(False)  # masks that are made there could not take part in training
-@torch.no_grad()
 def prune_(
     model: nn.Module,
     score: Score,

@@ -16,6 +16,7 @@ def test_a_score_has_the_shape_it_says_and_leaves_the_weight_alone(score, shape,
     assert importance.shape == (shape if score.granularity == "weight" else shape[:1])
     assert importance.dtype == torch.float32
     assert torch.equal(weight, before)
+    assert score.seeded or torch.equal(importance, score(weight.float()))
 
 
 def test_what_the_scores_are():

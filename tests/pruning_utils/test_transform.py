@@ -75,6 +75,13 @@ def test_global_counts_over_the_layers_chosen_only():
     assert sum(zeros(model)) == round(0.4 * (270 + 630)) and zeros(model)[-1] == 0
 
 
+def test_filters_of_all_layers_are_compared_by_the_sums_of_their_importances():
+    sums = torch.cat([m.weight.detach().abs().flatten(1).sum(1) for m in layers(network())[:-1]])
+    model = prune_(network(), l1, 0.4, granularity="filter", scope="global")
+    gone = torch.cat([(m.weight == 0).flatten(1).all(1) for m in layers(model)[:-1]])
+    assert gone.sum() == round(0.4 * 17) and sums[gone].max() < sums[~gone].min()
+
+
 @pytest.mark.parametrize("granularity", ["weight", "filter"])
 def test_random_is_reproducible_and_its_seeds_and_layers_differ(granularity):
     def masks(seed):
@@ -268,6 +275,8 @@ def test_filters_of_equal_scores_go_by_their_magnitude():
 def test_own_scores():
     by_position = prune_(network(), lambda w: torch.arange(w.numel()).view_as(w), 0.5)
     assert all((m.weight.flatten()[: m.weight.numel() // 2] == 0).all() for m in layers(by_position))
+    with_numpy = prune_(network(), lambda w: torch.from_numpy(abs(w.numpy())), 0.5)
+    assert all(map(torch.equal, with_numpy.parameters(), prune_(network(), l1, 0.5).parameters()))
     with pytest.raises(ValueError, match="has shape"):
         prune_(network(), lambda w: w.sum(), 0.5)
     with pytest.raises(ValueError, match="is a list: it should be a tensor"):
