@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from safetensors.torch import save_model
 from torch import nn
 
 from pruning_utils import l1, prune_
@@ -87,7 +88,7 @@ def test_one_bit_of_a_weight_is_noticed(tmp_path):
 def test_a_checkpoint_of_another_model(tmp_path):
     path = tmp_path / "checkpoint.safetensors"
     save_weights(make("alexnet_like"), path, "0123")
-    with pytest.raises(ValueError, match="is not a checkpoint of this model") as caught:
+    with pytest.raises(ValueError, match=r"not a checkpoint of this model \(\S+ is in one of the two only\)") as caught:
         load_weights(make("resnet_like"), path)
     assert "\n" not in str(caught.value)
     with pytest.raises(FileNotFoundError):
@@ -101,6 +102,14 @@ def test_a_checkpoint_of_another_row(tmp_path):
     load_weights(make("alexnet_like"), path)
     with pytest.raises(ValueError, match="it was trained with configuration 0123, not 4567"):
         load_weights(make("alexnet_like"), path, "4567")
+
+
+def test_a_checkpoint_that_says_nothing_of_its_row_is_taken(tmp_path):
+    """As older ones do."""
+    saved, loaded = make("alexnet_like"), make("alexnet_like")
+    save_model(saved, tmp_path / "checkpoint.safetensors")
+    load_weights(loaded, tmp_path / "checkpoint.safetensors", "0123")
+    assert all(map(torch.equal, loaded.parameters(), saved.parameters()))
 
 
 def test_state_of_an_unfinished_training(tmp_path):
