@@ -147,6 +147,16 @@ def test_a_residual_that_another_channel_needs_blocks_removal():
     assert [len(n.codes) for n in remove_dead_channels(nodes)] == [3, 3, 2]
 
 
+def test_logits_stay_that_are_added_to_what_other_nodes_put_out():
+    nodes = two_layers()
+    nodes[1].codes[1] = 0  # a dead logit
+    last = Node("linear", 1, residual=1, residual_gain=1.0, codes=torch.tensor([[1, 0], [0, 0]], dtype=torch.int8),
+                gain=torch.ones(2), bias=torch.zeros(2))  # fmt: skip
+    nodes = [nodes[0], replace(nodes[1], relu=True, out_max=255), last]
+    images = torch.rand(2, 3, 2, 2)
+    assert torch.equal(run(remove_dead_channels(nodes), images), run(nodes, images))
+
+
 def test_one_channel_stays_where_all_are_dead():
     nodes = two_layers(codes=torch.zeros(4, 3, 1, 1, dtype=torch.int8), bias=torch.zeros(4))
     slim = remove_dead_channels(nodes)
