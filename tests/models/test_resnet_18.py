@@ -17,6 +17,8 @@ def test_stem_and_stages(stem, side):
     with torch.no_grad():
         model(torch.rand(1, 3, 32, 32))
     assert shapes == [(64 * scale, side // scale, side // scale) for scale in (1, 2, 4, 8)]
+    if stem == "maxpool":
+        assert (model.pool.kernel_size, model.pool.stride, model.pool.padding) == (3, 2, 1), "the paper's"
     convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
     assert len(convolutions) == 20  # 17 of the paper, and three projections
     assert sum(p.numel() for p in model.parameters()) == 11_173_962  # ResNet-18 for ten classes with the 3×3 stem
