@@ -150,13 +150,13 @@ def code_zero_fraction(model: nn.Module) -> float:
     for weight, _ in _weights(model):
         zeros += weight.numel() - int(torch.count_nonzero(weight))
         total += weight.numel()
-    return zeros / max(total, 1)
+    return zeros / total
 
 
 def weight_bits(model: nn.Module) -> float:
     """Nominal bits of a weight of linear and convolution layers, on average: log2(3) ternary, 8, or 32 if float."""
     sizes = [(w.numel(), {"ternary": LOG2_3, 8: 8.0, None: 32.0}[bits]) for w, bits in _weights(model)]
-    return round(sum(n * bits for n, bits in sizes) / max(sum(n for n, _ in sizes), 1), 4)
+    return round(sum(n * bits for n, bits in sizes) / sum(n for n, _ in sizes), 4)
 
 
 def ideal_bytes(model: nn.Module) -> int:

@@ -107,6 +107,12 @@ def test_ideal_bytes_are_those_of_the_file(tmp_path, make):
     assert measure.ideal_bytes(loaded) == math.ceil(inspect_file(path).ideal_bytes)
 
 
+def test_ideal_bytes_do_not_change_with_the_memory_format():
+    model = small_network()
+    expected = measure.ideal_bytes(model)
+    assert measure.ideal_bytes(model.to(memory_format=torch.channels_last)) == expected
+
+
 def test_latency_beside_takes_turns():
     order = []
 
