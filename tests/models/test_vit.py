@@ -242,3 +242,11 @@ def test_half_precision_images_of_another_size():
     model, images = build("vit", 10, width=64, depth=1).eval(), torch.rand(1, 3, 40, 40)
     with torch.no_grad():
         torch.testing.assert_close(model(images.half()), model(images.half().float()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@torch.no_grad()
+def test_images_of_another_type_are_resized_too(dtype):
+    model = build("vit", 3, width=64, depth=1, patch_size=16).eval()
+    images = torch.rand(2, 3, 20, 20).to(dtype)
+    assert torch.equal(model(images), model(images.float()))
