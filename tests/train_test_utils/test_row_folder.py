@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from train_test_utils import distributed
 from train_test_utils.row_folder import claim, locked, owner_of
 
 
@@ -22,6 +23,14 @@ def test_a_mark_that_was_cut_off_is_written_again(tmp_path):
     (tmp_path / "row" / "config_hash").write_text("")
     claim(tmp_path / "row", "a")
     assert owner_of(tmp_path / "row") == "a"
+
+
+def test_the_first_of_several_processes_claims_and_the_others_wait_for_it(tmp_path, monkeypatch):
+    waited = []
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    monkeypatch.setattr(distributed, "barrier", lambda: waited.append(True))
+    claim(tmp_path / "row", "a")
+    assert waited and not (tmp_path / "row").exists()
 
 
 def test_several_may_read_what_none_may_write_meanwhile(tmp_path):
