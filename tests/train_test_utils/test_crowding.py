@@ -17,7 +17,7 @@ def clocks(monkeypatch):
     now = [0.0, 0.0]
     monkeypatch.setattr(crowding.time, "monotonic", lambda: 100 + now[0])
     monkeypatch.setattr(crowding.time, "process_time", lambda: 50 + now[1])
-    monkeypatch.setattr(Crowding, \"told\", False)
+    monkeypatch.setattr(Crowding, "told", False)
     torch.set_num_threads(2)
     return now
 
