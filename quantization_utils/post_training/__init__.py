@@ -62,7 +62,6 @@ class Settings:
 DEFAULT = Settings()
 
 
-@torch.inference_mode(False)  # reconstruction takes gradients, and none pass through what is made there
 def ternarize_(
     model: nn.Module,
     images: Tensor,
@@ -83,9 +82,11 @@ def ternarize_(
 
     Raises:
         ValueError: too few images, a layer that does not run, a grouped convolution, activations that are not finite,
-            and what `quantize_` and `calibrate_` refuse; the model is as it was.
+            reconstruction in inference mode, and what `quantize_` and `calibrate_` refuse; the model is as it was.
     """
     require_pixels(images)
+    if reconstruction is not None and torch.is_inference_mode_enabled():
+        raise ValueError("reconstruction learns by gradients: call this outside of torch.inference_mode()")
     if len(images) < MIN_IMAGES:
         raise ValueError(f"calibration needs at least {MIN_IMAGES} images (1024 are usual), not {len(images)}")
     with evaluating(model):
