@@ -19,11 +19,12 @@ TABLES := $(RUN) -m train_test_utils.report results --readme
 .DELETE_ON_ERROR:
 
 # Each thread has a core of its own: where another program kept one busy, the threads shared the other, where each waited
-# for the other's turn to end, and that took five times as long. Not with fewer threads than cores: two runs would share one.
+# for the other's turn to end, and that took five times as long. Whole cores, as PyTorch has a thread for each of these. Not
+# with fewer threads than cores: two runs would share one.
 # Kernels first, as compilers would be kept on one core too; without a compiler there are none.
 quickstart: $(VENV)/requirements.stamp
 	@$(RUN) -m quantization_utils.kernels || true
-	$(if $(OMP_NUM_THREADS),,OMP_PROC_BIND=true )$(RUN) resnet_18_experiments.py --quick
+	$(if $(OMP_NUM_THREADS),,OMP_PROC_BIND=true OMP_PLACES=cores )$(RUN) resnet_18_experiments.py --quick
 
 test: $(VENV)/requirements-dev.stamp
 	$(RUN) -m pytest -n logical --maxprocesses 8 --dist worksteal
