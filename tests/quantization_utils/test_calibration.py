@@ -26,12 +26,14 @@ def test_calibration_gives_every_input_one_static_step(kind):
 
 
 def test_calibrating_again_sets_the_steps_anew():
-    model = calibrate_(quantize_(make("alexnet_like")), images(16))
-    before = [float(q.step.detach()) for q in layers(model, StaticQuantizer)]
-    calibrate_(model, images(16) * 0.1)
-    after = [float(q.step.detach()) for q in layers(model, StaticQuantizer)]
-    assert len(before) == len(after) == 3 and before != after
-    calibrate_(model, images(16) * 0.1)
+    """From float activations: those that the steps there are would round have no part in the new ones."""
+    model, batch = quantize_(make("alexnet_like")), images(16)
+
+    def steps(images):
+        return [float(q.step.detach()) for q in layers(calibrate_(model, images), StaticQuantizer)]
+
+    before, darker, again = steps(batch), steps(batch * 0.1), steps(batch)
+    assert len(before) == 3 and before == again and all(new != old for new, old in zip(darker, before, strict=True))
 
 
 def test_transformers_keep_their_dynamic_scales():
@@ -48,12 +50,13 @@ def test_an_input_that_no_node_ends_keeps_its_dynamic_scale():
     assert [m.input_quantizer is None for m in layers(model)] == [True, False, True]
 
 
+@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_calibration_changes_no_weight_and_no_mode(kind):
-    model = quantize_(make(kind)).train()
+def test_calibration_changes_no_weight_and_no_mode(kind, training):
+    model = quantize_(make(kind)).train(training)
     state = {k: v.clone() for k, v in model.state_dict().items()}
     calibrate_(model, images(8))
-    assert model.training and all(m.training for m in model.modules())
+    assert all(m.training == training for m in model.modules())
     now = model.state_dict()
     assert all(torch.equal(now[k], v) for k, v in state.items())
 
