@@ -100,7 +100,8 @@ def test_reloaded_equals_packed_and_saves_to_the_same_bytes(name, tmp_path):
     with torch.no_grad():
         assert torch.equal(loaded(images()), model(images()))
     assert {k: metadata[k] for k in METADATA} == METADATA and metadata["format_version"] == 1
-    assert metadata["constructor"] == json.loads(json.dumps(model.constructor)) and not loaded.training
+    assert model.constructor and metadata["constructor"] == json.loads(json.dumps(model.constructor))
+    assert not loaded.training
     assert not any(p.requires_grad for p in loaded.parameters())
     save_model(loaded, tmp_path / "two", metadata)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
