@@ -123,14 +123,7 @@ def train(
     totals = Totals(device)
     start, seconds_before = _resume(parts, totals, state_path, device)
     bit_layers = [m for m in model.modules() if isinstance(m, (BitLinear, BitConv2d))]
-    runner = distributed.wrapped(model)
-    if device.type == "cuda":
-        if device.index is not None:
-            torch.cuda.set_device(device)  # for the streams and graphs below
-        torch.backends.cudnn.benchmark = True  # all batches have one shape, so its fastest algorithms are found once
-    if setup.compile:
-        torch.compiler.reset()  # variants are counted over all models of a process, and the ninth would run uncompiled
-        runner = torch.compile(runner)
+    runner = _runner(model, setup)
     autocast = (
         torch.autocast(device.type, setup.precision) if setup.precision != torch.float32 else nullcontext()
     )
@@ -172,11 +165,7 @@ def train(
         number.fill_(step)
         torch.manual_seed(hash((seed, step, rank)) & 0x7FFFFFFF)  # augmentation and dropout
         lr = recipe.lr_at(step, steps)
-        for group in optimizer.param_groups:
-            if repeated:
-                group["lr"].fill_(lr * group["lr_factor"])
-            else:
-                group["lr"] = lr * group["lr_factor"]
+        _set_learning_rate(optimizer, lr)
         part = recipe.quantized_part_at(step, steps)
         for layer in bit_layers:
             layer.quantized_part = part
@@ -241,6 +230,28 @@ def _resume(
         raise ValueError(
             f"{path} is not the state of this training ({first_line(error)}): delete it to start the row anew"
         ) from error
+
+
+def _runner(model: nn.Module, setup: Setup) -> nn.Module:
+    """What a step calls for the model: wrapped for several processes, and compiled if wanted."""
+    if setup.device.type == "cuda":
+        if setup.device.index is not None:
+            torch.cuda.set_device(setup.device)  # for the streams and graphs of the training
+        torch.backends.cudnn.benchmark = True  # all batches have one shape, so its fastest algorithms are found once
+    runner = distributed.wrapped(model)
+    if setup.compile:
+        torch.compiler.reset()  # variants are counted over all models of a process, and the ninth would run uncompiled
+        runner = torch.compile(runner)
+    return runner
+
+
+def _set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group_lr = lr * group["lr_factor"]
+        if isinstance(group["lr"], Tensor):  # a CUDA graph reads it there
+            group["lr"].fill_(group_lr)
+        else:
+            group["lr"] = group_lr
 
 
 def _augmented(dataset: ImageDataset, batch: Tensor, recipe: Recipe, budget: float) -> Tensor:
