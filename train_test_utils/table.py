@@ -94,7 +94,7 @@ def lines_of(rows: Sequence[Mapping[str, Any]]) -> list[Line]:
         recipes[recipe] = recipes.pop(recipe, {}) | {row.get("seed"): row}
     lines = [Line(tuple(list(recipes.values())[-1].values())) for recipes in latest.values()]
     fields = ("budget", "options", "precision")
-    several = [field for field in fields if len({str(line.rows[-1].get(field)) for line in lines}) > 1]
+    several = [field for field in fields if len({_json(line.rows[-1].get(field)) for line in lines}) > 1]
     return [replace(line, conditions=_conditions(line.rows[-1], several)) for line in lines]
 
 
@@ -110,8 +110,12 @@ def float_line(lines: Sequence[Line], like: Line) -> Line | None:
 
 
 def _key(row: Mapping[str, Any]) -> tuple[str, ...]:
-    parts = [row.get(k) for k in ("model", "dataset", "options", "budget", "precision", "row")]
-    return tuple(json.dumps(part, sort_keys=True, default=str) for part in parts)
+    return tuple(_json(row.get(k)) for k in ("model", "dataset", "options", "budget", "precision", "row"))
+
+
+def _json(value: Any) -> str:
+    """The same text for options in whatever order they were given."""
+    return json.dumps(value, sort_keys=True)
 
 
 def _is_number(value: Any) -> bool:
@@ -186,7 +190,8 @@ def circumstances(lines: Sequence[Line]) -> dict[str, str]:
 
     def distinct(*fields: str) -> list[str]:
         values = [row.get(field) for row in rows for field in fields]
-        return list(dict.fromkeys(plain(value) for value in values if value not in (None, "", {}, [])))
+        texts = {_json(value): plain(value) for value in values if value not in (None, "", {})}
+        return list(dict.fromkeys(texts.values()))
 
     device, timed_on = distinct("device"), distinct("latency_device")
     found = {

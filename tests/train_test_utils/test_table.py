@@ -108,7 +108,7 @@ def test_sizes():
 
 def test_circumstances_name_every_device_and_skip_the_unknown():
     other = row("float", seed=1, device="B", precision="bf16", options={"stem": "maxpool"})
-    found = circumstances(lines_of([row(device="A", commit=""), other]))
+    found = circumstances(lines_of([row(device="A", commit="", options={}), other]))
     assert found == {
         "budget": "1", "seeds": "0, 1", "device": "A, B", "precision": "bf16", "options": "stem=maxpool"
     }  # fmt: skip
@@ -142,6 +142,13 @@ def test_the_same_row_under_other_conditions_has_another_label():
     assert [line.label for line in lines] == [
         "qat_all (budget 1)", "qat_all (budget 0.1)", "qat_all (budget 1, stem=maxpool)"
     ]  # fmt: skip
+
+
+def test_options_in_another_order_are_the_same():
+    one, other = {"width": 128, "depth": 4}, {"depth": 4, "width": 128}
+    lines = lines_of([row("float", options=one), row(options=one), row(seed=1, options=other)])
+    assert [line.label for line in lines] == ["float", "qat_all"] and lines[1].seeds == (0, 1)
+    assert len(circumstances(lines)["options"].split(", ")) == 1
 
 
 def test_a_tenth_of_a_megabyte_and_less():
