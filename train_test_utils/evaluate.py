@@ -18,7 +18,7 @@ from .data import to_float
 def predict(model: nn.Module, images_u8: Tensor, batch_size: int = 64, dtype: torch.dtype = torch.float32) -> Tensor:
     """Logits (N, classes) on the CPU for uint8 images (N, 3, H, W), whose device and `dtype` are the model's."""
     with evaluating(model), fixed_weights(model):
-        return torch.cat([model(to_float(batch).to(dtype)).to(dtype).cpu() for batch in images_u8.split(batch_size)])
+        return torch.cat([model(to_float(batch).to(dtype)).cpu() for batch in images_u8.split(batch_size)])
 
 
 def accuracy_pct(logits: Tensor, labels: Tensor) -> float:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
@@ -61,7 +62,9 @@ def test_what_a_file_says_in_float64_too_is_not_the_rounding_of_its_kernels():
     assert agreement_pct(model, stored, images, logits, other) == (90, 90)
 
 
-def test_a_tenth_of_the_images_at_most_is_given_to_the_model_in_float64(monkeypatch):
+@pytest.fixture
+def given(monkeypatch):
+    """How many images are given to a model in float64, which puts all of them into class 1."""
     given = []
 
     def predict(model, images, dtype):
@@ -69,6 +72,18 @@ def test_a_tenth_of_the_images_at_most_is_given_to_the_model_in_float64(monkeypa
         return torch.tensor([[0.0, 1.0]] * len(images))
 
     monkeypatch.setattr("train_test_utils.evaluate.predict", predict)
+    return given
+
+
+def test_a_tenth_of_the_images_at_most_is_given_to_the_model_in_float64(given):
     images, tied = torch.zeros(50, 3, 2, 2, dtype=torch.uint8), torch.tensor([[1e-9, 0.0]] * 50)
     agreement_pct(nn.Identity(), nn.Identity(), images, tied, torch.tensor([[1.0, 0.0]] * 50))
     assert given == [5, 5, 5]  # and where that gives another class to both
+
+
+def test_one_image_whose_logits_differ_makes_no_others_doubtful(given):
+    logits = torch.tensor([[1.0, 0.0]] * 200)
+    others = logits.clone()
+    others[0, 0] = 300
+    assert agreement_pct(nn.Identity(), nn.Identity(), torch.zeros(200, 3, 2, 2), logits, others) == (100, 100)
+    assert not given
