@@ -1,9 +1,11 @@
 """Figures of benchmarks: a line of results/ each, as safe as a row's."""
 
+import calendar
 import json
 import platform
 import shlex
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -63,6 +65,16 @@ def test_what_is_unpacked_inside_of_another_repository_is_not_of_its_commit(tmp_
     record.commit.cache_clear()
 
 
+def test_without_a_commit_or_without_git_there_is_none(root, monkeypatch):
+    subprocess.run(["git", "init", "-q"], cwd=root, check=True)
+    for path in (None, str(root)):
+        if path:
+            monkeypatch.setenv("PATH", path)
+        record.commit.cache_clear()
+        assert record.commit() == ""
+    record.commit.cache_clear()
+
+
 @pytest.mark.parametrize(
     "told, name",
     [("processor\t: 0\nmodel name\t: A CPU: 2 GHz\nmodel name\t: another\n", "A CPU: 2 GHz"), ("", platform.machine())],
@@ -75,6 +87,15 @@ def test_the_processor_is_called_as_the_system_calls_it(told, name, monkeypatch)
 def test_versions_are_pythons_and_those_of_what_is_installed():
     versions = record.versions("pytest", "no-such-package")
     assert versions == {"python": platform.python_version(), "pytest": pytest.__version__}
+
+
+def test_times_are_those_of_greenwich(root, monkeypatch):
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setenv("TZ", "UTC-9")
+        time.tzset()
+        told = json.loads(append_record("kernels", {}).read_text())["finished_at"]
+    time.tzset()
+    assert abs(calendar.timegm(time.strptime(told, "%Y-%m-%dT%H:%M:%SZ")) - time.time()) < 3600
 
 
 def test_what_is_not_json_leaves_the_file_as_it_was(root):

@@ -18,6 +18,14 @@ def test_results_that_are_moved_aside_take_the_place_of_none(tmp_path, capsys):
     assert (tmp_path / "row" / "config_hash").read_text() == "b\n"
 
 
+def test_nothing_is_written_where_a_folder_is_claimed_already(tmp_path):
+    """A read-only disk, say."""
+    claim(tmp_path / "row", "a")
+    (tmp_path / "row" / "config_hash").write_text("a")
+    claim(tmp_path / "row", "a")
+    assert (tmp_path / "row" / "config_hash").read_text() == "a"
+
+
 def test_a_mark_that_was_cut_off_is_written_again(tmp_path):
     claim(tmp_path / "row", "a")
     (tmp_path / "row" / "config_hash").write_text("")
