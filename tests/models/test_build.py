@@ -83,9 +83,13 @@ def test_every_parameter_learns(name):
         (("vit", 10), {"width": 64, "depth": 0}, "a depth of one layer or more, not 0"),
         (("vit", 10), {"width": 64, "depth": 1.5}, "depth is a whole number, not 1.5"),
         (("vit", 10), {"width": 64, "patch_size": 5}, "choose 4 or 8, not 5"),
+        (("vit", 10), {"width": 64, "patch_size": 0}, "choose 4 or 8, not 0"),
         (("vit", 10), {"config": 3}, "config is a dictionary, not 3"),
+        (("vit", 10), {"config": {}, "width": 64}, "a config has a width of its own"),
+        (("vit", 10), {"config": {}, "checkpoint": "x"}, "of a checkpoint or of a config: give one of the two"),
         (("vit", 10), {"config": {"num_hidden_layers": "many"}}, "vit cannot be built with {'config': {'num_hidden"),
         (("vit", 10), {"mean": [1]}, r"mean is three numbers, one a colour, .* not \[1\]"),
+        (("vit", 10), {"mean": [float("inf"), 0, 0]}, r"mean is three numbers, .* not \[inf, 0, 0\]"),
         (("vit", 10), {"std": [0, 0.5, 0.5]}, r"a deviation above 0 are wanted for each channel, not .* and \[0, "),
     ],
 )

@@ -34,8 +34,9 @@ def test_convolutions_start_as_he_et_al_draw_them_by_what_they_lead_to():
         assert layer.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.05)
 
 
-def test_a_block_against_its_formula():
-    block = BasicBlock(4, 6, 2).eval()
+@pytest.mark.parametrize("channels, stride", [(6, 2), (6, 1), (4, 2)])
+def test_a_block_against_its_formula(channels, stride):
+    block = BasicBlock(4, channels, stride).eval()
     for norm in (block.bn1, block.bn2, block.shortcut[1]):
         norm.running_mean.normal_(), norm.running_var.uniform_(0.5, 2)
     x = torch.randn(2, 4, 8, 8)
