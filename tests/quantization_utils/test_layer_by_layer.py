@@ -254,25 +254,27 @@ def test_a_normalisation_that_does_not_fold_is_told(mean, std):
 
 
 class BehindAPool(nn.Module):
-    """What reads a global pool, or adds to it, and is no linear layer."""
+    """No linear layer reads a global pool, or adds to it; or a linear layer adds an image of one pixel."""
 
     def __init__(self, behind):
         super().__init__()
         self.norm, self.conv, self.relu, self.pool = Normalize(), nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1)
         self.one, self.two, self.relu2 = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1), nn.ReLU()
         self.last, self.flat, self.fc, self.behind = nn.MaxPool2d(1), nn.Flatten(), nn.Linear(8, 5), behind
+        self.whole, self.relu3, self.inner = nn.Conv2d(8, 8, 30), nn.ReLU(), nn.Linear(8, 8)
 
     def forward(self, images):
-        return self.fc(self.flat(self.behind(self, self.pool(self.relu(self.conv(self.norm(images)))))))
+        return self.fc(self.flat(self.behind(self, self.relu(self.conv(self.norm(images))))))
 
 
 @pytest.mark.parametrize(
     "behind",
     [
-        lambda m, x: m.relu2(m.one(x)),
-        lambda m, x: m.last(x),
-        lambda m, x: m.relu2(m.one(x) + m.two(x)),
-        lambda m, x: m.relu2(m.one(x) + x),
+        lambda m, x: m.relu2(m.one(m.pool(x))),
+        lambda m, x: m.last(m.pool(x)),
+        lambda m, x: m.relu2(m.one(y := m.pool(x)) + m.two(y)),
+        lambda m, x: m.relu2(m.one(y := m.pool(x)) + y),
+        lambda m, x: m.relu2(m.inner(y := m.flat(m.relu3(m.whole(x)))) + y),
     ],
 )
 @pytest.mark.parametrize("backend", ["auto", "reference"])

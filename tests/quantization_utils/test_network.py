@@ -192,10 +192,16 @@ class BlockInPlace(BasicBlock):
         return self.relu2(out)
 
 
-@pytest.mark.parametrize("size, kind", [(16, BasicBlock), (40, BlockInPlace)])
+class BlockWithAFunction(BasicBlock):
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        out = self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(x_NCHW)))))
+        return self.relu2(torch.add(out, self.shortcut(x_NCHW)))
+
+
+@pytest.mark.parametrize("size, kind", [(16, BasicBlock), (40, BlockInPlace), (8, BlockWithAFunction)])
 def test_images_of_another_size(size, kind):
     """An average pool over the whole image knows its side, so a network is packed for one size."""
-    block = nn.Sequential(Normalize(), nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), kind(4, 4, 1).eval())
+    block = nn.Sequential(Normalize(), nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), kind(4, 4, 1), nn.Dropout2d())
     model = nn.Sequential(block, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, CLASSES)).eval()
     batch = torch.randint(0, 256, (4, 3, size, size)).float() / 255
     calibrate_(quantize_(model, absmean_fitted), batch)
