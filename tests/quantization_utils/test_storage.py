@@ -239,6 +239,7 @@ FORGERIES = {
     "many codes": (lambda p, h: p["tensors"]["network.classifier.codes"].update(shape=[2**30, 2**30]), "claim"),
     "other shape": (lambda p, h: p["tensors"]["network.classifier.codes"].update(shape=[64, 10]), "shape"),
     "other mean": (lambda p, h: p["normalization"].update(mean=[0, 0, 0]), "normalisation"),
+    "next to no deviation": (lambda p, h: p["constructor"]["options"].update(std=[1e-12] * 3), "divides by nothing"),
     "classes": (lambda p, h: p["metadata"].update(classes=["one"]), "classes"),
     "other type": (lambda p, h: h["network.classifier.scale"].update(dtype="I32"), "is int32, its model float32"),
     "whole model quantized": (lambda p, h: p["modules"]["quantized"].update({"": {"bits": 8}}), "no module ''"),

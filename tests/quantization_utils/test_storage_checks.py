@@ -252,6 +252,18 @@ REBUILDS: dict[str, tuple[Change, str]] = {
     "nine bits of a module": (
         lambda m, r: m["quantized"].update({"network.vit.layernorm": {"bits": 9}}), "no such bits",
     ),
+    "another member of a module": (
+        lambda m, r: m["quantized"].update({"network.vit.layernorm": {"bits": 8, "more": 9}}), "no such bits",
+    ),
+    "a list of nothing": (lambda m, r: m.pop("quantized"), "its list of packed layers is none"),
+    "names alone": (lambda m, r: m.update(packed=[*m["packed"]]), "its list of packed layers is none"),
+    "a module that is no layer": (
+        lambda m, r: (m["packed"].update({"": {"act_bits": 8}}), r.update({".codes": r["network.classifier.codes"]})),
+        "no layer '' to pack",
+    ),
+    "codes of no dimension": (
+        lambda m, r: vars(r["network.vit.layers.0.mlp.fc1.codes"]).update(shape=()), "wrong shape",
+    ),
     "quantized and packed": (
         lambda m, r: m["quantized"].update({"network.classifier": {"bits": 8}}), "no module .* to quantize",
     ),
