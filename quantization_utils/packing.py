@@ -82,7 +82,7 @@ def pack_codes(codes: Tensor, bits: Bits) -> tuple[str, bytes]:
         raise ValueError(f"codes are int8, not {codes.dtype}")
     if bits not in ENCODINGS:
         raise ValueError(f"codes have 'ternary' or 8 bits, not {bits!r}")
-    codes_n = codes.detach().cpu().contiguous().view(-1).numpy()
+    codes_n = codes.cpu().contiguous().view(-1).numpy()
     if codes_n.size:
         low, high = int(codes_n.min()), int(codes_n.max())
         limit = 1 if bits == "ternary" else 127
@@ -136,7 +136,7 @@ def unpack_codes(payload: bytes | bytearray | memoryview, encoding: str, shape: 
 def entropy_bits(codes: Tensor) -> float:
     """Shannon's bound, in bits, for these codes as independent draws of one distribution: n · H(frequencies of the
     codes)."""
-    counts = torch.bincount(codes.flatten().to(torch.uint8), minlength=256).double()
+    counts = torch.bincount(codes.flatten().to(torch.uint8)).double()
     frequency = counts[counts > 0] / codes.numel()
     return float(0 - (frequency * frequency.log2()).sum()) * codes.numel()
 

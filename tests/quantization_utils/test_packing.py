@@ -31,6 +31,7 @@ def test_golden_bytes_of_the_specification():
     gaps = bytes.fromhex("06000000 06000000 010000000001 12")
     for encoding, payload in (("trits", bytes.fromhex("8102")), ("gaps", gaps)):
         assert unpack_codes(payload, encoding, (7,), "ternary").tolist() == EXAMPLE
+    assert pack_codes(int8([0] * 45), "ternary") == ("trits", bytes(9))  # gaps take as many bytes, and are less simple
 
 
 def test_every_byte_of_trits_means_what_the_specification_says():
@@ -162,6 +163,7 @@ WRONG = {
     "gap length forged": (gaps_payload(b"\x05", b"", length=2**32 - 1), "gaps", (5,), "ternary"),
     "gap bytes forged": (gaps_payload(b"\x05", b"", stored=2**32 - 1), "gaps", (5,), "ternary"),
     "signs missing": (gaps_payload(b"\x01\x03", b""), "gaps", (5,), "ternary"),
+    "signs too many": (gaps_payload(b"\x01\x03", b"\x01\x00"), "gaps", (5,), "ternary"),
     "sign padding": (gaps_payload(b"\x01\x03", b"\x02"), "gaps", (5,), "ternary"),
     "value zero": (gaps_payload(b"\x01\x03", b"\x00"), "gaps", (5,), 8),
     "value -128": (gaps_payload(b"\x01\x03", b"\x80"), "gaps", (5,), 8),
@@ -173,7 +175,10 @@ WRONG = {
 def test_the_payloads_above_are_one_step_from_a_good_one():
     assert unpack_codes(gaps_payload(b"\x01\x03", b"\x01"), "gaps", (5,), "ternary").tolist() == [0, -1, 0, 0, 0]
     assert unpack_codes(gaps_payload(b"\x01\x03", b"\x81"), "gaps", (5,), 8).tolist() == [0, -127, 0, 0, 0]
-    assert not unpack_codes(MAGIC + b"\x20\x14" + ZEROS, "trits+zstd", (100,), "ternary").any()
+    assert unpack_codes(gaps_payload(bytes(6), b"\0"), "gaps", (5,), "ternary").tolist() == [1] * 5  # as many as can be
+    for header in (b"\x20\x14", b"\x80\x50\x14\0\0\0"):  # the second with a window of 1 MiB
+        assert not unpack_codes(MAGIC + header + ZEROS, "trits+zstd", (100,), "ternary").any()
+    assert unpack_codes(frame(b"", write_checksum=True), "trits+zstd", (0,), "ternary").shape == (0,)
     nothing = gaps_payload(frame(b"\5"), frame(b""), length=1)
     assert not unpack_codes(nothing, "gaps+zstd", (5,), 8).any()
 
