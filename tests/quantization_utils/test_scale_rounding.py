@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from quantization_utils import calibrate_, pack_, quantize_
-from quantization_utils.bit_layers import PackedLinear
+from quantization_utils.bit_layers import PackedConv2d, PackedLinear
 from quantization_utils.network import PackedNetwork
 from quantization_utils.scale_rounding import IMAGES, _round, with_float16_scales
 from tests.networks import images, make
@@ -35,6 +35,7 @@ def is_float16(tensor: Tensor) -> bool:
         pytest.param([1.0, FINE], [0.0, 0.0], False, True, id="scales decide"),
         pytest.param([FINE, FINE], [1.0, FINE], True, False, id="biases decide"),
         pytest.param([FINE, 1.0], [FINE, 1.0], False, False, id="both decide"),
+        pytest.param([FINE, 1.0], [FINE, 1 - 5 * 2.0**-10], True, False, id="either alone will do"),
     ],
 )
 def test_what_classes_hang_on_stays_as_it_was(scale, bias, scale_rounded, bias_rounded):
@@ -74,14 +75,28 @@ def test_a_float_model_is_returned():
     assert with_float16_scales(model, images(2)) is model
 
 
-@pytest.mark.parametrize("name, value", [("bias", 1e6), ("scale", 1e-9)])
+def test_convolutions_are_rounded_as_well():
+    geometry = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+    codes, scale_N = torch.ones(32, 3, 1, 1, dtype=torch.int8), torch.full((32,), FINE)
+    model = nn.Sequential(PackedConv2d(codes, scale_N, None, "ternary", None, geometry=geometry), nn.Flatten())
+    assert is_float16(with_float16_scales(model, torch.zeros(2, 3, 4, 4))[0].scale)
+
+
+@pytest.mark.parametrize("name, value", [("bias", 1e6), ("scale", 1e-9), ("scale", 100.5 * 2**-24)])
 def test_what_float16_cannot_hold_stays_as_it_was(name, value):
-    tensor = torch.full((32,), value)
+    tensor = torch.ones(32)
+    tensor[3] = value
     assert _round(tensor, name) is tensor
 
 
-def test_the_modes_of_the_model_stay():
-    model = two_classes([FINE, FINE], [0.0, 0.0]).train()
+@pytest.mark.parametrize("name, value", [("bias", 1e-9), ("scale", 1 + 2.0**-11)])
+def test_what_float16_holds_but_for_its_rounding_is_rounded(name, value):
+    """A bias is added to larger numbers, so one near zero may be lost."""
+    assert is_float16(_round(torch.full((32,), value), name))
+
+
+def test_the_model_is_evaluated_and_its_modes_stay():
+    model = two_classes([FINE, FINE], [0.0, 0.0]).append(nn.BatchNorm1d(32)).train()
     inner = model[0].eval()
     with_float16_scales(model, images(2))
-    assert model.training and not inner.training
+    assert model.training and not inner.training and model[2].num_batches_tracked == 0
