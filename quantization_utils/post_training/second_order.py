@@ -89,7 +89,7 @@ def descend(codes_NK: Tensor, weight_NK: Tensor, moment_KK: Tensor, scale_N: Ten
     slope_KN = moment_KK @ (weight_NK.T - codes_KN * scale_N)
     for start in range(0, len(codes_KN), BLOCK):
         moment_BB = moment_KK[start : start + BLOCK, start : start + BLOCK]
-        slope_BN = slope_KN[start : start + BLOCK].clone()
+        slope_BN = slope_KN[start : start + BLOCK]  # changed in place: after its block it is not read again
         before_BN = codes_KN[start : start + BLOCK].clone()
         for j in range(len(moment_BB)):
             old_N = before_BN[j]

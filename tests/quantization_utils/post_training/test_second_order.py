@@ -150,6 +150,22 @@ def test_inputs_that_never_differ_from_zero_leave_the_weights_to_decide() -> Non
     assert codes_NK.any()
 
 
+def test_with_much_damping_the_weights_alone_decide() -> None:
+    weight_NK, x_PK = problem(4, 6)
+    kept_NK = torch.ones(4, 6, dtype=torch.bool)
+    codes_NK, scale_N = ternarize(weight_NK, moment(x_PK), 1e9, kept_NK)
+    wanted_NK, wanted_N = ternarize(weight_NK, torch.eye(6, dtype=torch.float64), 0.0, kept_NK)
+    assert torch.equal(codes_NK, wanted_NK)
+    torch.testing.assert_close(scale_N, wanted_N)
+
+
+def test_sweeps_improve_codes_and_not_only_their_scales() -> None:
+    weight_NK, x_PK = problem(40, 7)
+    kept_NK = torch.ones(40, 7, dtype=torch.bool)
+    before, after = (ternarize(weight_NK, moment(x_PK), 0.0, kept_NK, sweeps=sweeps) for sweeps in (0, 4))
+    errors = [output_error(codes, weight_NK, moment(x_PK), scale).sum() for codes, scale in (before, after)]
+    assert not torch.equal(before[0], after[0]) and errors[1] < 0.99 * errors[0]
+
 
 def test_the_scale_stays_where_codes_do_not_say_a_better_one() -> None:
     codes_NK, scale_N = torch.tensor([[0, 0], [-1, 0], [1, 0]], dtype=torch.int8), torch.full((3,), 0.7)
