@@ -112,9 +112,13 @@ def test_positions_are_thinned_out_and_stay_together(monkeypatch: pytest.MonkeyP
 
 
 def test_of_every_image_some_positions_count_however_many_images_there_are() -> None:
-    total = MomentSum(nn.Conv2d(2, 3, 1), images=10_000)
-    total.add(torch.randn(2, 2, 8, 8), torch.randn(2, 3, 8, 8))
-    assert total.result().columns == 48
+    total, inputs = MomentSum(nn.Conv2d(2, 3, 1), images=10_000), torch.zeros(2, 2, 8, 8)
+    inputs[:, :, 7, 7] = 1
+    total.add(inputs, torch.randn(2, 3, 8, 8))
+    assert total.columns == 48
+    for _ in range(9):
+        total.add(inputs, torch.randn(2, 3, 8, 8))
+    assert total.result().mean_K.min() > 0  # the last position of an image has its turn too
 
 
 def test_the_layer_with_the_most_weights_closes_a_sum() -> None:
@@ -140,11 +144,12 @@ class Joint(nn.Module):
     "join, found",
     [
         (lambda m, x: m.conv(x) + x, {"conv": ResidualSum("relu", None, ("conv",))}),
+        (lambda m, x: torch.relu(m.conv(x) + x), {}),
         (lambda m, x: torch.add(x, m.conv(x), alpha=0.1), {}),
         (lambda m, x: m.conv(x) + x if x.sum() > 0 else x, {}),
         (lambda m, x: (lambda y: m.relu(y) + y)(m.conv(x) + x), {}),
     ],
-    ids=["a sum", "a sum with a factor", "what cannot be traced", "a sum with two readers"],
+    ids=["a sum", "read by no module", "a sum with a factor", "what cannot be traced", "a sum with two readers"],
 )
 def test_only_plain_sums_are_aimed_at(join: Callable[[Any, Tensor], Tensor], found: dict[str, ResidualSum]) -> None:
     assert residual_sums(Joint(join)) == found
@@ -231,6 +236,35 @@ def test_blocks_that_cannot_be_replayed_are_one(kind: type[nn.Module]) -> None:
     names = list(execution_order(model, x))
     assert replayable_blocks(model, names, x) == [("", names)] != blocks(model, names)
     assert torch.isfinite(model(x)).all() and "forward" not in vars(model.get_submodule(names[0]))
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, *, factor: float) -> Tensor:
+        return self.layer(x) * factor
+
+
+class AroundScaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = Scaled(), Scaled()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x, factor=2.0), factor=3.0)
+
+
+def test_what_a_block_is_given_by_name_reaches_it() -> None:
+    model, x = AroundScaled(), torch.randn(2, 4)
+    assert replayable_blocks(model, ["first.layer", "last.layer"], x) == blocks(model, ["first.layer", "last.layer"])
+    stream = Stream(model, x, 2)
+    for block in (model.first, model.last):
+        stream.enter("first" if block is model.first else "last")
+        outputs = stream.output_of(block.layer, stream.calls[0])
+        stream.leave()
+    assert torch.equal(outputs * 3, model(x)) and torch.equal(stream.outputs[0], model(x))
 
 
 def test_containers_of_pytorch_are_no_blocks() -> None:
