@@ -4,6 +4,7 @@ from itertools import product
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from quantization_utils.post_training.layer_inputs import Stream
 from quantization_utils.post_training.reconstruction import LatentCodes, Reconstruction, reconstruct_block
@@ -44,8 +45,8 @@ def test_latent_codes_start_from_the_given_ternary_weight() -> None:
 
 
 def test_latent_codes_start_half_way_to_the_weight_but_for_the_border_of_their_code() -> None:
-    codes = LatentCodes(torch.tensor([[0.5, 0.0, -0.5, 0.5]]), torch.tensor([[0.4, 0.1, -0.3, -2.0]]))
-    torch.testing.assert_close(codes.latent.detach(), torch.tensor([[0.9, 0.1, -0.8, 0.51]]))
+    codes = LatentCodes(torch.tensor([[0.5, 0.0, -0.5, 0.5, 0.5]]), torch.tensor([[0.4, 0.1, -0.3, -2.0, 2.0]]))
+    torch.testing.assert_close(codes.latent.detach(), torch.tensor([[0.9, 0.1, -0.8, 0.51, 1.0]]))
 
 
 def test_the_gradient_passes_straight_through_the_rounding() -> None:
@@ -96,6 +97,52 @@ def test_a_residual_block_comes_nearer_and_stays_ternary() -> None:
         assert ((magnitudes_NK == 0) | (magnitudes_NK == scale_N)).all()
         stream.model.get_submodule(name).weight.data.copy_(weight)
     assert error(reference, stream) < 0.8 * before
+
+
+def test_a_block_makes_up_for_what_earlier_ones_changed() -> None:
+    """Its targets are what the float network's block puts out on inputs of its own."""
+    model, inputs = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 6)), torch.randn(64, 8)
+    other = copy.deepcopy(model)
+    for parameter in other[0].parameters():
+        parameter.data.mul_(2)
+    reference, stream = streams(model, inputs, "1", ["1"])[0], streams(other, inputs, "1", ["1"])[1]
+    before = error(reference, stream)
+    learned = reconstruct_block(reference, stream, "1", ["1"], Reconstruction(100, lr=0.02))
+    stream.model[1].weight.data.copy_(learned["1"])
+    assert error(reference, stream) < 0.5 * before
+
+
+class Scaled(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, factor: float) -> Tensor:
+        return self.layer(x) * factor
+
+
+class AroundScaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Scaled(nn.Linear(8, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x, factor=2.0)
+
+
+@torch.no_grad()
+def test_a_block_may_be_given_arguments_by_name_and_gradients_be_off_outside() -> None:
+    pair = streams(AroundScaled(), torch.randn(64, 8), "block", ["block.layer"])
+    assert list(reconstruct_block(*pair, "block", ["block.layer"], Reconstruction(20, lr=0.01))) == ["block.layer"]
+
+
+def test_the_rate_falls_to_zero_as_a_half_cosine() -> None:
+    pair = streams(nn.Sequential(nn.Linear(8, 6)), torch.randn(64, 8), "0", ["0"])
+    rates: list[float] = []
+    handle = register_optimizer_step_pre_hook(lambda adam, *_: rates.append(adam.param_groups[0]["lr"]))
+    reconstruct_block(*pair, "0", ["0"], Reconstruction(4, lr=1.0))
+    handle.remove()
+    assert rates == pytest.approx([1.0, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5])
 
 
 def test_what_is_no_better_is_not_taken() -> None:
