@@ -209,7 +209,7 @@ def ternarize_layer_(
     """Put a ternary weight in the layer `name` of `model`; correct the mean and slope of its output if wanted."""
     layer: Any = model.get_submodule(name)
     float_layer: Any = float_model.get_submodule(name)
-    float_NK = float_layer.weight.flatten(1).float()
+    float_NK = float_layer.weight.flatten(1)
     if settings.feedback:
         kept_NK = float_NK != 0
         target_NK = matching_weight(float_NK, moments.inputs_KK, moments.cross_NK, settings.target_damping)

@@ -8,9 +8,9 @@ from torch.nn.utils.prune import l1_unstructured
 
 from models.select import select_layers
 from pruning_utils import l1, prune_
-from quantization_utils import int8_absmax, load_model, mse_optimal, pack_, quantize_, save_model
+from quantization_utils import calibrate_, int8_absmax, load_model, mse_optimal, pack_, quantize_, save_model
 from quantization_utils.bit_layers import BitConv2d, BitLinear
-from quantization_utils.post_training import Settings, _slope, correct_batch_norm_, ternarize_
+from quantization_utils.post_training import Settings, _slope, correct_batch_norm_, ternarize_, ternarize_layer_
 from quantization_utils.post_training.layer_inputs import residual_sums
 from quantization_utils.post_training.moments import Moments, MomentSum
 from quantization_utils.post_training.reconstruction import Reconstruction
@@ -116,9 +116,9 @@ def test_no_other_slope_of_a_batch_norm_is_nearer_to_the_float_network(every_pos
 
 
 def test_a_slope_next_to_zero_makes_up_for_nothing() -> None:
-    norm = nn.BatchNorm2d(2)
-    norm.weight.data[0] = 1e-6
-    assert _slope(norm).isinf().tolist() == [True, False]
+    norm = nn.BatchNorm2d(3)
+    norm.weight.data[:2] = torch.tensor([1e-6, -1.0])  # a negative one turns a channel around
+    assert _slope(norm).isinf().tolist() == [True, False, False]
 
 
 @pytest.mark.parametrize("weight, wanted, slope", [(1, 100, 2), (1, 0.01, 0.5), (1, -9, 0.5), (0, 9, 1)])
@@ -160,6 +160,18 @@ class AroundALayer(nn.Module):
         return self.conv_relu(self.conv(x) + x)
 
 
+def test_a_layer_that_aims_at_a_sum_is_made_ternary_after_the_shortcut(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def noted(float_model, model, name, *rest):
+        seen.append(name)
+        ternarize_layer_(float_model, model, name, *rest)
+
+    monkeypatch.setattr("quantization_utils.post_training.ternarize_layer_", noted)
+    ternarize_(networks.resnet_like(), networks.images(16))
+    assert seen == ["1", "5.conv1", "5.conv2", "6.conv1", "6.shortcut.0", "6.conv2", "9"]
+
+
 @pytest.mark.parametrize("kind, names", [(AroundBodies, ["bodies.0.0", "bodies.1.0"]), (AroundALayer, ["conv"])])
 def test_a_sum_outside_of_its_layers_block_is_not_aimed_at(kind: type[nn.Module], names: list[str]) -> None:
     model = kind()
@@ -199,9 +211,10 @@ def test_means_and_slopes_stay_where_they_are_not_to_be_corrected() -> None:
             assert torch.equal(ternary.get_submodule(name).running_var, module.running_var)
 
 
-def test_biases_give_the_mean_of_the_float_network(every_position: None) -> None:
+@pytest.mark.parametrize("reconstruction", [None, Reconstruction(20, lr=0.01)])
+def test_biases_give_the_mean_of_the_float_network(every_position: None, reconstruction: Reconstruction | None) -> None:
     model, images = networks.make("alexnet_like_without_batch_norm"), networks.images(64)
-    ternary = ternarize_(copy.deepcopy(model), images)
+    ternary = ternarize_(copy.deepcopy(model), images, reconstruction=reconstruction)
     layers = (nn.Conv2d, nn.Linear)
     assert_equal_means(outputs_of(ternary, layers, images), outputs_of(model, layers, images))
 
@@ -248,11 +261,30 @@ def test_pruned_weights_stay_pruned(reconstruction: Reconstruction | None) -> No
 def test_only_the_chosen_layers_change_and_no_mode() -> None:
     model, images = networks.make("resnet_like").train(), networks.images(32)
     before = copy.deepcopy(model.state_dict())
-    assert ternarize_(model, images, keep=("1", "9")).training
+    assert ternarize_(model, images, keep=("1", "9"), reconstruction=Reconstruction(1)).training
     assert isinstance(model.get_submodule("5.conv1"), BitConv2d)
     for name in ("1", "9"):
         assert type(model.get_submodule(name)) in (nn.Conv2d, nn.Linear)
         assert torch.equal(model.get_submodule(name).weight, before[f"{name}.weight"])
+
+
+def small_network() -> nn.Module:
+    convolution = [nn.Conv2d(3, 4, 5), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(), nn.AdaptiveAvgPool2d(1)]
+    return nn.Sequential(*convolution, nn.Flatten(), nn.Linear(4, 5))
+
+
+def test_a_model_in_training_becomes_what_it_becomes_in_evaluation() -> None:
+    model, images = small_network(), torch.rand(16, 3, 8, 8)
+    trained, evaluated = (ternarize_(copy.deepcopy(model).train(mode), images).state_dict() for mode in (True, False))
+    torch.testing.assert_close(trained, evaluated, rtol=0, atol=0)
+
+
+def test_steps_of_activations_come_from_all_images() -> None:
+    images = torch.rand(16, 3, 8, 8)
+    images[:8] *= 0.01
+    ternary = ternarize_(small_network().eval(), images, act_bits=8)
+    found = copy.deepcopy(ternary.state_dict())
+    torch.testing.assert_close(found, calibrate_(ternary, images).state_dict(), rtol=0, atol=0)
 
 
 def test_layers_that_are_quantized_already_stay_as_they_are() -> None:
@@ -368,8 +400,9 @@ def test_wrong_input_is_refused_in_a_sentence() -> None:
     with pytest.raises(ValueError, match="1 is a NonDynamicallyQuantizableLinear"):
         ternarize_(attention, images)
     assert all(torch.equal(value, before[name]) for name, value in attention.state_dict().items())
-    with pytest.raises(ValueError, match="damping is above 0, not 0.0"):
-        Settings(damping=0.0)
+    for name in ("damping", "target_damping"):
+        with pytest.raises(ValueError, match="damping is above 0, not 0.0"):
+            Settings(**{name: 0.0})
     with pytest.raises(ValueError, match="nothing to quantize"):
         ternarize_(networks.make("alexnet_like"), images, only=nn.LSTM)
     broken = networks.make("alexnet_like")
@@ -382,6 +415,15 @@ def test_wrong_input_is_refused_in_a_sentence() -> None:
 def test_fewer_images_than_weights_of_a_channel_are_said() -> None:
     with pytest.warns(UserWarning, match="fewer positions than weights per channel in 11: .* no full rank"):
         ternarize_(networks.make("alexnet_like"), networks.images(32))
+
+
+@pytest.mark.filterwarnings("default:fewer positions than weights")
+def test_positions_are_thinned_out_by_the_number_of_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four of each image are 64, and a channel has 75 weights; all would be 256."""
+    monkeypatch.setattr("quantization_utils.post_training.moments.MAX_COLUMNS", 64)
+    monkeypatch.setattr("quantization_utils.post_training.moments.LEAST_OF_AN_IMAGE", 1)
+    with pytest.warns(UserWarning, match="fewer positions than weights per channel in 0:"):
+        ternarize_(small_network(), torch.rand(16, 3, 8, 8))
 
 
 @pytest.mark.filterwarnings("default:fewer positions than weights")
@@ -421,6 +463,6 @@ def test_a_corrected_variance_is_not_below_zero():
 
 
 def test_a_batch_norm_without_weights_has_a_slope():
-    norm = nn.BatchNorm2d(2, eps=0.0, affine=False)
-    norm.running_var.fill_(4)
+    norm = nn.BatchNorm2d(2, eps=1.0, affine=False)
+    norm.running_var.fill_(3)
     assert _slope(norm).tolist() == [0.5, 0.5]
