@@ -31,7 +31,8 @@ and to strings that hold JSON (sorted keys, no spaces, no NaN):
 ENCODINGS of codes; each is stored as a one-dimensional U8 tensor, the payload. n is the number of codes.
   trits       ternary. Byte j holds codes 5j .. 5j+4 as sum over i of digit(5j+i) * 3^i with digit(0) = 0, digit(+1) =
               1, digit(-1) = 2. ceil(n / 5) bytes, each at most 242; digits past n are 0.
-  trits+zstd  one zstd frame (RFC 8878; content size in the frame header; no dictionary) of the bytes of `trits`.
+  trits+zstd  one zstd frame of the bytes of `trits` (RFC 8878; content size in the frame header; a window of at most 1
+              MiB, or of the content size where that is larger; no dictionary).
   bytes       8 bits. Byte i is code i in two's complement; -128 does not occur.
   bytes+zstd  one zstd frame of the bytes of `bytes`.
   gaps        for many zeros: u32 M, u32 S, S bytes of gaps, then the values. The M gap bytes are read in turn: 255
@@ -41,7 +42,8 @@ ENCODINGS of codes; each is stored as a one-dimensional U8 tensor, the payload. 
               first in the lowest bit of the first byte, unused bits 0; 8 bits: one byte each in two's complement.
   gaps+zstd   as `gaps`; the S bytes are one zstd frame of the M gap bytes, and 8-bit values are one zstd frame.
 A payload of b bytes stands for at most 256 * b codes, so that no small file can ask for much memory; where a zstd
-encoding would break this, the writer takes `gaps`, which cannot. Writers choose the smallest encoding of each tensor.
+encoding would break this, the writer takes `gaps`, which cannot. A reader takes any encoding; this writer chooses the
+smallest for each tensor, but no zstd frame of `trits` or `bytes` that saves less than half a percent.
 
 Example, ternary codes [0, 1, -1, 1, 1, -1, 0]: digits 0 1 2 1 1 | 2 0 (0 0 0), bytes 0+3+18+27+81 = 129 and 2: hex
 8102. As `gaps`: gaps 1 0 0 0 0 1, signs of + - + + - are bits 0b10010: hex 06000000 06000000 010000000001 12.
