@@ -29,8 +29,16 @@ from models.state import evaluating
 from ..bit_layers import BitConv2d, BitLinear
 from ..quantizers import as_is, dequantize, mse_optimal
 from ..transform import calibrate_, check_replaceable, quantize_
-from .layer_inputs import ResidualSum, Stream, execution_order, replayable_blocks, residual_sums, sums_last
-from .moments import Moments, MomentSum
+from .layer_inputs import (
+    ResidualSum,
+    Stream,
+    execution_order,
+    positions_of,
+    replayable_blocks,
+    residual_sums,
+    sums_last,
+)
+from .moments import Moments, MomentSum, images_wanted
 from .reconstruction import Reconstruction, reconstruct_block
 from .second_order import matching_weight, ternarize
 
@@ -78,7 +86,8 @@ def ternarize_(
     already, so that packing, saving and loading treat them as after training. Do not train them further: their
     quantizer makes ±1 of whatever is not 0 (`train_test_utils.transforms.CalibratedStart` is for that). Pruned weights
     stay pruned. `act_bits`: see `quantize_`. `batch_size`: images in one call of the model. `reconstruction`: if given,
-    the rounding of every block is then learned further (`reconstruct_block`).
+    the rounding of every block is then learned further (`reconstruct_block`). A thousand images are enough for layers
+    that are used at many positions of each. One with many inputs that is used once, behind a `Flatten`, gains by more.
 
     Raises:
         ValueError: too few images, a layer that does not run, a grouped convolution, activations that are not finite,
@@ -92,7 +101,7 @@ def ternarize_(
     with evaluating(model):
         followers = execution_order(model, images[:2])
     chosen = check_layers(model, followers, only, keep)
-    reference = Stream(copy.deepcopy(model), images, batch_size)
+    float_model = copy.deepcopy(model)
     trial = quantize_(copy.deepcopy(model), as_is, act_bits, only, keep)  # what is refused is refused before the work
     if act_bits is not None:
         calibrate_(trial, images[:2])
@@ -100,10 +109,10 @@ def ternarize_(
     with evaluating(model):
         try:
             short_of_columns = _ternarize_layers(
-                reference, Stream(model, images, batch_size), followers, chosen, settings, reconstruction
+                float_model, model, images, batch_size, followers, chosen, settings, reconstruction
             )
         except BaseException:  # of its layers, some would be ternary
-            model.load_state_dict(reference.model.state_dict())
+            model.load_state_dict(float_model.state_dict())
             raise
     if short_of_columns:
         warnings.warn(
@@ -116,30 +125,35 @@ def ternarize_(
 
 
 def _ternarize_layers(
-    reference: Stream, stream: Stream, followers: dict[str, str | None], chosen: Sequence[str], settings: Settings,
-    reconstruction: Reconstruction | None,
+    float_model: nn.Module, model: nn.Module, images: Tensor, batch_size: int, followers: dict[str, str | None],
+    chosen: Sequence[str], settings: Settings, reconstruction: Reconstruction | None,
 ) -> list[str]:  # fmt: skip
     """Give the `chosen` layers ternary weights, block by block; return those with fewer positions than weights."""
-    model, images = stream.model, reference.images
-    sums = residual_sums(model)
+    reference, stream = (Stream(m, images[:1], batch_size) for m in (float_model, model))  # until a layer wants more
+    sums, positions = residual_sums(model), positions_of(model, images[:1])
     short_of_columns: list[str] = []
     for block_name, names in replayable_blocks(model, list(followers), images[:2]):
+        wanted = max([images_wanted(positions[name]) for name in names if name in chosen], default=1)
+        if reconstruction is not None:  # it learns from what all of them have to say
+            wanted = len(images)
         for s in (reference, stream):
+            if len(s.images) < min(wanted, len(images)):
+                s.restart(images[:wanted])
             s.enter(block_name)
         names = sums_last([name for name in names if name in chosen], sums)
         for name in names:
             sum_at = sums.get(name)
             if sum_at is not None and not sum_at.reader.startswith(f"{block_name}." if block_name else ""):
                 sum_at = None  # a block's inputs are all that is replayed
-            moments = observe(reference, stream, name, len(images), sum_at)
-            ternarize_layer_(reference.model, model, name, followers[name], moments, settings)
+            moments = observe(reference, stream, name, sum_at)
+            ternarize_layer_(float_model, model, name, followers[name], moments, settings)
             if moments.columns < len(moments.mean_K):
                 short_of_columns.append(name)
         if reconstruction is not None and names:
             for name, weight in reconstruct_block(reference, stream, block_name, names, reconstruction).items():
                 assign(model.get_submodule(name), "weight", weight)
                 if name == block_name and settings.correct:  # what corrects it stands outside of the block
-                    correct_(reference.model, model, name, followers[name], moments)
+                    correct_(float_model, model, name, followers[name], moments)
         for s in (reference, stream):
             s.leave()
     return short_of_columns
@@ -172,15 +186,14 @@ def check_layers(model: nn.Module, ran: dict[str, str | None], only: Selection, 
 
 
 @torch.no_grad()
-def observe(reference: Stream, stream: Stream, name: str, images: int, sum_at: ResidualSum | None = None) -> Moments:
+def observe(reference: Stream, stream: Stream, name: str, sum_at: ResidualSum | None = None) -> Moments:
     """Moments of layer `name`: its inputs are those in `stream`, its targets its outputs, without bias, in `reference`.
 
     With `sum_at`, the targets are the outputs that would give the sum that `reference` has, shortcut's errors and all.
-    `images`: how many both streams have.
     """
     layer: Any = stream.model.get_submodule(name)
     float_layer: Any = reference.model.get_submodule(name)
-    total = MomentSum(layer, images)
+    total = MomentSum(layer, len(stream.images))
     for float_call, call in zip(reference.calls, stream.calls, strict=True):
         if sum_at is None:
             targets = reference.output_of(float_layer, float_call)

@@ -63,6 +63,28 @@ def execution_order(model: nn.Module, image_1CHW: Tensor) -> dict[str, str | Non
     return order
 
 
+@torch.no_grad()
+def positions_of(model: nn.Module, image_1CHW: Tensor) -> dict[str, int]:
+    """Name of layer → at how many positions of an image its weights are used (pixels of its output, tokens)."""
+    found: dict[str, int] = {}
+
+    def ran(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            inside = output.shape[2:] if isinstance(module, nn.Conv2d) else output.shape[1:-1]
+            found.setdefault(name, inside.numel())
+
+        return hook
+
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+    handles = [module.register_forward_hook(ran(name)) for name, module in layers]
+    try:
+        model(image_1CHW)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
 @dataclass(frozen=True)
 class ResidualSum:
     """What a layer's output is added to. Names of modules."""
@@ -181,11 +203,16 @@ class Stream:
     """
 
     def __init__(self, model: nn.Module, images: Tensor, batch_size: int) -> None:
-        self.model, self.images, self.batches = model.eval(), images, images.split(batch_size)
+        self.model, self.batch_size = model.eval(), batch_size
         self.block: nn.Module | None = None
         self.calls: list[Call] = []
-        self.outputs: list[Tensor] = []
         self._passed: list[tuple[nn.Module, torch.Size]] = []
+        self.restart(images)
+
+    def restart(self, images: Tensor) -> None:
+        """Go on with these images: they run through all blocks before the next one that is entered."""
+        self.images, self.batches = images, images.split(self.batch_size)
+        self.outputs: list[Tensor] = []
 
     @torch.no_grad()
     def enter(self, name: str) -> None:
@@ -201,7 +228,8 @@ class Stream:
         own = [(block, vars(block).get("forward")) for block, _ in self._passed]  # a wrapper may have set one
         try:
             for k, batch in enumerate(self.batches):
-                self._stand_in(previous[k] if previous else None, len(batch))
+                if previous:
+                    self._stand_in(previous[k], len(batch))
                 with contextlib.suppress(_Reached):
                     self.model(batch)
         finally:
@@ -219,7 +247,7 @@ class Stream:
         if isinstance(self.outputs[0], Tensor):
             self._passed.append((self.block, self.outputs[0].shape[1:]))
 
-    def _stand_in(self, output: Tensor | None, count: int) -> None:
+    def _stand_in(self, output: Tensor, count: int) -> None:
         """Let the block left last return `output`, and those before it zeros of the right shape for `count` images."""
         for block, shape in self._passed[:-1]:
             # New ones every time: what reads them may write to them (a ReLU in place).

@@ -5,8 +5,8 @@ Legend: N output channels, K weights of a channel, B images, P positions of all 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,11 @@ from torch.nn import functional as F
 
 MAX_COLUMNS = 25_000  # positions that enter a layer's moments; a random part of more, but of an image no fewer than
 LEAST_OF_AN_IMAGE = 24
+
+
+def images_wanted(positions: int) -> int:
+    """How many images it takes for `MAX_COLUMNS` positions, in a layer that has so many in each."""
+    return math.ceil(MAX_COLUMNS / min(positions, LEAST_OF_AN_IMAGE))
 
 
 @dataclass
@@ -46,14 +51,20 @@ class MomentSum:
         """`images`: how many will be added, to thin their positions out evenly."""
         self.layer, self.per_image = layer, max(LEAST_OF_AN_IMAGE, MAX_COLUMNS // images)
         self.generator = torch.Generator().manual_seed(0)
-        self.sums: list[Any] = []
+        self.sums: list[Tensor] = []
         self.columns = 0
 
     def add(self, inputs: Tensor, targets: Tensor) -> None:
         """`inputs` of the layer (B, …), and `targets` in the shape of its output."""
         x_KP, t_NP = self._columns(inputs.float(), targets.float())
-        terms = [x_KP @ x_KP.T, x_KP.sum(1), t_NP @ x_KP.T, t_NP.sum(1)]
-        self.sums = [a + b for a, b in zip(self.sums, terms, strict=True)] if self.sums else terms
+        if not self.sums:
+            sizes = (len(x_KP), len(x_KP)), len(x_KP), (len(t_NP), len(x_KP)), len(t_NP)
+            self.sums = [x_KP.new_zeros(size) for size in sizes]
+        inputs_KK, mean_K, cross_NK, target_mean_N = self.sums
+        inputs_KK.addmm_(x_KP, x_KP.T)  # in place: of many inputs it is hundreds of megabytes
+        cross_NK.addmm_(t_NP, x_KP.T)
+        mean_K += x_KP.sum(1)
+        target_mean_N += t_NP.sum(1)
         self.columns += x_KP.shape[1]
 
     def result(self) -> Moments:

@@ -12,6 +12,7 @@ from quantization_utils.post_training.layer_inputs import (
     Stream,
     blocks,
     execution_order,
+    positions_of,
     replayable_blocks,
     residual_sums,
     sums_last,
@@ -48,6 +49,26 @@ def test_a_stream_sees_what_a_whole_pass_sees(kind: str) -> None:
             seen.append(name)
         stream.leave()
     assert sorted(seen) == sorted(n for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d)))
+
+
+def test_a_stream_that_restarts_goes_on_with_all_it_is_given() -> None:
+    model, images = networks.make("resnet_like"), networks.images(7)
+    expected = inputs_in_a_whole_pass(copy.deepcopy(model), images)
+    stream = Stream(model, images[:1], batch_size=3)
+    names = [name for name, _ in blocks(model, list(execution_order(model, images[:2])))]
+    for number, name in enumerate(names):
+        if number == 2:
+            stream.restart(images)
+        stream.enter(name)
+        inputs = torch.cat([call.args[0] for call in stream.calls])
+        torch.testing.assert_close(inputs, expected[name][: 1 if number < 2 else 7])
+        stream.leave()
+
+
+def test_where_the_weights_of_a_layer_are_used() -> None:
+    assert [*positions_of(networks.make("alexnet_like"), networks.images(1)).values()] == [1024, 225, 1, 1]
+    tokens = nn.Sequential(nn.Linear(3, 2), nn.Flatten(), nn.Linear(10, 2))
+    assert positions_of(tokens, torch.zeros(1, 5, 3)) == {"0": 5, "2": 1}
 
 
 def test_a_stream_leaves_no_trace_in_the_model() -> None:

@@ -10,9 +10,16 @@ from models.select import select_layers
 from pruning_utils import l1, prune_
 from quantization_utils import calibrate_, int8_absmax, load_model, mse_optimal, pack_, quantize_, save_model
 from quantization_utils.bit_layers import BitConv2d, BitLinear
-from quantization_utils.post_training import Settings, _slope, correct_batch_norm_, ternarize_, ternarize_layer_
+from quantization_utils.post_training import (
+    Settings,
+    _slope,
+    correct_batch_norm_,
+    observe,
+    ternarize_,
+    ternarize_layer_,
+)
 from quantization_utils.post_training.layer_inputs import residual_sums
-from quantization_utils.post_training.moments import Moments, MomentSum
+from quantization_utils.post_training.moments import Moments, MomentSum, images_wanted
 from quantization_utils.post_training.reconstruction import Reconstruction
 from quantization_utils.quantizers import dequantize
 from tests import networks
@@ -452,6 +459,24 @@ def test_each_setting_reaches_its_place(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_how_many_positions_of_an_image_count() -> None:
     assert [MomentSum(nn.Linear(2, 2), images).per_image for images in (100, 100_000)] == [250, 24]
+    assert [images_wanted(positions) for positions in (1024, 24, 4, 1)] == [1042, 1042, 6250, 25_000]
+
+
+@pytest.mark.parametrize("reconstruction", [None, Reconstruction(steps=1)])
+def test_layers_look_at_as_many_images_as_they_want(reconstruction, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 100 images a convolution at 36 positions wants 96 / 24, a linear layer 96; a reconstruction wants all."""
+    seen: dict[str, int] = {}
+
+    def observed(reference, stream, name, *rest):
+        seen[name] = sum(len(call.args[0]) for call in stream.calls)
+        assert seen[name] == sum(len(call.args[0]) for call in reference.calls)
+        return observe(reference, stream, name, *rest)
+
+    monkeypatch.setattr("quantization_utils.post_training.moments.MAX_COLUMNS", 96)
+    monkeypatch.setattr("quantization_utils.post_training.observe", observed)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 4), nn.ReLU(), nn.Linear(4, 2))
+    ternarize_(model, torch.rand(100, 3, 8, 8), keep=("3",), reconstruction=reconstruction)
+    assert seen == {"0": 100 if reconstruction else 4, "5": 96 if reconstruction is None else 100}
 
 
 def test_a_corrected_variance_is_not_below_zero():
