@@ -48,7 +48,7 @@ def rows(options: dict) -> list[Row]:
         Row("ptq_all_reconstructed", "float",   [ReconstructedTernary()],                       None),
         Row("ptq_all_reconstructed_8bit_acts", "float", [ReconstructedTernary(act_bits=8)],     None),
         # ... from a float network that was trained as long as the ternary ones below: what their training has to beat
-        Row("ptq_all_finetuned",    "float_finetuned", [CalibratedTernary(act_bits=8, images=4096)], None),
+        Row("ptq_all_finetuned",    "float_finetuned", [CalibratedTernary(act_bits=8, images=16384)], None),
         Row("ptq_all_finetuned_reconstructed", "float_finetuned",
             [ReconstructedTernary(act_bits=8, images=4096)], None),
         # As the earlier study: convolutions pruned after the linear layers became ternary
@@ -68,7 +68,7 @@ def rows(options: dict) -> list[Row]:
         Row("qat_all_calibrated_6bit_acts", "float", [replace(CALIBRATED, act_bits=6)],     FINETUNE),
         Row("qat_all_calibrated_weight_only", "float", [replace(CALIBRATED, act_bits=None)], FINETUNE),
         # ... and, for a quarter as long, from those of ptq_all_finetuned; the float network trained on for that long
-        Row("qat_all_finetuned", "float_finetuned", [replace(CALIBRATED, images=4096)],             AGAIN),
+        Row("qat_all_finetuned", "float_finetuned", [replace(CALIBRATED, images=16384)],            AGAIN),
         Row("float_finetuned_twice", "float_finetuned", [],                                     AGAIN),
         *[Row(f"qat_all_{score.__name__}_{p}", "float", [Prune(score, p / 100), QAT],           SHORT)
           for score in (random, l1, l2_filters, l1_global) for p in (30, 50, 70, 90)],
