@@ -146,9 +146,8 @@ def train(
     # to keep up.
     replays = device.type == "cuda" and world == 1 and not scaler.is_enabled()
     repeated = Replayed(do_step) if replays else None
-    if repeated:
-        for group in optimizer.param_groups:
-            group["lr"] = torch.empty((), device=device)
+    for group in optimizer.param_groups:  # whatever a state that was saved elsewhere has there
+        group["lr"] = torch.empty((), device=device) if repeated else 0.0
     saved_at = time.monotonic()
     began = saved_at - seconds_before
     progress = tqdm(
