@@ -204,7 +204,7 @@ def circumstances(lines: Sequence[Line]) -> dict[str, str]:
 
 
 def plain(value: Any) -> str:
-    """A field's value as one writes it by hand; a mapping as on the command line: stem=maxpool width=128."""
+    """A field's value as one writes it by hand; a mapping as on the command line, by name: depth=4 width=128."""
     if isinstance(value, Mapping):
-        return " ".join(f"{k}={plain(v)}" for k, v in value.items())
+        return " ".join(f"{k}={plain(v)}" for k, v in sorted(value.items()))
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -212,6 +212,14 @@ def test_accuracies_of_several_files_a_line_for_each_network(results):
     )
 
 
+def test_options_given_in_another_order_are_the_same_network(results):
+    two = [EXPERIMENTS[0] | {"row": name, "options": o} for name, o in
+           (("float", {"depth": 4, "width": 9}), ("qat_all", {"width": 9, "depth": 4}))]  # fmt: skip
+    (results / "two.jsonl").write_text("".join(json.dumps(row) + "\n" for row in two))
+    text = markdown("two", "across=float,qat_all", results)
+    assert len(text.splitlines()) == 3 and "| `vit` depth=4 width=9 |" in text
+
+
 def test_any_columns_of_experiments_still_say_under_which_conditions(results):
     text = markdown("cifar10/vit", "columns=row,test_accuracy_pct", results)
     assert "reduced budget" in text and "budget 0.02 · seeds 0 · options depth=2 · device" in text
