@@ -84,13 +84,10 @@ def _used(nodes: list[Node], zero: list[Tensor]) -> list[Tensor]:
 
 def _joined(nodes: list[Node]) -> list[int]:
     """For each node, the smallest index of the nodes that must keep the same channels as it."""
-    group = list(range(len(nodes)))
+    group: list[int] = []
     for i, node in enumerate(nodes):
-        partners = [node.residual] if node.residual is not None else []
-        partners += [node.input] if node.codes is None else []
-        for partner in partners:
-            old = {group[i], group[partner]}
-            group = [min(old) if g in old else g for g in group]
+        partner = node.input if node.codes is None else node.residual  # a pool adds nothing
+        group.append(i if partner is None else group[partner])
     return group
 
 
