@@ -121,6 +121,15 @@ def test_a_pruned_filter_goes_with_the_columns_that_read_it():
     assert torch.equal(linear.codes, nodes[1].codes.view(2, 4, 4)[:, kept].flatten(1))
 
 
+def test_tensors_that_lose_nothing_are_shared():
+    conv, linear = two_layers()
+    linear = replace(linear, relu=True, out_max=255)
+    last = Node("linear", 1, codes=torch.ones(2, 2, dtype=torch.int8), gain=torch.ones(2), bias=torch.zeros(2))
+    slim = remove_dead_channels([conv, linear, last])
+    assert slim[1].codes is not linear.codes and slim[1].gain is linear.gain and slim[1].bias is linear.bias
+    assert slim[2] is last
+
+
 @pytest.mark.parametrize(
     "bias, gone", [(0.0, True), (-3.0, True), (0.4, True), (0.5, True), (0.6, False), (5.0, False)]
 )
@@ -129,9 +138,13 @@ def test_a_channel_that_puts_out_a_constant_other_than_zero_stays(bias, gone):
     assert (len(remove_dead_channels(nodes)[0].codes) == 3) is gone
 
 
-def test_without_relu_a_float_output_stays_unless_it_is_zero():
-    minus, zero = (two_layers(bias=torch.tensor([1.0, b, 2.0, 3.0]), relu=False, out_max=None) for b in (-3.0, 0.0))
-    assert len(remove_dead_channels(minus)[0].codes) == 4 and len(remove_dead_channels(zero)[0].codes) == 3
+@pytest.mark.parametrize(
+    "relu, out_max, bias, gone",
+    [(False, None, 0.0, True), (False, None, -3.0, False), (True, None, -3.0, True), (False, 255, -3.0, True)],
+)
+def test_a_negative_constant_goes_if_a_relu_or_the_output_codes_make_it_zero(relu, out_max, bias, gone):
+    nodes = two_layers(bias=torch.tensor([1.0, bias, 2.0, 3.0]), relu=relu, out_max=out_max)
+    assert (len(remove_dead_channels(nodes)[0].codes) == 3) is gone
 
 
 def test_a_residual_that_another_channel_needs_blocks_removal():
