@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantization_utils.post_training import second_order
 from quantization_utils.post_training.second_order import (
     cholesky,
     damped,
@@ -34,11 +33,11 @@ def every_code(weights: int) -> Tensor:
 
 
 def test_error_feedback_is_what_solving_the_rest_anew_after_every_column_gives() -> None:
-    weight_NK, x_PK = problem(4, 7)
-    scale_N = torch.rand(4, dtype=torch.float64) + 0.5
-    kept_NK = torch.rand(4, 7) < 0.9
+    weight_NK, x_PK = problem(20, 7)
+    scale_N = torch.rand(20, dtype=torch.float64) + 0.5
+    kept_NK = torch.rand(20, 7) < 0.9
     codes_NK = feed_back(weight_NK, cholesky(moment(x_PK), 0.0), scale_N, kept_NK)
-    for n in range(4):
+    for n in range(20):
         wanted_P = x_PK @ weight_NK[n]
         rest_K = weight_NK[n].clone()
         for j in range(6, -1, -1):
@@ -190,14 +189,13 @@ def test_pruned_weights_do_not_enter_the_scale_to_start_from() -> None:
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
-def test_columns_of_most_energy_are_rounded_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen, original = [], second_order._ternarize_rows
-
-    def noted(weight, inputs, *rest):
-        seen.append(inputs.diagonal())
-        return original(weight, inputs, *rest)
-
-    monkeypatch.setattr(second_order, "_ternarize_rows", noted)
-    energies = torch.diag(torch.tensor([3.0, 1.0, 4.0, 2.0]))
-    ternarize(torch.randn(3, 4), energies, 0.01, torch.ones(3, 4, dtype=torch.bool))
-    assert seen[0].tolist() == sorted(seen[0].tolist())  # from the last to the first
+def test_columns_of_most_energy_are_rounded_first_with_what_belongs_to_them() -> None:
+    weight_NK, x_PK = problem(20, 9)
+    moment_KK, kept_NK = moment(x_PK), torch.rand(20, 9) < 0.7
+    codes_NK, scale_N = ternarize(weight_NK, moment_KK, 0.0, kept_NK, factors=(1.0,), sweeps=0)
+    order_K = moment_KK.diagonal().argsort()  # error feedback goes from the last to the first
+    nearest_N = mse_optimal(weight_NK * kept_NK)[1].double()
+    factor_KK = cholesky(moment_KK[order_K][:, order_K], 0.0)
+    wanted_NK = feed_back(weight_NK[:, order_K], factor_KK, nearest_N, kept_NK[:, order_K])
+    assert torch.equal(codes_NK[:, order_K], wanted_NK)
+    torch.testing.assert_close(scale_N, fit_scale(codes_NK, weight_NK, moment_KK, nearest_N))
