@@ -22,6 +22,11 @@ class _Reached(Exception):
     """Ends a forward pass at the module of interest."""
 
 
+def _read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """What a layer or batch norm is given, by place or by name."""
+    return args[0] if args else kwargs["input"]
+
+
 @torch.inference_mode(False)  # tensors made in inference mode have no `_version`
 @torch.no_grad()
 def execution_order(model: nn.Module, image_1CHW: Tensor) -> dict[str, str | None]:
@@ -42,7 +47,7 @@ def execution_order(model: nn.Module, image_1CHW: Tensor) -> dict[str, str | Non
 
     def norm_runs(norm: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            read = args[0] if args else kwargs["input"]
+            read = _read(args, kwargs)
             for name, (output, version) in outputs.items():
                 if output is read and output._version == version:
                     order[name] = norm
@@ -127,7 +132,7 @@ def sums_last(names: list[str], sums: dict[str, ResidualSum]) -> list[str]:
 def _layer_behind(model: nn.Module, node: Any) -> str | None:
     """The name of the layer whose output, with or without batch norm, `node` is."""
     if isinstance(module_of(model, node), BATCH_NORMS):
-        node = node.args[0]
+        node = node.all_input_nodes[0]  # given by place or by name
     return str(node.target) if isinstance(module_of(model, node), (nn.Linear, nn.Conv2d)) else None
 
 
@@ -258,7 +263,11 @@ class Stream:
 
     def input_of(self, layer: nn.Module, call: Call) -> Tensor:
         """What a layer in the entered block reads when the block is called with `call`."""
-        return self._until(call, lambda stop: layer.register_forward_pre_hook(lambda module, args: stop(args[0])))
+
+        def register(stop: Callable[[Tensor], None]) -> Any:
+            return layer.register_forward_pre_hook(lambda m, *given: stop(_read(*given)), with_kwargs=True)
+
+        return self._until(call, register)
 
     def output_of(self, layer: nn.Module, call: Call) -> Tensor:
         """What a layer in the entered block returns when the block is called with `call`."""

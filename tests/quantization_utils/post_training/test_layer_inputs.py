@@ -67,13 +67,16 @@ def test_where_the_weights_of_a_layer_are_used() -> None:
     assert [*positions_of(networks.make("alexnet_like"), networks.images(1)).values()] == [1024, 225, 1, 1]
     tokens = nn.Sequential(nn.Linear(3, 2), nn.Flatten(), nn.Linear(10, 2))
     assert positions_of(tokens, torch.zeros(1, 5, 3)) == {"0": 5, "2": 1}
+    conv = nn.Conv2d(3, 3, 1)  # runs twice, and the first run counts
+    assert positions_of(nn.Sequential(conv, nn.MaxPool2d(2), conv), networks.images(1)) == {"0": 1024}
 
 
-def test_a_stream_leaves_no_trace_in_the_model() -> None:
+def test_looking_at_the_inputs_leaves_no_trace_in_a_model() -> None:
     model, images = networks.make("resnet_like"), networks.images(4)
     expected = model(images)
+    positions_of(model, images)
     stream = Stream(model, images, 2)
-    for block, _ in blocks(model, list(execution_order(model, images[:2]))):
+    for block, _ in replayable_blocks(model, list(execution_order(model, images[:2])), images):
         stream.enter(block)
         stream.leave()
     torch.testing.assert_close(model(images), expected, rtol=0, atol=0)
@@ -122,8 +125,9 @@ class Joint(nn.Module):
         (lambda m, x: torch.add(x, m.conv(x), alpha=0.1), {}),
         (lambda m, x: m.conv(x) + x if x.sum() > 0 else x, {}),
         (lambda m, x: (lambda y: m.relu(y) + y)(m.conv(x) + x), {}),
+        (lambda m, x: m.last(input=m.conv(input=x)) + x, {"conv": ResidualSum("relu", "last", ("conv",))}),
     ],
-    ids=["a sum", "read by no module", "a sum with a factor", "what cannot be traced", "a sum with two readers"],
+    ids=["a sum", "read by no module", "a factor", "what cannot be traced", "two readers", "called by name"],
 )
 def test_only_plain_sums_are_aimed_at(join: Callable[[Any, Tensor], Tensor], found: dict[str, ResidualSum]) -> None:
     assert residual_sums(Joint(join)) == found
@@ -143,6 +147,13 @@ def test_the_batch_norm_of_a_layer_is_the_one_behind_its_first_run(
     join: Callable[[Any, Tensor], Tensor], norm: str | None
 ) -> None:
     assert execution_order(Joint(join).eval(), networks.images(1)) == {"conv": norm}
+
+
+def test_a_stream_sees_what_a_layer_is_given_by_name() -> None:
+    model, images = Joint(lambda m, x: m.conv(input=x * 2)).eval(), networks.images(2)
+    stream = Stream(model, images, 2)
+    stream.enter("")
+    assert torch.equal(stream.input_of(model.conv, stream.calls[0]), images * 2)
 
 
 class Dense(nn.Module):
