@@ -151,6 +151,20 @@ def test_what_is_no_better_is_not_taken() -> None:
     assert reconstruct_block(reference, stream, "5", ["5.conv1"], Reconstruction(3, lr=30.0)) == {}
 
 
+@pytest.mark.parametrize("others, taken", [(16, False), (8, True)])
+def test_what_is_learned_from_one_batch_is_judged_by_all_images(others: int, taken: bool) -> None:
+    """One weight, which 16 images would double and the others keep. A step on the 16 makes it 2.2 times as large."""
+    model, inputs = nn.Sequential(nn.Linear(1, 1, bias=False)).eval(), torch.ones(16 + others, 1)
+    model[0].weight.data.fill_(1)
+    wanted = inputs.clone()
+    wanted[:16] = 2
+    pair = Stream(model, wanted, 16), Stream(copy.deepcopy(model), inputs, 16)
+    for stream in pair:
+        stream.enter("0")
+    steps = [Reconstruction(1, lr=0.8, seed=seed) for seed in range(4)]  # some of which begin with the others
+    assert any(reconstruct_block(*pair, "0", ["0"], settings) for settings in steps) is taken
+
+
 class WithFeatures(nn.Module):
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
