@@ -79,8 +79,8 @@ def reconstruct_block(
         layer: Any = stream.model.get_submodule(layer_name)
         float_layer: Any = reference.model.get_submodule(layer_name)
         tensor = "parametrizations.weight.original" if parametrize.is_parametrized(layer, "weight") else "weight"
-        inner = layer_name[len(name) :].lstrip(".")
-        latent_codes[f"{inner}.{tensor}".lstrip(".")] = LatentCodes(layer.weight.detach(), float_layer.weight.detach())
+        inside = f"{layer_name}.{tensor}".removeprefix(f"{name}.")
+        latent_codes[inside] = LatentCodes(layer.weight.detach(), float_layer.weight.detach())
 
     def weights() -> dict[str, Tensor]:
         return {key: codes.weight() for key, codes in latent_codes.items()}
