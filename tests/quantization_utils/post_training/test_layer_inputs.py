@@ -122,12 +122,13 @@ class Joint(nn.Module):
     [
         (lambda m, x: m.conv(x) + x, {"conv": ResidualSum("relu", None, ("conv",))}),
         (lambda m, x: torch.relu(m.conv(x) + x), {}),
+        (lambda m, x: m.conv(x) * x, {}),
         (lambda m, x: torch.add(x, m.conv(x), alpha=0.1), {}),
         (lambda m, x: m.conv(x) + x if x.sum() > 0 else x, {}),
         (lambda m, x: (lambda y: m.relu(y) + y)(m.conv(x) + x), {}),
         (lambda m, x: m.last(input=m.conv(input=x)) + x, {"conv": ResidualSum("relu", "last", ("conv",))}),
     ],
-    ids=["a sum", "read by no module", "a factor", "what cannot be traced", "two readers", "called by name"],
+    ids=["a sum", "no module reads", "a product", "a factor", "what cannot be traced", "two readers", "called by name"],
 )
 def test_only_plain_sums_are_aimed_at(join: Callable[[Any, Tensor], Tensor], found: dict[str, ResidualSum]) -> None:
     assert residual_sums(Joint(join)) == found
