@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from models.select import select_layers
+from quantization_utils import quantize_
 
 
 @pytest.fixture
@@ -22,10 +23,15 @@ def model():
         (["0", nn.Linear], (), ["0", "2.1", "3"]),
         (None, ["2.*", "3"], ["0"]),
         (nn.Linear, ["3"], ["2.1"]),
+        ([], (), []),
     ],
 )
 def test_only_and_keep(model, only, keep, names):
     assert [name for name, _ in select_layers(model, only, keep)] == names
+
+
+def test_a_type_takes_the_quantized_layers_of_its_kind_too(model):
+    assert [name for name, _ in select_layers(quantize_(model), nn.Conv2d)] == ["0", "2.0"]
 
 
 def test_layers_in_a_list_of_nodes_are_no_packed_network():
