@@ -18,6 +18,10 @@ def test_chains_are_those_with_relu_modules(kind):
     assert trace(nn.Sequential(make(kind), nn.ReLU(), nn.LayerNorm(10))) is None
 
 
+def test_a_network_of_other_nonlinearities_is_no_chain():
+    assert trace(nn.Sequential(nn.Linear(4, 4), nn.SiLU(), nn.Linear(4, 2))) is None
+
+
 @pytest.mark.parametrize("kind", CHAINS)
 def test_the_trace_calls_every_leaf_once(kind):
     model = make(kind)
