@@ -69,6 +69,9 @@ def test_counting_leaves_no_hooks_and_no_other_mode_behind():
     model.train()
     measure.count_macs(model)
     assert all(m.training and not m._forward_hooks for m in model.modules())
+    with pytest.raises(RuntimeError):
+        measure.count_macs(model, 8)  # too small for its pools
+    assert all(m.training and not m._forward_hooks for m in model.modules())
 
 
 def test_zero_fraction_of_float_trainable_and_packed():
@@ -156,10 +159,12 @@ def test_calls_that_find_a_cold_machine_or_the_other_models_weights_are_not_meas
 
     monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: now, monotonic=lambda: now))
     for times in measure._times([Model(), Model()], torch.zeros(1), 1.0, 6):
-        assert len(times) >= 6 and set(times) == {1 / 1024}
+        assert 6 <= len(times) < 16 and set(times) == {1 / 1024}  # as many as asked for, to the end of a block
 
 
-@pytest.mark.parametrize("macs, batch", [(1, 256), (140_186_624, 128), (555_422_720, 32), (17_000_000_000, 4)])
+@pytest.mark.parametrize(
+    "macs, batch", [(1, 256), (140_186_624, 128), (555_422_720, 32), (1_500_000_000, 8), (17_000_000_000, 4)]
+)
 def test_the_large_batch_on_a_cpu(monkeypatch, macs, batch):
     floating, packed = nn.Flatten(), nn.Flatten()
     monkeypatch.setattr(measure, "count_macs", lambda model, image_size: macs if model is floating else 10**9)
