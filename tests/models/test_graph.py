@@ -30,6 +30,18 @@ def test_the_trace_calls_every_leaf_once(kind):
     assert sorted(called) == sorted(leaves)
 
 
+def test_a_model_whose_python_depends_on_the_images_is_no_chain():
+    class Branch(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.relu, self.head = nn.ReLU(), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.head(self.relu(x) if x.sum() > 0 else x)
+
+    assert trace(Branch()) is None
+
+
 def test_the_trace_is_that_of_evaluation():
     class WithAnAuxiliaryHead(nn.Module):
         def __init__(self):
@@ -81,3 +93,4 @@ def test_replace_module_carries_masks_over():
     replace_module(model, name, new)
     assert model.get_submodule(name) is new
     assert torch.equal(new.weight != 0, mask)
+    assert new.state_dict().keys() == old.state_dict().keys()

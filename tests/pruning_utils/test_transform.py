@@ -163,9 +163,9 @@ def test_a_filter_with_some_weights_left_is_not_gone():
     assert int((model[0].weight == 0).flatten(1).all(1).sum()) == 3
 
 
-def test_batch_norms_behind_a_layer_are_those_with_weights_also_behind_dropout():
+def test_batch_norms_behind_a_layer_are_those_with_weights_also_behind_what_passes_all_on():
     plain, affine = nn.BatchNorm2d(4, affine=False), nn.BatchNorm2d(4)
-    layers = [nn.Conv2d(3, 4, 1), plain, nn.ReLU(), nn.Conv2d(4, 4, 1), nn.Dropout2d(), affine]
+    layers = [nn.Conv2d(3, 4, 1), plain, nn.ReLU(), nn.Conv2d(4, 4, 1), nn.Identity(), nn.Dropout2d(), affine]
     assert batch_norms_behind(nn.Sequential(*layers)) == {"0": [], "3": [affine]}
 
 
