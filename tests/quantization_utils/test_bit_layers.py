@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from functools import partial
 
 import pytest
@@ -256,6 +257,24 @@ def test_a_packed_layer_holds_no_float_weight_and_can_be_copied():
     assert torch.equal(copy.deepcopy(packed)(x), packed(x))
 
 
+@pytest.mark.parametrize("act_bits", [None, 8])
+def test_a_packed_layer_that_has_run_can_be_pickled(act_bits):
+    packed, x = PackedLinear.from_bit_layer(linear(), act_bits), torch.randn(2, 37)
+    expected = packed(x)
+    assert torch.equal(pickle.loads(pickle.dumps(packed))(x), expected)
+
+
+def test_a_packed_layer_in_and_after_inference_mode():
+    packed, x = PackedLinear.from_bit_layer(linear(), None), torch.randn(2, 37)
+    with torch.inference_mode():
+        expected = packed(x)
+    out = packed(x.requires_grad_())
+    out.sum().backward()
+    assert torch.equal(out, expected) and x.grad.any()
+    with torch.inference_mode():
+        assert packed.double()(x.double()).dtype == torch.float64
+
+
 def test_the_dense_weight_of_a_packed_layer():
     layer = conv(mse_optimal)
     assert torch.equal(PackedConv2d.from_bit_layer(layer, None).weight, dequantize(*layer.quantized_weight()))
@@ -291,6 +310,24 @@ def test_mixed_precision_quantizes_in_float32():
         inside, _ = layer.quantized_weight()
     assert out.dtype == torch.bfloat16 and torch.equal(inside, codes)
     torch.testing.assert_close(out.float(), layer(x), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("make, shape", [(linear, (4, 37)), (conv, (2, 6, 5, 5))])
+def test_a_trainable_layer_in_half_precision_computes_in_it(make, shape):
+    layer, x = make(act_bits=8), torch.randn(shape)
+    expected = layer(x)
+    out = layer.bfloat16()(x.bfloat16())
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), expected, rtol=0.05, atol=0.05)
+
+
+def test_the_gradient_of_a_step_is_computed_in_float32():
+    x, steps = (torch.rand(500) * 30).bfloat16(), []
+    for values in (x, x.float()):
+        quantizer = StaticQuantizer(8, 0.1)
+        quantizer(values).sum().backward()
+        steps.append(quantizer.step.grad)
+    assert torch.equal(*steps)
 
 
 @pytest.mark.parametrize("quantizer", [StaticQuantizer(8, 1.0), DynamicQuantizer(8, "token")])
@@ -362,6 +399,22 @@ def test_a_packed_layer_that_has_run_takes_other_weights(act_bits):
     assert one(x) is not None and one._runner is not runner
 
 
+def test_a_packed_layer_takes_a_tensor_that_is_put_in_the_place_of_its_own():
+    packed, x = PackedLinear.from_bit_layer(linear(bias=False), None), torch.randn(4, 37)
+    before = packed(x)
+    packed.scale = 2 * packed.scale
+    assert torch.equal(packed(x), 2 * before)
+
+
+@pytest.mark.parametrize("change", [lambda layer: layer.load_state_dict(layer.state_dict()), nn.Module.float])
+def test_a_compiler_finds_nothing_that_was_made_of_a_layers_values_before(change):
+    """It traces what is there, and does not compare the tensors."""
+    packed = PackedLinear.from_bit_layer(linear(), None)
+    packed(torch.randn(4, 37))
+    change(packed)
+    assert packed._runner is None
+
+
 @pytest.mark.parametrize("quantizer", [absmean, absmean_per_tensor])
 def test_the_weight_under_autocast_is_rounded_once_and_its_gradient_stays_float(quantizer):
     layer = linear(quantizer, k=40)
@@ -375,6 +428,16 @@ def test_the_weight_under_autocast_is_rounded_once_and_its_gradient_stays_float(
     expected.float().square().sum().backward()
     assert torch.equal(y, expected)
     assert layer.weight.grad.dtype == torch.float32 and torch.equal(layer.weight.grad, dense.grad.float())
+
+
+def test_a_quantizer_of_ones_own_computes_in_float32_under_autocast():
+    def own(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return weight.sign().to(torch.int8), weight.abs() @ torch.full(weight.shape[1:], 1 / weight.shape[1])
+
+    layer = linear(own)
+    expected = layer.effective_weight().bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer.effective_weight(), expected)
 
 
 def test_a_ramp_under_autocast_mixes_what_is_not_rounded():
