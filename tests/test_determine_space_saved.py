@@ -56,6 +56,10 @@ def test_8_bit_codes_are_reckoned_as_bytes():
     assert FileReport("", "modules", 0, layers, []).log2_3_bytes == pytest.approx(5 + 5 * math.log2(3) / 8)
 
 
+def test_of_no_codes_none_are_zero():
+    assert FileReport("", "modules", 0, [], []).zero_fraction == 0
+
+
 def test_weights_of_a_network_are_multiplied_out_too():
     path = GOLDEN.with_name("version_1_alexnet.safetensors")
     assert 0 < gzip_float_bytes(path) < inspect_file(path).float_bytes
