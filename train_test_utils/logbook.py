@@ -62,8 +62,9 @@ def append_line(path: Path, record: Mapping[str, Any]) -> None:
             if os.write(descriptor, line) != len(line):
                 raise OSError(errno.ENOSPC, "no space left for a line", os.fspath(path))
             os.fsync(descriptor)
-        except OSError:
+        except OSError as error:
             os.ftruncate(descriptor, before)
+            error.filename = os.fspath(path)  # what is written to a descriptor has no name
             raise
     finally:
         os.close(descriptor)

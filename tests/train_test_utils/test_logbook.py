@@ -12,6 +12,7 @@ import time
 import pytest
 
 from train_test_utils import logbook
+from train_test_utils.cli import sentence
 from train_test_utils.logbook import Logbook, append_line, read_curves, read_rows
 
 
@@ -92,6 +93,16 @@ def test_a_full_disk_leaves_the_file_as_it_was(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space left"):
         append_line(path, {"row": "qat_all"})
     assert path.read_text() == '{"row": "float"}\n'
+
+
+def test_a_full_disk_is_told_with_the_file_that_did_not_fit(tmp_path, monkeypatch):
+    def full(descriptor, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(logbook.os, "write", full)
+    with pytest.raises(OSError, match="No space left") as raised:
+        append_line(tmp_path / "rows.jsonl", {"row": "float"})
+    assert sentence(raised.value) == f"{tmp_path / 'rows.jsonl'}: No space left on device"
 
 
 @pytest.mark.parametrize("before, sizes", [
