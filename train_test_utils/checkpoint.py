@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -94,6 +95,6 @@ def load_state(path: Path, map_location: torch.device) -> dict[str, Any] | None:
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        raise ValueError(
-            f"{path} cannot be read ({first_line(error)}): delete it to start the row anew"
-        ) from error
+        # PyTorch's own words are long, and advise to load it in a way that may run a program.
+        reason = "it is no state of a training" if isinstance(error, UnpicklingError) else first_line(error)
+        raise ValueError(f"{path} cannot be read ({reason}): delete it to start the row anew") from error

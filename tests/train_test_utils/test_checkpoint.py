@@ -71,8 +71,9 @@ def test_damage_is_one_sentence_that_says_what_to_do(how, tmp_path):
     damaged(weights, how), damaged(state, how)
     with pytest.raises(ValueError, match=r"checkpoint.safetensors is not a checkpoint of this model .*: delete it"):
         load_weights(make("alexnet_like"), weights)
-    with pytest.raises(ValueError, match=r"last.pt cannot be read .*: delete it to start the row anew"):
+    with pytest.raises(ValueError, match=r"last.pt cannot be read .*: delete it to start the row anew") as raised:
         load_state(state, CPU)
+    assert "weights_only" not in str(raised.value), "nobody is advised to load what may run a program"
 
 
 def test_one_bit_of_a_weight_is_noticed(tmp_path):
