@@ -225,8 +225,8 @@ def _download(source: Source, data_dir: Path) -> None:
             except Exception as error:
                 raise FileNotFoundError(
                     f"{source.name} is not in {data_dir} and cannot be downloaded, neither from its author's server "
-                    f"({first}) nor from the Hub ({first_line(error)}): connect to a network, or put the files there "
-                    "(see --data-dir)"
+                    f"({first}) nor from the Hub ({first_line(error)}): connect to a network, or put the files there, "
+                    f"in {_torchvision_class(source).base_folder}/ or as {source.name}/*.parquet (see --data-dir)"
                 ) from error
 
 

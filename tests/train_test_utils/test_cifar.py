@@ -275,8 +275,9 @@ def test_no_network_says_where_to_put_the_files(tmp_path, monkeypatch):
     monkeypatch.setattr(
         huggingface_hub, "snapshot_download", partial(huggingface_hub.snapshot_download, endpoint="http://127.0.0.1:9")
     )
-    with pytest.raises(FileNotFoundError, match="cannot be downloaded.*--data-dir"):
+    with pytest.raises(FileNotFoundError, match="cannot be downloaded.*--data-dir") as raised:
         load_cifar(TINY, tmp_path)
+    assert "there, in cifar-10-batches-py/ or as cifar10/*.parquet (" in str(raised.value)
     assert limits == [cifar.SERVER_PATIENCE_SECONDS, None], "the author's server has so long, and the limit goes again"
 
 
