@@ -2,7 +2,8 @@
 
 A quantizer maps `weight` (N, ...) to `codes` int8 of the same shape, in {-1, 0, +1}, and `scale` float32 (N,), one per
 output channel, so that `weight ≈ codes · scale`. An entry that is exactly 0 is a pruned weight: its code is 0 and it
-does not enter the scale. Scales are positive and finite, also for a channel without a single weight left (scale 1).
+does not enter the scale. Scales are positive and finite, also for a channel without a single weight left (scale 1), but
+for a channel with a weight that is not finite: that must not be hidden, so its scale is not finite either.
 
 Legend: N output channels, K weights of a channel.
 """
