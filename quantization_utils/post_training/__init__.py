@@ -225,8 +225,11 @@ def ternarize_layer_(
     float_NK = float_layer.weight.flatten(1)
     if settings.feedback:
         kept_NK = float_NK != 0
-        target_NK = matching_weight(float_NK, moments.inputs_KK, moments.cross_NK, settings.target_damping)
-        codes_NK, scale_N = ternarize(target_NK, moments.inputs_KK, settings.damping, kept_NK, sweeps=settings.sweeps)
+        # Where the output's mean is corrected, in what follows or in a bias, codes need not care for it.
+        mean_is_free = settings.correct and (follower is not None or layer.bias is not None)
+        seen = moments.centred() if mean_is_free else moments
+        target_NK = matching_weight(float_NK, seen.inputs_KK, seen.cross_NK, settings.target_damping)
+        codes_NK, scale_N = ternarize(target_NK, seen.inputs_KK, settings.damping, kept_NK, sweeps=settings.sweeps)
     else:
         codes_NK, scale_N = mse_optimal(float_NK)
     weight_NK = dequantize(codes_NK, scale_N)

@@ -2,13 +2,15 @@
 
 For inputs x with H = E[x xᵀ], replacing the weight row w by s·q changes the output by (w - s·q)·x, whose mean square is
 (w - s·q) H (w - s·q)ᵀ. `feed_back` rounds one column at a time and lets the later columns make up for its error,
-`descend` then improves single codes, `fit_scale` is the best scale of given codes. Rows are independent of each other.
+`search` keeps several ways to do so, `descend` then improves single codes, `fit_scale` is the best scale of given
+codes. Rows are independent of each other.
 
 References: E. Frantar, S. Ashkboos, T. Hoefler, D. Alistarh, "GPTQ", arXiv 2210.17323; J. Chen, Y. Shabanzadeh,
 E. Crnčević, T. Hoefler, D. Alistarh, "The Geometry of LLM Quantization: GPTQ as Babai's Nearest Plane Algorithm",
-arXiv 2507.18553; K. Behdin et al., "QuantEase", arXiv 2309.01885 (coordinate descent).
+arXiv 2507.18553; Z. Guo, P. Nilsson, "Algorithm and Implementation of the K-Best Sphere Decoding for MIMO Detection",
+IEEE JSAC 24(3), 2006 (the search); K. Behdin et al., "QuantEase", arXiv 2309.01885 (coordinate descent).
 
-Legend: N output channels, K weights of a channel, B columns of a block.
+Legend: N output channels, K weights of a channel, B columns of a block, W ways to round that are kept for a channel.
 """
 
 from __future__ import annotations
@@ -20,8 +22,10 @@ from torch import Tensor
 
 from ..quantizers import TINY, mse_optimal
 
-BLOCK, ROWS = 64, 512  # columns rounded between two matrix products, rows at once: small steps stay in a core's cache
-GPU_ROWS = 2**20  # all: a GPU's time goes by the number of steps
+BLOCK = 64  # columns rounded between two matrix products
+ROWS, GPU_ROWS = 2**11, 2**20  # at once: small steps stay in a core's cache, and a GPU's time goes by their number
+WAYS, MOST_WAYS = 2**13, 256  # of a channel's weights, times the ways to round them that are kept; the most ways
+CODES = -1.0, 0.0, 1.0
 
 
 def damped(moment_KK: Tensor, damping: float) -> Tensor:
@@ -80,6 +84,41 @@ def feed_back(weight_NK: Tensor, factor_KK: Tensor, scale_N: Tensor, kept_NK: Te
     return codes_KN.T.to(torch.int8)
 
 
+def search(weight_NK: Tensor, factor_KK: Tensor, scale_N: Tensor, kept_NK: Tensor, width: int) -> Tensor:
+    """`feed_back` that keeps the best `width` ways to round the columns so far, not the best one. Codes int8 (N, K).
+
+    A way's error so far is the sum of the squares of its columns. Each goes on with every code of the next column, and
+    of all the channel's ways then those of least error are kept. With a width of 1 this is `feed_back`.
+    """
+    (count, size), new = weight_NK.shape, weight_NK.new_tensor
+    codes_3, first_N1 = new(CODES), width * torch.arange(count, device=weight_NK.device)[:, None]
+    rounded_N3, nonzero_3 = scale_N[:, None] * codes_3, codes_3 != 0
+    square_NW = torch.full((count, width), torch.inf).to(weight_NK)
+    square_NW[:, 0] = 0  # one way to round no column
+    error_PK = weight_NK.new_zeros(count * width, size)  # P = N · W
+    for end in range(size, 0, -BLOCK):
+        start = max(0, end - BLOCK)
+        factor_BB = factor_KK[start:end, start:end]
+        carried_PB = error_PK[:, end:] @ factor_KK[end:, start:end]
+        way_P2B = torch.cat([carried_PB, torch.zeros_like(carried_PB)], 1)  # with the block's errors, to be copied once
+        origin_P = torch.arange(count * width, device=weight_NK.device)  # which way at the block's end it goes back to
+        for j in range(end - start - 1, -1, -1):
+            error_N3 = weight_NK[:, start + j, None] - rounded_N3
+            step_NW3 = way_P2B[:, j].view(count, width, 1) + factor_BB[j, j] * error_N3[:, None]
+            grown_NW3 = square_NW[:, :, None] + step_NW3.square_()
+            grown_NW3.masked_fill_((~kept_NK[:, start + j, None] & nonzero_3)[:, None], torch.inf)
+            square_NW, chosen_NW = grown_NW3.flatten(1).topk(width, largest=False, sorted=False)
+            parent_P = (chosen_NW // len(CODES) + first_N1).flatten()
+            error_P = error_N3.gather(1, chosen_NW % len(CODES)).flatten()
+            way_P2B, origin_P = way_P2B[parent_P], origin_P[parent_P]
+            way_P2B[:, end - start + j] = error_P
+            way_P2B[:, :j].addr_(error_P, factor_BB[j, :j])
+        error_PK[:, end:] = error_PK[origin_P, end:]
+        error_PK[:, start:end] = way_P2B[:, end - start :]
+    best_N = square_NW.argmin(1) + first_N1[:, 0]
+    return ((weight_NK - error_PK[best_N]) / scale_N[:, None]).round_().to(torch.int8)
+
+
 def descend(codes_NK: Tensor, weight_NK: Tensor, moment_KK: Tensor, scale_N: Tensor, kept_NK: Tensor) -> Tensor:
     """One sweep over all columns, each code set to the best given all others: the error never grows. Codes int8 (N, K).
 
@@ -121,14 +160,16 @@ def ternarize(
     """Codes int8 (N, K) and scale (N,) of small output error: error feedback, then descent and scale in turns.
 
     Columns are rounded by falling input energy. Each channel starts from the best of several scales: `factors` times
-    the one of least squared error of the weights alone.
+    the one of least squared error of the weights alone. The fewer weights a channel has, the wider is the `search`: it
+    gains most there, and with thousands of weights it would take long.
     """
     order_K = moment_KK.diagonal().argsort(stable=True)  # the last is rounded first
     moment_KK = damped(moment_KK, damping)[order_K][:, order_K]
     factor_KK = cholesky(moment_KK, 1e-6)
-    rows = GPU_ROWS if weight_NK.is_cuda else ROWS
+    width = max(1, min(MOST_WAYS, WAYS // len(order_K)))
+    rows = GPU_ROWS if weight_NK.is_cuda else max(1, ROWS // width)
     done = [
-        _ternarize_rows(weight_RK[:, order_K], moment_KK, factor_KK, kept_RK[:, order_K], factors, sweeps)
+        _ternarize_rows(weight_RK[:, order_K], moment_KK, factor_KK, kept_RK[:, order_K], factors, sweeps, width)
         for weight_RK, kept_RK in zip(weight_NK.split(rows), kept_NK.split(rows), strict=True)
     ]
     codes_NK, scale_N = torch.cat([codes for codes, _ in done]), torch.cat([scale for _, scale in done])
@@ -136,13 +177,15 @@ def ternarize(
 
 
 def _ternarize_rows(
-    weight_NK: Tensor, moment_KK: Tensor, factor_KK: Tensor, kept_NK: Tensor, factors: tuple[float, ...], sweeps: int
-) -> tuple[Tensor, Tensor]:
+    weight_NK: Tensor, moment_KK: Tensor, factor_KK: Tensor, kept_NK: Tensor, factors: tuple[float, ...], sweeps: int,
+    width: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     nearest_N = mse_optimal(weight_NK * kept_NK)[1].to(weight_NK.dtype)
     best_N = torch.full_like(nearest_N, torch.inf)
     codes_NK, scale_N = torch.zeros_like(weight_NK, dtype=torch.int8), nearest_N
     for factor in factors:
-        tried_NK = feed_back(weight_NK, factor_KK, factor * nearest_N, kept_NK)
+        given = weight_NK, factor_KK, factor * nearest_N, kept_NK
+        tried_NK = search(*given, width) if width > 1 else feed_back(*given)
         fitted_N = fit_scale(tried_NK, weight_NK, moment_KK, nearest_N)
         error_N = output_error(tried_NK, weight_NK, moment_KK, fitted_N)
         better_N = error_N < best_N

@@ -15,7 +15,7 @@ from quantization_utils.post_training import (
     ternarize_layer_,
 )
 from quantization_utils.post_training.layer_inputs import residual_sums
-from quantization_utils.post_training.moments import Moments
+from quantization_utils.post_training.moments import Moments, MomentSum
 from quantization_utils.post_training.reconstruction import Reconstruction
 from tests import networks
 
@@ -90,6 +90,21 @@ def test_a_slope_is_at_most_doubled_or_halved_and_stays_where_nothing_changes(
     moments = Moments(torch.eye(2), torch.zeros(2), torch.tensor([[wanted, 0.0]]), torch.zeros(1), 9)
     correct_batch_norm_(norm, copy.deepcopy(norm), moments, torch.tensor([[weight, 0.0]]))
     assert float(norm.running_var + norm.eps) == pytest.approx((1 + norm.eps) / slope**2)
+
+
+@pytest.mark.parametrize("bias, settings, same", [
+    (True, Settings(), True), (True, Settings(correct=False), False), (False, Settings(), False)
+])  # fmt: skip
+def test_codes_do_not_care_for_a_mean_that_a_bias_makes_up_for(bias: bool, settings: Settings, same: bool) -> None:
+    model, inputs = nn.Sequential(nn.Linear(8, 20, bias=bias)), torch.randn(200, 8)
+    found = []
+    for shift in (0.0, 3.0):
+        ternary, total = copy.deepcopy(model), MomentSum(model.get_submodule("0"), images=200)
+        with torch.no_grad():
+            total.add(inputs + shift, (inputs + shift) @ ternary.get_submodule("0").weight.T)
+        ternarize_layer_(model, ternary, "0", None, total.result(), settings)
+        found.append(ternary.get_submodule("0").weight.sign())
+    assert torch.equal(*found) == same
 
 
 class Body(nn.Sequential):

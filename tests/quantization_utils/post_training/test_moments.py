@@ -30,6 +30,18 @@ def test_moments_against_those_of_the_outputs_themselves(layer: nn.Module, shape
     torch.testing.assert_close(moments.covariance(weight_NK), (centred[0] * centred[1]).mean(dimensions))
 
 
+def test_central_moments_are_those_of_what_is_left_without_the_means() -> None:
+    layer, inputs, targets = nn.Linear(4, 5), torch.randn(50, 4) + 3, torch.randn(50, 5) - 2
+    found = []
+    for x, t in ((inputs, targets), (inputs - inputs.mean(0), targets - targets.mean(0))):
+        total = MomentSum(layer, images=50)
+        total.add(x, t)
+        found.append(total.result())
+    centred, wanted = found[0].centred(), found[1]
+    for name in ("inputs_KK", "mean_K", "cross_NK", "target_mean_N"):
+        torch.testing.assert_close(getattr(centred, name), getattr(wanted, name), rtol=1e-4, atol=1e-5)
+
+
 def test_positions_are_thinned_out_and_stay_together(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("quantization_utils.post_training.moments.MAX_COLUMNS", 60)
     monkeypatch.setattr("quantization_utils.post_training.moments.LEAST_OF_AN_IMAGE", 1)

@@ -12,9 +12,15 @@ from quantization_utils.post_training.second_order import (
     fit_scale,
     matching_weight,
     output_error,
+    search,
     ternarize,
 )
 from quantization_utils.quantizers import mse_optimal
+
+
+@pytest.fixture
+def without_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quantization_utils.post_training.second_order.WAYS", 0)
 
 
 def problem(channels: int, weights: int, columns: int = 200) -> tuple[Tensor, Tensor]:
@@ -56,10 +62,35 @@ def test_blocks_of_columns_change_nothing(weights: int, monkeypatch: pytest.Monk
     factor_KK = cholesky(moment_KK, 0.0)
     codes_NK = feed_back(weight_NK, factor_KK, scale_N, kept_NK)
     better_NK = descend(codes_NK, weight_NK, moment_KK, scale_N, kept_NK)
+    searched_NK = search(weight_NK, factor_KK, scale_N, kept_NK, 5)
     monkeypatch.setattr("quantization_utils.post_training.second_order.BLOCK", 1_000)
     assert torch.equal(feed_back(weight_NK, factor_KK, scale_N, kept_NK), codes_NK)
+    assert torch.equal(search(weight_NK, factor_KK, scale_N, kept_NK, 5), searched_NK)
+    assert torch.equal(search(weight_NK, factor_KK, scale_N, kept_NK, 1), codes_NK)
     assert torch.equal(descend(codes_NK, weight_NK, moment_KK, scale_N, kept_NK), better_NK)
-    assert not codes_NK[~kept_NK].any() and not better_NK[~kept_NK].any()
+    assert not torch.cat([codes_NK, searched_NK, better_NK])[~kept_NK.repeat(3, 1)].any()
+
+
+@pytest.mark.parametrize("pruned", [0.0, 0.3])
+def test_a_search_that_is_wide_enough_finds_the_best_of_all_codes(pruned: float) -> None:
+    weight_NK, x_PK = problem(10, 6)
+    moment_KK, scale_N = moment(x_PK), torch.rand(10, dtype=torch.float64) + 0.5
+    kept_NK = torch.rand(10, 6) >= pruned
+    codes_NK = search(weight_NK, cholesky(moment_KK, 0.0), scale_N, kept_NK, 3**6)
+    codes_CK = every_code(6)
+    for n in range(10):
+        row_CK = weight_NK[n].expand(len(codes_CK), 6)
+        error_C = output_error(codes_CK, row_CK, moment_KK, scale_N[n].expand(len(codes_CK)))
+        error_C[(codes_CK[:, ~kept_NK[n]] != 0).any(1)] = torch.inf
+        assert torch.equal(codes_NK[n], codes_CK[error_C.argmin()])
+
+
+def test_a_wider_search_loses_less() -> None:
+    weight_NK, x_PK = problem(100, 70)
+    moment_KK, scale_N = moment(x_PK), mse_optimal(weight_NK)[1].double()
+    given = weight_NK, cholesky(moment_KK, 0.0), scale_N, torch.ones(100, 70, dtype=torch.bool)
+    errors = [output_error(search(*given, width), weight_NK, moment_KK, scale_N).sum() for width in (1, 4, 32)]
+    assert errors[2] < 0.8 * errors[1] < 0.7 * errors[0]
 
 
 def test_descent_never_loses_and_ends_where_no_single_code_can_be_improved() -> None:
@@ -158,7 +189,7 @@ def test_with_much_damping_the_weights_alone_decide() -> None:
     torch.testing.assert_close(scale_N, wanted_N)
 
 
-def test_sweeps_improve_codes_and_not_only_their_scales() -> None:
+def test_sweeps_improve_codes_and_not_only_their_scales(without_search: None) -> None:
     weight_NK, x_PK = problem(40, 7)
     kept_NK = torch.ones(40, 7, dtype=torch.bool)
     before, after = (ternarize(weight_NK, moment(x_PK), 0.0, kept_NK, sweeps=sweeps) for sweeps in (0, 4))
@@ -189,7 +220,7 @@ def test_pruned_weights_do_not_enter_the_scale_to_start_from() -> None:
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
-def test_columns_of_most_energy_are_rounded_first_with_what_belongs_to_them() -> None:
+def test_columns_of_most_energy_are_rounded_first_with_what_belongs_to_them(without_search: None) -> None:
     weight_NK, x_PK = problem(20, 9)
     moment_KK, kept_NK = moment(x_PK), torch.rand(20, 9) < 0.7
     codes_NK, scale_N = ternarize(weight_NK, moment_KK, 0.0, kept_NK, factors=(1.0,), sweeps=0)
