@@ -42,7 +42,8 @@ def rows(options: dict) -> list[Row]:
         Row("ptq_all",              "float",     [Ternary(mse_optimal)],                        None),
         Row("ptq_all_8bit_acts",    "float",     [Ternary(mse_optimal, act_bits=8)],            None),
         # ... and 1,024 unlabelled training images: each line adds a step to the one above
-        Row("ptq_all_error_feedback", "float",   [CalibratedTernary(Settings(correct=False))],   None),
+        Row("ptq_all_error_feedback", "float",   [CalibratedTernary(Settings(search=0, correct=False))], None),
+        Row("ptq_all_searched",     "float",     [CalibratedTernary(Settings(correct=False))],   None),
         Row("ptq_all_corrected",    "float",     [CalibratedTernary()],                          None),
         Row("ptq_all_corrected_8bit_acts", "float", [CalibratedTernary(act_bits=8)],             None),
         Row("ptq_all_reconstructed", "float",   [ReconstructedTernary()],                       None),

@@ -100,7 +100,8 @@ def test_rows_quantize_what_their_names_say(script):
             act_bits = 8 if name.startswith("qat") or "_finetuned" in name else None
         assert last.act_bits == act_bits, name
         if isinstance(last, CalibratedTernary):
-            assert last.settings.correct == (name != "ptq_all_error_feedback"), name
+            assert last.settings.correct == (name not in ("ptq_all_error_feedback", "ptq_all_searched")), name
+            assert bool(last.settings.search) == (name != "ptq_all_error_feedback"), name
             more = 16384 if script == "alexnet" and not name.endswith("_reconstructed") else 4096
             assert last.images == (more if "_finetuned" in name else CALIBRATION_IMAGES), name
 

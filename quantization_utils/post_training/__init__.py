@@ -53,6 +53,7 @@ class Settings:
     """How layers are made ternary; the defaults were chosen on training images outside of the calibration."""
 
     feedback: bool = True  # error feedback against the float network's outputs; else the nearest codes (`mse_optimal`)
+    search: int = 2**13  # ways to round a channel that feedback keeps, times its weights; 0: only the best one
     correct: bool = True  # means and slopes of outputs, in batch norms and biases
     damping: float = 0.01  # of the rounding, in mean input energies; above 0
     target_damping: float = 0.1  # of the weight that makes up for earlier layers: less follows the images more closely
@@ -63,8 +64,8 @@ class Settings:
             raise ValueError(f"damping is above 0, not {min(self.damping, self.target_damping)}")
 
     def __str__(self) -> str:
-        steps = ["error feedback" if self.feedback else "nearest codes"] + ["corrected means and slopes"] * self.correct
-        return ", ".join(steps)
+        codes = ("error feedback" + " with a search" * bool(self.search)) if self.feedback else "nearest codes"
+        return ", ".join([codes] + ["corrected means and slopes"] * self.correct)
 
 
 DEFAULT = Settings()
@@ -229,7 +230,8 @@ def ternarize_layer_(
         mean_is_free = settings.correct and (follower is not None or layer.bias is not None)
         seen = moments.centred() if mean_is_free else moments
         target_NK = matching_weight(float_NK, seen.inputs_KK, seen.cross_NK, settings.target_damping)
-        codes_NK, scale_N = ternarize(target_NK, seen.inputs_KK, settings.damping, kept_NK, sweeps=settings.sweeps)
+        given = target_NK, seen.inputs_KK, settings.damping, kept_NK
+        codes_NK, scale_N = ternarize(*given, sweeps=settings.sweeps, ways=settings.search)
     else:
         codes_NK, scale_N = mse_optimal(float_NK)
     weight_NK = dequantize(codes_NK, scale_N)

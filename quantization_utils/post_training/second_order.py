@@ -24,7 +24,7 @@ from ..quantizers import TINY, mse_optimal
 
 BLOCK = 64  # columns rounded between two matrix products
 ROWS, GPU_ROWS = 2**11, 2**20  # at once: small steps stay in a core's cache, and a GPU's time goes by their number
-WAYS, MOST_WAYS = 2**13, 256  # of a channel's weights, times the ways to round them that are kept; the most ways
+MOST_WAYS = 256  # that `search` keeps for a channel: more gain next to nothing
 CODES = -1.0, 0.0, 1.0
 
 
@@ -155,18 +155,18 @@ def output_error(codes_NK: Tensor, weight_NK: Tensor, moment_KK: Tensor, scale_N
 
 def ternarize(
     weight_NK: Tensor, moment_KK: Tensor, damping: float, kept_NK: Tensor,
-    factors: tuple[float, ...] = (0.8, 1.0, 1.25), sweeps: int = 4,
+    factors: tuple[float, ...] = (0.8, 1.0, 1.25), sweeps: int = 4, ways: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Codes int8 (N, K) and scale (N,) of small output error: error feedback, then descent and scale in turns.
 
     Columns are rounded by falling input energy. Each channel starts from the best of several scales: `factors` times
-    the one of least squared error of the weights alone. The fewer weights a channel has, the wider is the `search`: it
-    gains most there, and with thousands of weights it would take long.
+    the one of least squared error of the weights alone. `ways` / K is the width of the `search`, so that it is wide
+    where a channel has few weights and one more way gains most, and all layers take about as long.
     """
     order_K = moment_KK.diagonal().argsort(stable=True)  # the last is rounded first
     moment_KK = damped(moment_KK, damping)[order_K][:, order_K]
     factor_KK = cholesky(moment_KK, 1e-6)
-    width = max(1, min(MOST_WAYS, WAYS // len(order_K)))
+    width = max(1, min(MOST_WAYS, ways // len(order_K)))
     rows = GPU_ROWS if weight_NK.is_cuda else max(1, ROWS // width)
     done = [
         _ternarize_rows(weight_RK[:, order_K], moment_KK, factor_KK, kept_RK[:, order_K], factors, sweeps, width)

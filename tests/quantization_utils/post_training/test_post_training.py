@@ -274,15 +274,15 @@ def test_each_setting_reaches_its_place(monkeypatch: pytest.MonkeyPatch) -> None
         seen.append(damping)
         return weight
 
-    def codes(weight, inputs, damping, kept, sweeps=None):
-        seen.extend((damping, sweeps))
+    def codes(weight, inputs, damping, kept, sweeps=None, ways=None):
+        seen.extend((damping, sweeps, ways))
         return mse_optimal(weight)
 
     monkeypatch.setattr("quantization_utils.post_training.matching_weight", matching)
     monkeypatch.setattr("quantization_utils.post_training.ternarize", codes)
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4))
-    ternarize_(model, torch.rand(64, 3, 2, 2), Settings(damping=0.5, target_damping=0.25, sweeps=7))
-    assert seen == [0.25, 0.5, 7]
+    ternarize_(model, torch.rand(64, 3, 2, 2), Settings(search=9, damping=0.5, target_damping=0.25, sweeps=7))
+    assert seen == [0.25, 0.5, 7, 9]
 
 
 @pytest.mark.parametrize("reconstruction", [None, Reconstruction(steps=1)])

@@ -18,11 +18,6 @@ from quantization_utils.post_training.second_order import (
 from quantization_utils.quantizers import mse_optimal
 
 
-@pytest.fixture
-def without_search(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("quantization_utils.post_training.second_order.WAYS", 0)
-
-
 def problem(channels: int, weights: int, columns: int = 200) -> tuple[Tensor, Tensor]:
     """A weight (N, K) and correlated inputs x (columns, K), float64."""
     mixing_KK = torch.randn(weights, weights, dtype=torch.float64)
@@ -85,6 +80,18 @@ def test_a_search_that_is_wide_enough_finds_the_best_of_all_codes(pruned: float)
         assert torch.equal(codes_NK[n], codes_CK[error_C.argmin()])
 
 
+def test_a_search_is_the_wider_the_fewer_weights_a_channel_has() -> None:
+    def lost(weights: int, ways: int) -> float:
+        torch.manual_seed(weights)
+        weight_NK, x_PK = problem(100, weights)
+        kept_NK = torch.ones(100, weights, dtype=torch.bool)
+        codes_NK, scale_N = ternarize(weight_NK, moment(x_PK), 0.0, kept_NK, sweeps=0, ways=ways)
+        return float(output_error(codes_NK, weight_NK, moment(x_PK), scale_N).sum())
+
+    assert lost(20, ways=39) == lost(20, ways=0) > 1.2 * lost(20, ways=80)
+    assert lost(70, ways=80) == lost(70, ways=0)
+
+
 def test_a_wider_search_loses_less() -> None:
     weight_NK, x_PK = problem(100, 70)
     moment_KK, scale_N = moment(x_PK), mse_optimal(weight_NK)[1].double()
@@ -139,12 +146,13 @@ def test_ternarize_comes_near_to_the_best_of_all_codes() -> None:
     assert found.mean() - best < (nearest - best) / 4
 
 
-def test_channels_are_independent_of_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("ways", [0, 50])
+def test_channels_are_independent_of_each_other(ways: int, monkeypatch: pytest.MonkeyPatch) -> None:
     weight_NK, x_PK = problem(7, 12)
     kept_NK = torch.ones(7, 12, dtype=torch.bool)
-    codes_NK, scale_N = ternarize(weight_NK, moment(x_PK), 0.01, kept_NK)
+    codes_NK, scale_N = ternarize(weight_NK, moment(x_PK), 0.01, kept_NK, ways=ways)
     monkeypatch.setattr("quantization_utils.post_training.second_order.ROWS", 3)
-    in_parts_NK, scales_N = ternarize(weight_NK, moment(x_PK), 0.01, kept_NK)
+    in_parts_NK, scales_N = ternarize(weight_NK, moment(x_PK), 0.01, kept_NK, ways=ways)
     assert torch.equal(in_parts_NK, codes_NK)
     torch.testing.assert_close(scales_N, scale_N)
 
@@ -189,7 +197,7 @@ def test_with_much_damping_the_weights_alone_decide() -> None:
     torch.testing.assert_close(scale_N, wanted_N)
 
 
-def test_sweeps_improve_codes_and_not_only_their_scales(without_search: None) -> None:
+def test_sweeps_improve_codes_and_not_only_their_scales() -> None:
     weight_NK, x_PK = problem(40, 7)
     kept_NK = torch.ones(40, 7, dtype=torch.bool)
     before, after = (ternarize(weight_NK, moment(x_PK), 0.0, kept_NK, sweeps=sweeps) for sweeps in (0, 4))
@@ -220,7 +228,7 @@ def test_pruned_weights_do_not_enter_the_scale_to_start_from() -> None:
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
-def test_columns_of_most_energy_are_rounded_first_with_what_belongs_to_them(without_search: None) -> None:
+def test_columns_of_most_energy_are_rounded_first_with_what_belongs_to_them() -> None:
     weight_NK, x_PK = problem(20, 9)
     moment_KK, kept_NK = moment(x_PK), torch.rand(20, 9) < 0.7
     codes_NK, scale_N = ternarize(weight_NK, moment_KK, 0.0, kept_NK, factors=(1.0,), sweeps=0)
