@@ -90,31 +90,31 @@ def search(weight_NK: Tensor, factor_KK: Tensor, scale_N: Tensor, kept_NK: Tenso
     A way's error so far is the sum of the squares of its columns. Each goes on with every code of the next column, and
     of all the channel's ways then those of least error are kept. With a width of 1 this is `feed_back`.
     """
-    (count, size), new = weight_NK.shape, weight_NK.new_tensor
-    codes_3, first_N1 = new(CODES), width * torch.arange(count, device=weight_NK.device)[:, None]
+    (count, size), device = weight_NK.shape, weight_NK.device
+    codes_3 = weight_NK.new_tensor(CODES)
     rounded_N3, nonzero_3 = scale_N[:, None] * codes_3, codes_3 != 0
-    square_NW = torch.full((count, width), torch.inf).to(weight_NK)
-    square_NW[:, 0] = 0  # one way to round no column
-    error_PK = weight_NK.new_zeros(count * width, size)  # P = N · W
+    first_N1 = width * torch.arange(count, device=device)[:, None]  # where a channel's ways begin among all, P = N · W
+    square_NW = weight_NK.new_full((count, width), torch.inf)
+    square_NW[:, 0] = 0  # there is one way to round no column
+    error_PK = weight_NK.new_zeros(count * width, size)
     for end in range(size, 0, -BLOCK):
         start = max(0, end - BLOCK)
         factor_BB = factor_KK[start:end, start:end]
-        carried_PB = error_PK[:, end:] @ factor_KK[end:, start:end]
-        way_P2B = torch.cat([carried_PB, torch.zeros_like(carried_PB)], 1)  # with the block's errors, to be copied once
-        origin_P = torch.arange(count * width, device=weight_NK.device)  # which way at the block's end it goes back to
+        way_PB = error_PK[:, end:] @ factor_KK[end:, start:end]  # what is carried to columns, then errors in its place
+        origin_P = torch.arange(count * width, device=device)  # of the ways at the block's end, the one it goes back to
         for j in range(end - start - 1, -1, -1):
             error_N3 = weight_NK[:, start + j, None] - rounded_N3
-            step_NW3 = way_P2B[:, j].view(count, width, 1) + factor_BB[j, j] * error_N3[:, None]
+            step_NW3 = way_PB[:, j].view(count, width, 1) + factor_BB[j, j] * error_N3[:, None]
             grown_NW3 = square_NW[:, :, None] + step_NW3.square_()
             grown_NW3.masked_fill_((~kept_NK[:, start + j, None] & nonzero_3)[:, None], torch.inf)
             square_NW, chosen_NW = grown_NW3.flatten(1).topk(width, largest=False, sorted=False)
             parent_P = (chosen_NW // len(CODES) + first_N1).flatten()
             error_P = error_N3.gather(1, chosen_NW % len(CODES)).flatten()
-            way_P2B, origin_P = way_P2B[parent_P], origin_P[parent_P]
-            way_P2B[:, end - start + j] = error_P
-            way_P2B[:, :j].addr_(error_P, factor_BB[j, :j])
+            way_PB, origin_P = way_PB.index_select(0, parent_P), origin_P[parent_P]
+            way_PB[:, j] = error_P
+            way_PB[:, :j].addcmul_(error_P[:, None], factor_BB[j, :j])
         error_PK[:, end:] = error_PK[origin_P, end:]
-        error_PK[:, start:end] = way_P2B[:, end - start :]
+        error_PK[:, start:end] = way_PB
     best_N = square_NW.argmin(1) + first_N1[:, 0]
     return ((weight_NK - error_PK[best_N]) / scale_N[:, None]).round_().to(torch.int8)
 
