@@ -35,8 +35,7 @@ class Moments:
         """Those of x - E[x] and t - E[t]: central second moments, and means of 0."""
         inputs_KK = self.inputs_KK - torch.outer(self.mean_K, self.mean_K)
         cross_NK = self.cross_NK - torch.outer(self.target_mean_N, self.mean_K)
-        zeros = torch.zeros_like(self.mean_K), torch.zeros_like(self.target_mean_N)
-        return Moments(inputs_KK, zeros[0], cross_NK, zeros[1], self.columns)
+        return Moments(inputs_KK, 0 * self.mean_K, cross_NK, 0 * self.target_mean_N, self.columns)
 
     def output_mean(self, weight_NK: Tensor) -> Tensor:
         """E[w·x] for each output channel, (N,)."""
