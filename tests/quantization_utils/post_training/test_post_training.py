@@ -240,6 +240,8 @@ def test_wrong_input_is_refused_in_a_sentence() -> None:
             Settings(**{name: 0.0})
     with pytest.raises(ValueError, match="nothing to quantize"):
         ternarize_(networks.make("alexnet_like"), images, only=nn.LSTM)
+    with pytest.raises(ValueError, match="no float linear or convolution layer"):
+        ternarize_(quantize_(networks.make("alexnet_like")), images)
     broken = networks.make("alexnet_like")
     broken.get_submodule("2").running_mean.fill_(torch.nan)
     with pytest.raises(ValueError, match="non-finite"):
