@@ -91,7 +91,7 @@ def search(weight_NK: Tensor, factor_KK: Tensor, scale_N: Tensor, kept_NK: Tenso
     of all the channel's ways then those of least error are kept. With a width of 1 this is `feed_back`.
     """
     (count, size), device = weight_NK.shape, weight_NK.device
-    codes_3 = weight_NK.new_tensor(CODES)
+    codes_3 = torch.tensor(CODES, dtype=weight_NK.dtype, device=device)
     rounded_N3, nonzero_3 = scale_N[:, None] * codes_3, codes_3 != 0
     first_N1 = width * torch.arange(count, device=device)[:, None]  # where a channel's ways begin among all, P = N · W
     square_NW = weight_NK.new_full((count, width), torch.inf)
