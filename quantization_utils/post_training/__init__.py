@@ -169,7 +169,7 @@ def check_layers(model: nn.Module, ran: dict[str, str | None], only: Selection, 
     """
     chosen = [(n, m) for n, m in select_layers(model, only, keep) if not isinstance(m, (BitConv2d, BitLinear))]
     if not chosen:
-        raise ValueError(f"no float linear or convolution layer matches only={only!r}, keep={keep!r}: nothing to quantize")
+        raise ValueError(f"no float linear or convolution layer matches {only=}, {keep=}: nothing to quantize")
     check_replaceable(chosen)
     for name, module in chosen:
         if name not in ran:
